@@ -1,0 +1,65 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "ops/attention/block_mask.h"
+#include "ops/attention/kv_view.h"
+#include "ops/core/context.h"
+
+namespace longspan::ops {
+
+// Softmax attention restricted to a block mask:
+//   o_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i),  s_ij = scale * q_i . k_j  over visible j.
+//
+// Shapes    q, o, do, dq [Tq, Hq, D]; lse, delta [Tq, Hq]; k, v through KvView; Hq % Hkv == 0,
+//           query head h reads kv head h / (Hq / Hkv). Row i of q is token i of mask.queries().
+// Dtypes    q, k, v all f32, all bf16, or all f64; o f32 (f64), or the dtype of q when
+//           `round_output`; lse f32 (f64), natural log. dq, dk, dv f32 (f64).
+// Numerics  f32 accumulation (f64 for f64). Same bits for any number of threads.
+// Empty     a row that sees nothing gives o = 0 and lse = -inf, and contributes no gradient.
+// Partials  results over disjoint key sets merge exactly (MergePartial); the backward of each part
+//           takes the final lse and delta.
+// Errors    InvalidArgument naming the argument, before anything is written.
+// Devices   cpu
+struct AttentionOptions {
+  double scale = 0;          // 0: 1 / sqrt(D)
+  std::string implementation;  // empty: the first that accepts; else this one or InvalidArgument
+  bool round_output = false;   // o in the dtype of q (one rounding, for unsplit attention)
+};
+
+struct AttentionResult {
+  Tensor o;    // [Tq, Hq, D]
+  Tensor lse;  // [Tq, Hq]
+  const char* implementation;  // which entry ran
+};
+
+AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv,
+                                 const BlockMask& mask, const AttentionOptions& options = {});
+
+// delta_i = sum_d do_id * o_id with the final o (any of its dtypes), [Tq, Hq] f32 (f64).
+Tensor AttentionDelta(Context& ctx, const Tensor& d_out, const Tensor& o);
+
+// Adds this mask's share of the gradients: `dq` [Tq, Hq, D] and `dkv`. `lse` is the final one over
+// all keys. `dlse` (optional, undefined = none) is the gradient with respect to lse.
+void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const KvView& kv,
+                       const Tensor& lse, const Tensor& delta, const BlockMask& mask, Tensor& dq,
+                       const KvGradView& dkv, const AttentionOptions& options = {},
+                       const Tensor& dlse = {});
+
+// (o, lse) becomes the result over the union of two disjoint key sets; all f32 or all f64.
+// Both lse = -inf: o = 0, lse = -inf.
+void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const Tensor& lse2);
+
+// The implementation table, most specialised first, reference last.
+struct AttentionProblem {
+  DType dtype;
+  int64_t heads, kv_heads, head_dim;
+};
+struct AttentionImplementation {
+  const char* name;
+  // Why this entry cannot run the problem here; empty when it can.
+  std::string (*rejects)(const AttentionProblem& problem);
+};
+const std::vector<AttentionImplementation>& AttentionImplementations();
+
+}  // namespace longspan::ops

@@ -1,0 +1,44 @@
+#include "ops/core/tensor.h"
+
+#include "ops/core/allocator.h"
+
+namespace longspan {
+
+std::string Shape::ToString() const {
+  std::string text = "[";
+  for (int i = 0; i < rank_; ++i) text += (i ? ", " : "") + std::to_string((*this)[i]);
+  return text + "]";
+}
+
+Storage::Storage(std::shared_ptr<Allocator> allocator, size_t bytes)
+    : allocator_(std::move(allocator)),
+      data_(static_cast<std::byte*>(allocator_->Allocate(bytes))),
+      bytes_(bytes) {}
+
+Storage::~Storage() { allocator_->Free(data_, bytes_); }
+
+Tensor Tensor::Rows(int64_t begin, int64_t end) const {
+  LONGSPAN_CHECK(defined() && rank() >= 1) << "Tensor::Rows of a scalar or undefined tensor";
+  LONGSPAN_CHECK(0 <= begin && begin <= end && end <= dim(0))
+      << "Tensor::Rows [" << begin << ", " << end << ") of " << Describe();
+  Tensor view = *this;
+  const int64_t row = dim(0) == 0 ? 0 : numel() / dim(0);
+  view.data_ += static_cast<size_t>(begin * row) * SizeOf(dtype_);
+  view.shape_.set(0, end - begin);
+  return view;
+}
+
+Tensor Tensor::Reshape(Shape shape) const {
+  LONGSPAN_CHECK(defined() && shape.numel() == numel())
+      << "Tensor::Reshape " << Describe() << " to " << shape.ToString();
+  Tensor view = *this;
+  view.shape_ = shape;
+  return view;
+}
+
+std::string Tensor::Describe() const {
+  if (!defined()) return "undefined";
+  return longspan::ToString(dtype_) + shape_.ToString();
+}
+
+}  // namespace longspan
