@@ -67,9 +67,10 @@ struct BlockRuns {
 //
 // Tight: an entry exists exactly when some (query, key) pair of the two blocks is visible. Rows
 // and columns hold the same entries with the same kinds; entries of a row do not overlap. Runs of
-// a row are ordered FULL first, then PARTIAL, each by first block. Run elements are always in
-// keys() (queries() for columns). Heads with equal masks share a pattern. Immutable and shareable
-// between threads; holds its Documents alive.
+// a row are ordered FULL first, then PARTIAL, each by first block; the entries of a PARTIAL run of a
+// row hold equally many visible pairs. Run elements are always in keys() (queries() for columns).
+// Heads with equal rules share a pattern. Immutable and shareable between threads; holds its
+// Documents alive. Build throws InvalidArgument for a pattern with Problems().
 class BlockMask {
  public:
   // O(runs) time and memory for causal, window and S2 on long documents.
@@ -102,6 +103,8 @@ class BlockMask {
 
  private:
   friend class BlockMaskBuilder;
+  int64_t PairsOfPattern(int64_t pattern) const;
+
   int64_t patterns_ = 0;
   std::vector<int32_t> pattern_of_head_;
   std::vector<int64_t> head_of_pattern_;

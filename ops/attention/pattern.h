@@ -37,7 +37,7 @@ struct AttentionPattern {
   PatternKind kind = PatternKind::kCausal;
   int64_t window = 0;  // kWindow: tokens, >= 1, counts the query itself
   int64_t sinks = 0;   // kWindow: tokens, >= 0
-  S2Options s2;        // kS2
+  S2Options s2{};      // kS2
   bool operator==(const AttentionPattern&) const = default;
 
   static AttentionPattern Full() { return {.kind = PatternKind::kFull}; }
