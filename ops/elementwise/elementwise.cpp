@@ -1,0 +1,119 @@
+#include "ops/elementwise/elementwise.h"
+
+#include <algorithm>
+
+#include "ops/core/parallel_for.h"
+#include "ops/elementwise/rows.h"
+
+namespace longspan::ops {
+namespace {
+
+void CheckOperands(const char* op, const Tensor& a, const Tensor& b) {
+  LONGSPAN_CHECK(a.shape() == b.shape())
+      << op << ": operands " << a.Describe() << " and " << b.Describe() << " differ in shape";
+  LONGSPAN_CHECK(IsFloat(a.dtype()) && AccumulatorOf(a.dtype()) == AccumulatorOf(b.dtype()))
+      << op << ": operands " << a.Describe() << " and " << b.Describe()
+      << " do not mix (f64 meets only f64)";
+}
+
+// f.operator()<A, B>() for two dtypes with the same accumulator, as CheckOperands has made sure.
+template <class F>
+void DispatchPair(const char* op, DType a, DType b, F f) {
+  DispatchFloat(a, op, [&]<class A>() {
+    DispatchFloat(b, op, [&]<class B>() {
+      if constexpr (std::is_same_v<Accumulator<A>, Accumulator<B>>) f.template operator()<A, B>();
+    });
+  });
+}
+
+template <class To, class From>
+To Convert(From value) {
+  if constexpr (std::is_same_v<To, BF16>) {
+    return BF16(static_cast<float>(value));
+  } else {
+    return static_cast<To>(value);
+  }
+}
+
+}  // namespace
+
+void AddInto(Context& ctx, Tensor& dst, const Tensor& src) {
+  CheckOperands("AddInto", dst, src);
+  DispatchPair("AddInto", dst.dtype(), src.dtype(), [&]<class A, class B>() {
+    internal::Update(
+        ctx, dst.numel(), dst.data<A>(), [](auto x, auto y) { return x + y; }, src.data<B>());
+  });
+}
+
+Tensor Add(Context& ctx, const Tensor& a, const Tensor& b) {
+  CheckOperands("Add", a, b);
+  Tensor sum = ctx.Empty(a.shape(), a.dtype());
+  DispatchPair("Add", a.dtype(), b.dtype(), [&]<class A, class B>() {
+    internal::Map(
+        ctx, a.numel(), sum.data<A>(), [](auto x, auto y) { return x + y; }, a.data<A>(),
+        b.data<B>());
+  });
+  return sum;
+}
+
+void Scale(Context& ctx, Tensor& t, double factor) {
+  DispatchFloat(t.dtype(), "Scale", [&]<class T>() {
+    T* data = t.data<T>();
+    const auto f = static_cast<Accumulator<T>>(factor);
+    ParallelRanges(ctx, t.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) data[i] = T(static_cast<Accumulator<T>>(data[i]) * f);
+    });
+  });
+}
+
+void Fill(Context& ctx, Tensor& t, double value) {
+  DispatchFloat(t.dtype(), "Fill", [&]<class T>() {
+    T* data = t.data<T>();
+    const T element = Convert<T>(value);
+    ParallelRanges(ctx, t.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+      std::fill(data + begin, data + end, element);
+    });
+  });
+}
+
+void CastInto(Context& ctx, const Tensor& src, Tensor& dst) {
+  LONGSPAN_CHECK(src.shape() == dst.shape())
+      << "CastInto: " << src.Describe() << " into " << dst.Describe();
+  DispatchFloat(src.dtype(), "CastInto", [&]<class From>() {
+    DispatchFloat(dst.dtype(), "CastInto", [&]<class To>() {
+      const From* in = src.data<From>();
+      To* out = dst.data<To>();
+      ParallelRanges(ctx, src.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) out[i] = Convert<To>(in[i]);
+      });
+    });
+  });
+}
+
+Tensor Cast(Context& ctx, const Tensor& t, DType dtype) {
+  Tensor out = ctx.Empty(t.shape(), dtype);
+  CastInto(ctx, t, out);
+  return out;
+}
+
+void AddRowsInto(Context& ctx, Tensor& dst, const Tensor& rows) {
+  LONGSPAN_CHECK(rows.rank() == 2 && dst.rank() == 1 && rows.dim(1) == dst.dim(0) &&
+                 rows.dtype() == dst.dtype() && dst.dtype() != DType::kBF16)
+      << "AddRowsInto: rows " << rows.Describe() << " into " << dst.Describe();
+  const int64_t count = rows.dim(0), width = dst.dim(0);
+  DispatchFloat(dst.dtype(), "AddRowsInto", [&]<class T>() {
+    if constexpr (!std::is_same_v<T, BF16>) {
+      const T* in = rows.data<T>();
+      T* out = dst.data<T>();
+      ParallelRanges(ctx, width, internal::kRunElements, [&](int64_t begin, int64_t end) {
+        alignas(64) T sum[internal::kRunElements] = {};
+        for (int64_t p = 0; p < count; ++p) {
+          for (int64_t d = begin; d < end; ++d) sum[d - begin] += in[p * width + d];
+        }
+        for (int64_t d = begin; d < end; ++d) out[d] += sum[d - begin];
+      });
+    }
+  });
+}
+
+}  // namespace longspan::ops

@@ -1,0 +1,52 @@
+#pragma once
+#include <cstdint>
+
+#include "ops/core/context.h"
+#include "ops/core/tensor.h"
+
+namespace longspan::ops {
+
+// Cross-entropy of next-token labels, fused with the output projection and chunked over tokens:
+//   logits_t = w x_t,  lse_t = log sum_v exp(logits_tv),
+//   loss_t = lse_t - logits_t[label_t]  (nats),  z_t = z_loss * lse_t^2,
+// summed over the tokens that have a label. The logits of at most `chunk_tokens` tokens exist at a
+// time; the backward pass computes them again.
+//
+// Shapes    x, dx [T, D]; w, dw [V, D]; labels [T]; lse, token_losses [T]
+// Dtypes    x, w, dx: all f32, all bf16, or all f64; labels i32, -1 = no label; lse, token_losses
+//           and dw f32 (f64 in f64 mode)
+// Numerics  logits, lse and losses in f32 (f64) also for bf16 operands; the sums over tokens in f64
+//           in token order. dlogits are rounded to the dtype of x before the two products. Same
+//           bits for any number of threads; `chunk_tokens` changes the last bits only. A logit that
+//           is not finite makes the loss not finite.
+// Errors    InvalidArgument naming the token, the label and V, before anything is written
+// Devices   cpu
+struct LinearCrossEntropyOptions {
+  int64_t chunk_tokens = 0;        // 0: about 32 MiB of logits
+  double z_loss = 0;               // coefficient, >= 0
+  bool want_token_losses = false;  // fill token_losses
+};
+
+struct LinearCrossEntropyResult {
+  double loss_sum = 0;    // nats, without the z-loss
+  double z_loss_sum = 0;  // sum of z_t
+  int64_t valid = 0;      // tokens with a label; 0 is fine: both sums and all gradients are 0
+  Tensor lse;             // saved for the backward pass; 0 where there is no label
+  Tensor token_losses;    // loss_t, 0 where there is no label; undefined unless asked for
+};
+
+LinearCrossEntropyResult LinearCrossEntropyForward(Context& ctx, const Tensor& x, const Tensor& w,
+                                                   const Tensor& labels,
+                                                   const LinearCrossEntropyOptions& options = {});
+
+// Gradient of scale * (loss_sum + z_loss_sum): ADDS that of w to `dw` and returns dx. `saved` must
+// come from the forward pass with the same x, w, labels and z_loss.
+Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& saved,
+                                  const Tensor& x, const Tensor& w, const Tensor& labels,
+                                  const LinearCrossEntropyOptions& options, double scale,
+                                  Tensor& dw);
+
+// Tokens a chunk for a vocabulary of `vocab` when chunk_tokens is 0.
+int64_t AutoChunkTokens(int64_t vocab);
+
+}  // namespace longspan::ops

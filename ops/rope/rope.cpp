@@ -1,0 +1,114 @@
+#include "ops/rope/rope.h"
+
+#include <cmath>
+
+#include "ops/core/parallel_for.h"
+#include "ops/elementwise/rows.h"
+
+namespace longspan::ops {
+namespace {
+
+constexpr int64_t kTokensPerTask = 32;
+constexpr int64_t kMaxHeadDim = internal::kRunElements;
+
+template <class T>
+void Rotate(Context& ctx, const Tensor& x, const RopeTable& table, Accumulator<T> direction,
+            Tensor& y) {
+  using Acc = Accumulator<T>;
+  const int64_t heads = x.dim(1), dim = x.dim(2), half = dim / 2;
+  const T* in = x.data<T>();
+  T* out = y.data<T>();
+  const Acc *cosines = table.cos.data<Acc>(), *sines = table.sin.data<Acc>();
+  ParallelRanges(ctx, x.dim(0), kTokensPerTask, [&](int64_t begin, int64_t end) {
+    alignas(64) Acc wide[kMaxHeadDim];
+    alignas(64) Acc staged[kMaxHeadDim];
+    alignas(64) Acc signed_sin[kMaxHeadDim];
+    for (int64_t t = begin; t < end; ++t) {
+      const Acc* c = cosines + t * half;
+      for (int64_t i = 0; i < half; ++i) signed_sin[i] = direction * sines[t * half + i];
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t offset = (t * heads + h) * dim;
+        const Acc* from = internal::Widen(in + offset, dim, wide);
+        Acc* __restrict to = internal::Staging(out + offset, staged);
+        for (int64_t i = 0; i < half; ++i) {
+          to[i] = from[i] * c[i] - from[i + half] * signed_sin[i];
+          to[i + half] = from[i + half] * c[i] + from[i] * signed_sin[i];
+        }
+        internal::Narrow(to, dim, out + offset);
+      }
+    }
+  });
+}
+
+Tensor Apply(Context& ctx, const char* op, const Tensor& x, const RopeTable& table, int direction) {
+  LONGSPAN_CHECK(x.rank() == 3 && x.dim(2) % 2 == 0 && x.dim(2) <= kMaxHeadDim)
+      << op << ": x is " << x.Describe() << ", not [T, H, D] with an even D of at most "
+      << kMaxHeadDim;
+  LONGSPAN_CHECK(table.cos.shape() == Shape({x.dim(0), x.dim(2) / 2}) &&
+                 table.sin.shape() == table.cos.shape() &&
+                 table.cos.dtype() == AccumulatorOf(x.dtype()) &&
+                 table.sin.dtype() == table.cos.dtype())
+      << op << ": table " << table.cos.Describe() << " for x " << x.Describe();
+  Tensor y = ctx.Empty(x.shape(), x.dtype());
+  DispatchFloat(x.dtype(), op, [&]<class T>() {
+    Rotate<T>(ctx, x, table, static_cast<Accumulator<T>>(direction), y);
+  });
+  return y;
+}
+
+template <class Acc>
+void FillTable(Context& ctx, const int64_t* positions, const std::vector<double>& frequencies,
+               RopeTable& table) {
+  const auto half = static_cast<int64_t>(frequencies.size());
+  Acc *cosines = table.cos.data<Acc>(), *sines = table.sin.data<Acc>();
+  ParallelRanges(ctx, table.cos.dim(0), kTokensPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const auto position = static_cast<double>(positions[t]);
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = position * frequencies[static_cast<size_t>(i)];
+        cosines[t * half + i] = static_cast<Acc>(std::cos(angle));
+        sines[t * half + i] = static_cast<Acc>(std::sin(angle));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::vector<double> RopeFrequencies(const RopeOptions& options) {
+  LONGSPAN_CHECK(options.head_dim >= 2 && options.head_dim % 2 == 0)
+      << "RopeFrequencies: head_dim " << options.head_dim << " is not even and positive";
+  LONGSPAN_CHECK(options.theta > 0) << "RopeFrequencies: theta " << options.theta;
+  std::vector<double> frequencies(static_cast<size_t>(options.head_dim / 2));
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    frequencies[i] = std::pow(options.theta, -2.0 * static_cast<double>(i) /
+                                                 static_cast<double>(options.head_dim));
+  }
+  return frequencies;
+}
+
+RopeTable MakeRopeTable(Context& ctx, const Tensor& positions, const RopeOptions& options,
+                        DType dtype) {
+  const std::vector<double> frequencies = RopeFrequencies(options);
+  LONGSPAN_CHECK(positions.rank() == 1 && positions.dtype() == DType::kI64)
+      << "MakeRopeTable: positions are " << positions.Describe() << ", not i64[T]";
+  LONGSPAN_CHECK(IsFloat(dtype)) << "MakeRopeTable: dtype " << ToString(dtype);
+  const Shape shape{positions.dim(0), options.head_dim / 2};
+  RopeTable table{ctx.Empty(shape, AccumulatorOf(dtype)), ctx.Empty(shape, AccumulatorOf(dtype))};
+  if (dtype == DType::kF64) {
+    FillTable<double>(ctx, positions.data<int64_t>(), frequencies, table);
+  } else {
+    FillTable<float>(ctx, positions.data<int64_t>(), frequencies, table);
+  }
+  return table;
+}
+
+Tensor RopeForward(Context& ctx, const Tensor& x, const RopeTable& table) {
+  return Apply(ctx, "RopeForward", x, table, 1);
+}
+
+Tensor RopeBackward(Context& ctx, const Tensor& dy, const RopeTable& table) {
+  return Apply(ctx, "RopeBackward", dy, table, -1);
+}
+
+}  // namespace longspan::ops
