@@ -1,0 +1,211 @@
+#include "data/sampler.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <mutex>
+
+#include "data/indexed_dataset.h"
+#include "data/permutation.h"
+#include "data/sidecar.h"
+#include "ops/core/check.h"
+#include "ops/core/rng.h"
+
+namespace longspan::data {
+namespace {
+
+std::vector<double> Weights(const RowSamplerOptions& options) {
+  std::vector<double> weights;
+  for (const Source& source : options.sources) weights.push_back(source.weight);
+  return weights;
+}
+
+const RowSamplerOptions& Checked(const RowSamplerOptions& options) {
+  if (options.sources.empty()) throw InvalidArgument("no dataset is given to read rows from");
+  if (options.context_length < 1) {
+    throw InvalidArgument(
+        Str("run.context_length ", options.context_length, " must be at least 1"));
+  }
+  for (const Source& source : options.sources) {
+    if (!options.shuffle && source.weight != options.sources.front().weight) {
+      throw InvalidArgument(Str("weight ", source.weight, " of ", source.prefix,
+                                ": datasets that are read in order cannot be weighted; leave the "
+                                "weights out"));
+    }
+  }
+  return options;
+}
+
+}  // namespace
+
+// The rows of one source.
+class RowSampler::Stream {
+ public:
+  Stream(const RowSamplerOptions& options, size_t source)
+      : options_(options),
+        dataset_(options.sources[source].prefix),
+        document_keys_(options.seed, StreamOf("documents of an epoch") + source),
+        row_keys_(options.seed, StreamOf("rows of an epoch") + source) {
+    const int64_t tokens = dataset_.num_tokens(), length = options.context_length;
+    if (tokens < length + 1) {
+      throw DataError(Str(dataset_.prefix(), ".bin has ", tokens, " tokens in ",
+                          dataset_.num_documents(), " documents, and one row of run.context_length ",
+                          length, " needs ", length + 1,
+                          "; give more text or a shorter context_length"));
+    }
+    rows_ = (tokens - 1) / length;
+  }
+
+  const IndexedDataset& dataset() const { return dataset_; }
+  int64_t rows() const { return rows_; }
+
+  Row Get(int64_t index) const {
+    const int64_t epoch = index / rows_;
+    int64_t row = index % rows_;
+    if (options_.shuffle) {
+      row = KeyedPermutation(rows_, row_keys_.Bits(static_cast<uint64_t>(epoch)))[row];
+    }
+    const std::shared_ptr<const Epoch> table = options_.shuffle ? TableOf(epoch) : nullptr;
+    std::vector<int64_t> ends;
+    const std::vector<int32_t> tokens = ReadStream(table.get(), row * options_.context_length, ends);
+    CheckIds(tokens);
+    return PackRow(tokens, ends, options_.document_mask);
+  }
+
+ private:
+  // The order of the documents in one epoch.
+  struct Epoch {
+    Epoch(int64_t epoch_in, const IndexedDataset& dataset, uint64_t key)
+        : epoch(epoch_in), order(dataset.num_documents(), key) {
+      begins.reserve(static_cast<size_t>(order.size()) + 1);
+      int64_t begin = 0;
+      for (int64_t k = 0; k < order.size(); ++k) {
+        begins.push_back(begin);
+        begin += dataset.DocumentLength(order[k]);
+      }
+      begins.push_back(begin);
+    }
+    int64_t epoch;
+    KeyedPermutation order;
+    std::vector<int64_t> begins;  // in the epoch's stream, of its k-th document
+  };
+
+  // Building happens under the lock: a second thread that needs the same table waits for it.
+  std::shared_ptr<const Epoch> TableOf(int64_t epoch) const {
+    const std::lock_guard lock(mutex_);
+    for (auto& table : tables_) {
+      if (table && table->epoch == epoch) return table;
+    }
+    std::swap(tables_[0], tables_[1]);  // the older one goes
+    tables_[0] = std::make_shared<const Epoch>(
+        epoch, dataset_, document_keys_.Bits(static_cast<uint64_t>(epoch)));
+    return tables_[0];
+  }
+
+  // Place in the stream and in the file of the k-th document of the epoch; no table means file order.
+  int64_t StreamBegin(const Epoch* table, int64_t k) const {
+    return table ? table->begins[static_cast<size_t>(k)] : dataset_.DocumentBegin(k);
+  }
+  int64_t FileBegin(const Epoch* table, int64_t k) const {
+    return dataset_.DocumentBegin(table ? table->order[k] : k);
+  }
+
+  // Tokens [begin, begin + L] of the stream and the borders of documents among them, as PackRow
+  // wants them.
+  std::vector<int32_t> ReadStream(const Epoch* table, int64_t begin,
+                                  std::vector<int64_t>& ends) const {
+    const int64_t end = begin + options_.context_length + 1;
+    std::vector<int32_t> tokens(static_cast<size_t>(end - begin));
+    // The last document that begins at or before `begin`; empty documents cannot be the last such.
+    int64_t low = 0, high = dataset_.num_documents();
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (StreamBegin(table, middle) <= begin ? low : high) = middle;
+    }
+    int64_t at = begin;
+    for (int64_t k = low; at < end; ++k) {
+      const int64_t document_begin = StreamBegin(table, k), document_end = StreamBegin(table, k + 1);
+      const int64_t count = std::min(document_end, end) - at;
+      if (count <= 0) continue;  // an empty document
+      dataset_.Read(FileBegin(table, k) + (at - document_begin),
+                    std::span(tokens).subspan(static_cast<size_t>(at - begin),
+                                              static_cast<size_t>(count)));
+      at += count;
+      if (at == document_end) ends.push_back(at - begin);
+    }
+    return tokens;
+  }
+
+  void CheckIds(const std::vector<int32_t>& tokens) const {
+    for (const int32_t id : tokens) {
+      if (id < 0 || (options_.vocab_size > 0 && id >= options_.vocab_size)) {
+        throw DataError(Str(dataset_.prefix(), ".bin holds token id ", id,
+                            ", which is not below model.vocab_size ", options_.vocab_size,
+                            "; set model.vocab_size to that of the corpus's tokenizer"));
+      }
+    }
+  }
+
+  const RowSamplerOptions& options_;
+  IndexedDataset dataset_;
+  Philox document_keys_, row_keys_;
+  int64_t rows_ = 0;
+  mutable std::mutex mutex_;  // guards tables_
+  mutable std::array<std::shared_ptr<const Epoch>, 2> tables_;
+};
+
+RowSampler::RowSampler(const RowSamplerOptions& options)
+    : options_(Checked(options)), mixture_(Weights(options)) {
+  for (size_t s = 0; s < options_.sources.size(); ++s) {
+    streams_.push_back(std::make_unique<Stream>(options_, s));
+  }
+}
+
+RowSampler::~RowSampler() = default;
+
+Row RowSampler::Get(int64_t sample) const {
+  if (options_.shuffle) {
+    const Mixture::Place place = mixture_.Find(sample);
+    return streams_[static_cast<size_t>(place.source)]->Get(place.index);
+  }
+  int64_t index = sample;
+  for (const auto& stream : streams_) {
+    if (index >= 0 && index < stream->rows()) return stream->Get(index);
+    index -= stream->rows();
+  }
+  throw InvalidArgument(
+      Str("row ", sample, " does not exist: the datasets hold ", RowsAvailable(), " rows"));
+}
+
+int64_t RowSampler::RowsAvailable() const {
+  int64_t rows = 0;
+  for (const auto& stream : streams_) rows += stream->rows();
+  return rows;
+}
+
+int64_t RowSampler::TokensAvailable() const {
+  int64_t tokens = 0;
+  for (const auto& stream : streams_) tokens += stream->dataset().num_tokens();
+  return tokens;
+}
+
+int64_t RowSampler::MaxTokenId() const {
+  int64_t largest = -1;
+  for (const auto& stream : streams_) {
+    largest = std::max(largest, data::MaxTokenId(stream->dataset()));
+  }
+  return largest;
+}
+
+uint64_t RowSampler::Fingerprint() const {
+  std::vector<uint64_t> parts;
+  for (size_t s = 0; s < streams_.size(); ++s) {
+    parts.push_back(streams_[s]->dataset().Fingerprint());
+    parts.push_back(std::bit_cast<uint64_t>(options_.sources[s].weight));
+  }
+  return XXH3_64bits(parts.data(), parts.size() * sizeof(uint64_t));
+}
+
+}  // namespace longspan::data

@@ -1,0 +1,66 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data/mixture.h"
+#include "data/packing.h"
+
+namespace longspan::data {
+
+struct Source {
+  std::string prefix;  // of an indexed dataset
+  double weight = 1;
+};
+
+struct RowSamplerOptions {
+  std::vector<Source> sources;
+  int64_t context_length = 0;  // L, tokens of a row
+  uint64_t seed = 1;
+  bool shuffle = true;         // false for validation
+  bool document_mask = true;
+  int64_t vocab_size = 0;      // model.vocab_size: larger ids are an error; 0: not checked
+};
+
+// Maps a global sample index to a training row: a pure function of (options, datasets, index), so
+// the order does not depend on ranks, and a resumed run asks for its next index without replaying.
+//
+// Stream   An epoch of a source is all its documents one after another, shuffled by (seed, source,
+//          epoch). Row r takes the L + 1 tokens from r L on, so consecutive rows share one token and
+//          floor((tokens - 1) / L) rows fit; the fewer than L tokens behind them are left out of
+//          this epoch (other ones in each epoch). The rows are then shuffled too. Epochs go on
+//          without end. How a row is labelled: PackRow.
+// Mixture  Sample i belongs to the source, and is its n-th sample, that Mixture::Find(i) says.
+// Unshuffled  Documents and rows stay in order, the sources follow one another, and there is one
+//          pass: sample RowsAvailable() is an InvalidArgument. Unequal weights are refused.
+// Cost     Get reads L + 1 tokens after two binary searches. The first row of an epoch builds a table
+//          of 8 bytes a document; the tables of two epochs a source are kept.
+// Errors   the constructor: DataError for a bad dataset (IndexedDataset) or one with fewer than
+//          L + 1 tokens, InvalidArgument naming the option
+// Threads  every const function may be called from several threads
+class RowSampler {
+ public:
+  explicit RowSampler(const RowSamplerOptions& options);
+  ~RowSampler();
+
+  // DataError naming file, id and model.vocab_size if the row holds an id outside the vocabulary.
+  Row Get(int64_t sample) const;
+
+  // Rows of one pass over every source.
+  int64_t RowsAvailable() const;
+  int64_t TokensAvailable() const;  // in all sources
+  // Largest token id in any source: from the sidecars, or by reading all tokens.
+  int64_t MaxTokenId() const;
+  // Changes when a source's content, the order of the sources or a weight changes; not with paths.
+  uint64_t Fingerprint() const;
+
+ private:
+  class Stream;
+
+  RowSamplerOptions options_;
+  Mixture mixture_;
+  std::vector<std::unique_ptr<Stream>> streams_;
+};
+
+}  // namespace longspan::data
