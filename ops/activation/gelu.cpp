@@ -13,9 +13,18 @@ namespace {
 constexpr double kTwoSqrt = 2 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi;
 constexpr double kCubic = 0.044715;
 
+// The gate is 0 or 1 in every dtype long before +-20; without the limit x^2 would overflow in f32
+// and 0 * infinity make a NaN. NaN passes.
 template <class Real>
-Real Gate(Real x) {
-  return internal::Sigmoid(x * (Real(kTwoSqrt) + Real(kTwoSqrt * kCubic) * x * x));
+Real Limited(Real x) {
+  x = x < Real(-20) ? Real(-20) : x;
+  return x > Real(20) ? Real(20) : x;
+}
+
+template <class Real>
+Real Gate(Real limited) {
+  const Real square = limited * limited;
+  return internal::Sigmoid(limited * (Real(kTwoSqrt) + Real(kTwoSqrt * kCubic) * square));
 }
 
 }  // namespace
@@ -25,7 +34,7 @@ Tensor GeluForward(Context& ctx, const Tensor& x) {
   DispatchFloat(x.dtype(), "GeluForward", [&]<class T>() {
     using Acc = Accumulator<T>;
     internal::Map(
-        ctx, x.numel(), y.data<T>(), [](Acc v) { return v * Gate(v); }, x.data<T>());
+        ctx, x.numel(), y.data<T>(), [](Acc v) { return v * Gate(Limited(v)); }, x.data<T>());
   });
   return y;
 }
@@ -39,9 +48,9 @@ Tensor GeluBackward(Context& ctx, const Tensor& dy, const Tensor& x) {
     internal::Map(
         ctx, x.numel(), dx.data<T>(),
         [](Acc d, Acc v) {
-          const Acc s = Gate(v);
-          const Acc slope = Acc(kTwoSqrt) + Acc(3 * kTwoSqrt * kCubic) * v * v;
-          return d * (s + v * s * (Acc(1) - s) * slope);
+          const Acc x = Limited(v), s = Gate(x);
+          const Acc slope = Acc(kTwoSqrt) + Acc(3 * kTwoSqrt * kCubic) * x * x;
+          return d * (s + x * s * (Acc(1) - s) * slope);
         },
         dy.data<T>(), x.data<T>());
   });

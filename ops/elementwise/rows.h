@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "ops/core/context.h"
 #include "ops/core/dtype.h"
@@ -67,16 +68,19 @@ void Map(Context& ctx, int64_t n, Out* out, F f, const In*... in) {
   const auto apply = [f](Acc* __restrict to, int64_t count, const auto*... from) {
     for (int64_t j = 0; j < count; ++j) to[j] = f(from[j]...);
   };
-  ParallelRanges(ctx, n, kTaskElements, [&](int64_t begin, int64_t end) {
+  const auto run = [&]<size_t... kInput>(int64_t begin, int64_t end,
+                                         std::index_sequence<kInput...>) {
     alignas(64) Acc staged[kRunElements];
     alignas(64) Acc scratch[sizeof...(In)][kRunElements];
     for (int64_t i = begin; i < end; i += kRunElements) {
       const int64_t count = std::min(kRunElements, end - i);
       Acc* to = Staging(out + i, staged);
-      size_t input = 0;
-      apply(to, count, Widen(in + i, count, scratch[input++])...);
+      apply(to, count, Widen(in + i, count, scratch[kInput])...);
       Narrow(to, count, out + i);
     }
+  };
+  ParallelRanges(ctx, n, kTaskElements, [&](int64_t begin, int64_t end) {
+    run(begin, end, std::index_sequence_for<In...>());
   });
 }
 

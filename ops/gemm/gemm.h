@@ -19,8 +19,8 @@ namespace longspan::ops {
 // Errors    InvalidArgument naming the operands or the implementation, before C is written
 // Devices   cpu. ctx.Progress() runs between tiles.
 struct GemmOptions {
-  bool accumulate = false;     // add to C instead of overwriting it
-  std::string implementation;  // empty: the first that accepts; else this one or InvalidArgument
+  bool accumulate = false;       // add to C instead of overwriting it
+  std::string implementation{};  // empty: the first that accepts; else this one or InvalidArgument
 };
 
 // Returns the name of the implementation that ran.

@@ -35,7 +35,7 @@ const dnnl::engine& Engine() {
 // oneDNN runs inside our tasks and must not start threads of its own: the kernel it picks, and so
 // the bits, would depend on their number.
 const Context& OneThread() {
-  static const Context context({.threads = 1});
+  static const Context context({.device = {}, .threads = 1});
   return context;
 }
 

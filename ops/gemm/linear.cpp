@@ -26,7 +26,7 @@ Tensor LinearBackward(Context& ctx, const Tensor& dy, const Tensor& x, const Ten
                  dw.dtype() == AccumulatorOf(x.dtype()))
       << "LinearBackward: dy " << dy.Describe() << " and dw " << dw.Describe() << " for x "
       << x.Describe() << " and w " << w.Describe();
-  Gemm(ctx, dy, true, x, false, dw, {.accumulate = true, .implementation = {}});
+  Gemm(ctx, dy, true, x, false, dw, {.accumulate = true});
   if (!want_dx) return {};
   Tensor dx = ctx.Empty(x.shape(), x.dtype());
   Gemm(ctx, dy, false, w, false, dx);

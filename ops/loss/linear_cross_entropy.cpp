@@ -158,7 +158,7 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
       }
     });
     Gemm(ctx, gradient, false, w, false, dx_chunk);
-    Gemm(ctx, gradient, true, x_chunk, false, dw, {.accumulate = true, .implementation = {}});
+    Gemm(ctx, gradient, true, x_chunk, false, dw, {.accumulate = true});
   });
 }
 

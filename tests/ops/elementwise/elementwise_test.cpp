@@ -1,0 +1,90 @@
+#include "ops/elementwise/elementwise.h"
+
+#include "tests/ops/op_test.h"
+
+namespace longspan::test {
+namespace {
+
+constexpr std::pair<DType, DType> kPairs[] = {
+    {DType::kF32, DType::kF32},  {DType::kF32, DType::kBF16}, {DType::kBF16, DType::kF32},
+    {DType::kBF16, DType::kBF16}, {DType::kF64, DType::kF64}};
+
+TEST(ElementwiseTest, AddsMixedDtypesWithOneRounding) {
+  for (const auto& [da, db] : kPairs) {
+    for (const int64_t n : {0, 1, 1023, 70001}) {
+      Context ctx = OpContext();
+      const Vec a = Normal(n, 1, da), b = Normal(n, 2, db);
+      Tensor ta = FromVec(ctx, {n}, da, a);
+      const Tensor tb = FromVec(ctx, {n}, db, b);
+      Vec sum = a;
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += b[i];
+      if (da != DType::kF64) sum = RoundedTo(da, RoundedTo(DType::kF32, sum));
+      const Tensor fresh = ops::Add(ctx, ta, tb);
+      EXPECT_EQ(fresh.dtype(), da);
+      EXPECT_EQ(ToVec(fresh), sum);
+      EXPECT_TRUE(SameBits(ops::ResidualAdd(ctx, ta, tb), fresh));
+      EXPECT_EQ(ToVec(ta), a);
+      ops::AddInto(ctx, ta, tb);
+      EXPECT_EQ(ToVec(ta), sum);
+    }
+  }
+}
+
+TEST(ElementwiseTest, CastsBetweenAllFloatDtypes) {
+  for (const DType from : kFloatDtypes) {
+    for (const DType to : kFloatDtypes) {
+      Context ctx = OpContext();
+      const Vec x = Normal(33003, 1, from);
+      const Tensor in = FromVec(ctx, {3, 11001}, from, x);
+      const Tensor out = ops::Cast(ctx, in, to);
+      EXPECT_EQ(out.dtype(), to);
+      EXPECT_EQ(out.shape(), in.shape());
+      EXPECT_EQ(ToVec(out), RoundedTo(to, ToVec(in)));
+      EXPECT_NE(out.raw(), in.raw());
+    }
+  }
+}
+
+TEST(ElementwiseTest, ScaleAndFill) {
+  for (const DType dtype : kFloatDtypes) {
+    Context ctx = OpContext();
+    const Vec x = Normal(40001, 1, dtype);
+    Tensor t = FromVec(ctx, {40001}, dtype, x);
+    ops::Scale(ctx, t, -0.5);
+    Vec expected = x;
+    for (double& v : expected) v *= -0.5;
+    EXPECT_EQ(ToVec(t), expected);
+    ops::Fill(ctx, t, 1.5);
+    EXPECT_EQ(ToVec(t), Vec(40001, 1.5));
+  }
+}
+
+TEST(ElementwiseTest, AddsRowsInOrder) {
+  for (const DType dtype : {DType::kF32, DType::kF64}) {
+    Context ctx = OpContext();
+    const Vec rows = Normal(5 * 1500, 1), before = Normal(1500, 2);
+    Tensor dst = FromVec(ctx, {1500}, dtype, before);
+    ops::AddRowsInto(ctx, dst, FromVec(ctx, {5, 1500}, dtype, rows));
+    Vec expected = before;
+    for (size_t i = 0; i < rows.size(); ++i) expected[i % 1500] += rows[i];
+    EXPECT_LE(RelRms(ToVec(dst), expected), Bound(dtype, expected));
+    const Vec now = ToVec(dst);
+    ops::AddRowsInto(ctx, dst, ctx.Empty({0, 1500}, dtype));
+    EXPECT_EQ(ToVec(dst), now);
+  }
+}
+
+TEST(ElementwiseTest, RefusesWhatDoesNotMix) {
+  Context ctx = OpContext();
+  Tensor a = ctx.Zeros({4}, DType::kF32), b = ctx.Zeros({4}, DType::kF64);
+  EXPECT_THROW(ops::AddInto(ctx, a, b), InvalidArgument);
+  EXPECT_THROW(ops::Add(ctx, b, a), InvalidArgument);
+  EXPECT_THROW(ops::Add(ctx, a, ctx.Zeros({2, 2}, DType::kF32)), InvalidArgument);
+  EXPECT_THROW(ops::CastInto(ctx, a, b = ctx.Zeros({5}, DType::kF64)), InvalidArgument);
+  Tensor ints = ctx.Zeros({4}, DType::kI32);
+  EXPECT_THROW(ops::Scale(ctx, ints, 2), InvalidArgument);
+  EXPECT_THROW(ops::Fill(ctx, ints, 2), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace longspan::test

@@ -1,0 +1,191 @@
+#include "ops/loss/linear_cross_entropy.h"
+
+#include <cmath>
+#include <limits>
+
+#include "tests/ops/op_test.h"
+
+namespace longspan::test {
+namespace {
+
+constexpr int64_t kT = 7, kD = 33, kV = 37;
+const std::vector<int32_t> kLabels = {5, -1, 0, 36, 36, -1, 12};
+constexpr double kZLoss = 0.03;  // large enough that a wrong term fails
+constexpr double kScale = 0.37;
+
+struct Sums {
+  double loss = 0, z = 0;
+  Vec token;
+};
+
+Sums Reference(const Vec& x, const Vec& w, const std::vector<int32_t>& labels, int64_t vocab) {
+  Sums out;
+  for (size_t t = 0; t < labels.size(); ++t) {
+    out.token.push_back(0);
+    if (labels[t] < 0) continue;
+    double sum = 0, wanted = 0;
+    for (int64_t v = 0; v < vocab; ++v) {
+      double logit = 0;
+      for (size_t d = 0; d < kD; ++d) logit += x[t * kD + d] * w[static_cast<size_t>(v) * kD + d];
+      sum += std::exp(logit);
+      if (v == labels[t]) wanted = logit;
+    }
+    const double lse = std::log(sum);
+    out.token.back() = lse - wanted;
+    out.loss += lse - wanted;
+    out.z += kZLoss * lse * lse;
+  }
+  return out;
+}
+
+struct Problem {
+  Vec x, w;
+  Tensor tx, tw, labels;
+};
+
+Problem Make(Context& ctx, DType dtype) {
+  Problem p{Normal(kT * kD, 1, dtype), Normal(kV * kD, 2, dtype), {}, {}, {}};
+  for (double& v : p.w) v *= 0.25;  // exact in every dtype; logits of a few units
+  p.tx = FromVec(ctx, {kT, kD}, dtype, p.x);
+  p.tw = FromVec(ctx, {kV, kD}, dtype, p.w);
+  p.labels = IntTensor(ctx, kLabels);
+  return p;
+}
+
+TEST(LinearCrossEntropyTest, MatchesReferenceAndFiniteDifferences) {
+  for (const DType dtype : kFloatDtypes) {
+    for (const int64_t chunk : {0, 1, 3}) {
+      Context ctx = OpContext();
+      Problem p = Make(ctx, dtype);
+      const ops::LinearCrossEntropyOptions options{
+          .chunk_tokens = chunk, .z_loss = kZLoss, .want_token_losses = true};
+      const auto result = ops::LinearCrossEntropyForward(ctx, p.tx, p.tw, p.labels, options);
+      const Sums expected = Reference(p.x, p.w, kLabels, kV);
+      const double bound = dtype == DType::kF64 ? 1e-13 : 1e-6;  // logits are f32 also for bf16
+      EXPECT_EQ(result.valid, 5);
+      EXPECT_NEAR(result.loss_sum, expected.loss, bound * expected.loss);
+      EXPECT_NEAR(result.z_loss_sum, expected.z, bound * expected.z);
+      EXPECT_LE(RelRms(ToVec(result.token_losses), expected.token), bound);
+
+      const Vec before = Normal(kV * kD, 4);
+      Tensor dw = FromVec(ctx, {kV, kD}, AccumulatorOf(dtype), before);
+      const Tensor dx =
+          ops::LinearCrossEntropyBackward(ctx, result, p.tx, p.tw, p.labels, options, kScale, dw);
+      const auto f = [&] {
+        const Sums s = Reference(p.x, p.w, kLabels, kV);
+        return kScale * (s.loss + s.z);
+      };
+      const Vec dx_expected = NumericGradient(p.x, f);
+      const Vec dw_expected = NumericGradient(p.w, f);
+      Vec dw_added = ToVec(dw);
+      for (size_t i = 0; i < dw_added.size(); ++i) dw_added[i] -= before[i];
+      // In bf16 dlogits and dx are rounded once each.
+      EXPECT_LE(RelRms(ToVec(dx), dx_expected), std::max(1e-6, 1.5 * Bound(dtype, dx_expected)));
+      EXPECT_LE(RelRms(dw_added, dw_expected), std::max(2e-6, Bound(dtype, dw_expected)));
+    }
+  }
+}
+
+TEST(LinearCrossEntropyTest, SameBitsForAnyThreads) {
+  for (const DType dtype : kFloatDtypes) {
+    ExpectSameBitsForAnyThreads([&](Context& ctx) -> std::vector<Tensor> {
+      constexpr int64_t kTokens = 150, kVocab = 1501;
+      const Tensor x = FromVec(ctx, {kTokens, kD}, dtype, Normal(kTokens * kD, 1, dtype));
+      const Tensor w = FromVec(ctx, {kVocab, kD}, dtype, Normal(kVocab * kD, 2, dtype));
+      std::vector<int32_t> labels(kTokens);
+      for (size_t t = 0; t < kTokens; ++t) labels[t] = static_cast<int32_t>(t * 977 % kVocab) - 1;
+      const Tensor label = IntTensor(ctx, labels);
+      const ops::LinearCrossEntropyOptions options{.chunk_tokens = 64, .z_loss = kZLoss};
+      const auto result = ops::LinearCrossEntropyForward(ctx, x, w, label, options);
+      Tensor dw = FromVec(ctx, {kVocab, kD}, AccumulatorOf(dtype), Normal(kVocab * kD, 3));
+      const Tensor dx =
+          ops::LinearCrossEntropyBackward(ctx, result, x, w, label, options, kScale, dw);
+      return {result.lse, dx, dw, FromVec(ctx, {1}, DType::kF64, {result.loss_sum}),
+              FromVec(ctx, {1}, DType::kF64, {result.z_loss_sum})};
+    });
+  }
+}
+
+// The point of the op: a large vocabulary costs the logits of one chunk, never of all tokens.
+TEST(LinearCrossEntropyTest, FullLogitsNeverExist) {
+  constexpr int64_t kTokens = 2048, kVocab = 2000, kChunk = 64;
+  Context ctx({.device = {}, .threads = 1});
+  const Tensor x = FromVec(ctx, {kTokens, kD}, DType::kF32, Normal(kTokens * kD, 1));
+  const Tensor w = FromVec(ctx, {kVocab, kD}, DType::kF32, Normal(kVocab * kD, 2));
+  Tensor dw = ctx.Zeros({kVocab, kD}, DType::kF32);
+  const Tensor labels = IntTensor(ctx, std::vector<int32_t>(kTokens, 3));
+  const size_t before = ctx.allocator().used_bytes();
+  const ops::LinearCrossEntropyOptions options{.chunk_tokens = kChunk};
+  const auto saved = ops::LinearCrossEntropyForward(ctx, x, w, labels, options);
+  ops::LinearCrossEntropyBackward(ctx, saved, x, w, labels, options, 1, dw);
+  EXPECT_LT(ctx.allocator().peak_bytes() - before, size_t{4} * kTokens * kVocab / 4);
+  EXPECT_EQ(ops::AutoChunkTokens(32768) * 32768 * 4, int64_t{32} << 20);
+  EXPECT_EQ(ops::AutoChunkTokens(10'000'000), 64);
+}
+
+TEST(LinearCrossEntropyTest, NoLabelsAndNoTokens) {
+  for (const DType dtype : kFloatDtypes) {
+    for (const int64_t tokens : {int64_t{0}, kT}) {
+      Context ctx = OpContext();
+      const Tensor x = FromVec(ctx, {tokens, kD}, dtype, Normal(tokens * kD, 1, dtype));
+      const Tensor w = FromVec(ctx, {kV, kD}, dtype, Normal(kV * kD, 2, dtype));
+      const Tensor labels = IntTensor(ctx, std::vector<int32_t>(static_cast<size_t>(tokens), -1));
+      const Vec before = Normal(kV * kD, 3);
+      Tensor dw = FromVec(ctx, {kV, kD}, AccumulatorOf(dtype), before);
+      const auto result = ops::LinearCrossEntropyForward(ctx, x, w, labels, {.z_loss = kZLoss});
+      const Tensor dx = ops::LinearCrossEntropyBackward(ctx, result, x, w, labels, {}, 1, dw);
+      EXPECT_EQ(result.valid, 0);
+      EXPECT_EQ(result.loss_sum, 0);
+      EXPECT_EQ(result.z_loss_sum, 0);
+      EXPECT_FALSE(result.token_losses.defined());
+      EXPECT_EQ(ToVec(result.lse), Vec(static_cast<size_t>(tokens)));
+      EXPECT_EQ(ToVec(dx), Vec(static_cast<size_t>(tokens * kD)));
+      EXPECT_EQ(ToVec(dw), before);
+    }
+  }
+}
+
+TEST(LinearCrossEntropyTest, LargeLogitsDoNotOverflow) {
+  Context ctx = OpContext();
+  Problem p = Make(ctx, DType::kF32);
+  for (double& v : p.x) v *= 1000;
+  const auto result = ops::LinearCrossEntropyForward(
+      ctx, FromVec(ctx, {kT, kD}, DType::kF32, p.x), p.tw, p.labels, {});
+  EXPECT_TRUE(std::isfinite(result.loss_sum));
+  EXPECT_GT(result.loss_sum, 100);
+}
+
+TEST(LinearCrossEntropyTest, ALogitThatIsNotFiniteShowsInTheLoss) {
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(),
+                           std::numeric_limits<double>::infinity()}) {
+    Context ctx = OpContext();
+    Problem p = Make(ctx, DType::kF32);
+    p.x[6 * kD + 4] = bad;
+    const auto result = ops::LinearCrossEntropyForward(
+        ctx, FromVec(ctx, {kT, kD}, DType::kF32, p.x), p.tw, p.labels, {});
+    EXPECT_FALSE(std::isfinite(result.loss_sum));
+  }
+}
+
+TEST(LinearCrossEntropyTest, NamesTheLabelThatIsOutOfRange) {
+  Context ctx = OpContext();
+  Problem p = Make(ctx, DType::kF32);
+  for (const int32_t bad : {-2, 37}) {
+    std::vector<int32_t> labels = kLabels;
+    labels[3] = bad;
+    try {
+      ops::LinearCrossEntropyForward(ctx, p.tx, p.tw, IntTensor(ctx, labels), {});
+      ADD_FAILURE() << "label " << bad << " was accepted";
+    } catch (const InvalidArgument& e) {
+      EXPECT_NE(std::string(e.what()).find(Str("token 3 has label ", bad)), std::string::npos)
+          << e.what();
+    }
+  }
+  EXPECT_THROW(ops::LinearCrossEntropyForward(ctx, p.tx, p.tw, p.labels, {.z_loss = -1}),
+               InvalidArgument);
+  EXPECT_THROW(ops::LinearCrossEntropyForward(ctx, p.tx, p.tw, IntTensor(ctx, {1}), {}),
+               InvalidArgument);
+}
+
+}  // namespace
+}  // namespace longspan::test
