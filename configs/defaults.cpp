@@ -1,0 +1,109 @@
+#include "configs/defaults.h"
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+#include "ops/core/error.h"
+
+namespace longspan::configs {
+namespace {
+
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
+
+void SetDefault(const FieldDescriptor* field, Message* message) {
+  const auto& reflection = *message->GetReflection();
+  switch (field->cpp_type()) {
+    case FieldDescriptor::CPPTYPE_INT64:
+      return reflection.SetInt64(message, field, field->default_value_int64());
+    case FieldDescriptor::CPPTYPE_DOUBLE:
+      return reflection.SetDouble(message, field, field->default_value_double());
+    case FieldDescriptor::CPPTYPE_BOOL:
+      return reflection.SetBool(message, field, field->default_value_bool());
+    case FieldDescriptor::CPPTYPE_ENUM:
+      return reflection.SetEnum(message, field, field->default_value_enum());
+    case FieldDescriptor::CPPTYPE_STRING:
+      return reflection.SetString(message, field, field->default_value_string());
+    default:
+      throw ConfigError(Str("the schema's field ", field->full_name(), " has an unexpected type"));
+  }
+}
+
+void FillStaticDefaults(Message* message) {
+  const auto& reflection = *message->GetReflection();
+  for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
+    const FieldDescriptor* field = message->GetDescriptor()->field(i);
+    if (field->is_repeated()) {
+      for (int k = 0; k < reflection.FieldSize(*message, field); ++k) {
+        FillStaticDefaults(reflection.MutableRepeatedMessage(message, field, k));
+      }
+      continue;
+    }
+    const bool absent = !reflection.HasField(*message, field);
+    if (absent && field->real_containing_oneof() != nullptr) continue;
+    if (field->message_type() != nullptr) {
+      FillStaticDefaults(reflection.MutableMessage(message, field));
+    } else if (absent && field->has_default_value()) {
+      SetDefault(field, message);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t HeadDim(const Model& model) {
+  return model.has_head_dim() ? model.head_dim() : model.hidden_size() / model.num_heads();
+}
+
+Precision ResidualDtype(const Config& config) {
+  return config.model().has_residual_dtype() ? config.model().residual_dtype()
+                                             : config.run().precision();
+}
+
+int64_t HeadStep(const S2Pattern& s2, int64_t num_kv_heads) {
+  if (s2.has_head_step()) return s2.head_step();
+  return std::max<int64_t>(1, s2.stride_blocks() / num_kv_heads);
+}
+
+int64_t DecaySteps(const WsdSchedule& wsd, int64_t run_steps) {
+  if (wsd.has_decay_steps()) return wsd.decay_steps();
+  return std::max<int64_t>(1, std::llround(wsd.decay_fraction() * static_cast<double>(run_steps)));
+}
+
+std::vector<int> LayerMixers(const Model& model) {
+  std::vector<int> tile;
+  std::istringstream names(model.layers());
+  for (std::string name; names >> name;) {
+    const auto it = std::find_if(model.mixer().begin(), model.mixer().end(),
+                                 [&](const Mixer& mixer) { return mixer.name() == name; });
+    if (it == model.mixer().end()) {
+      throw ConfigError(Str("model.layers names '", name, "', which is no mixer"));
+    }
+    tile.push_back(static_cast<int>(it - model.mixer().begin()));
+  }
+  if (tile.empty()) throw ConfigError("model.layers names no mixer");
+  std::vector<int> layers(model.num_layers());
+  for (size_t i = 0; i < layers.size(); ++i) layers[i] = tile[i % tile.size()];
+  return layers;
+}
+
+void FillDefaults(Config& config) {
+  FillStaticDefaults(&config);
+  Model& model = *config.mutable_model();
+  model.set_head_dim(HeadDim(model));
+  model.set_residual_dtype(ResidualDtype(config));
+  for (Mixer& mixer : *model.mutable_mixer()) {
+    if (!mixer.softmax().has_s2() || mixer.softmax().s2().homogeneous()) continue;
+    S2Pattern& s2 = *mixer.mutable_softmax()->mutable_s2();
+    s2.set_head_step(HeadStep(s2, model.num_kv_heads()));
+  }
+  if (config.schedule().has_wsd()) {
+    WsdSchedule& wsd = *config.mutable_schedule()->mutable_wsd();
+    if (wsd.decay_length_case() == WsdSchedule::DECAY_LENGTH_NOT_SET) {
+      wsd.set_decay_fraction(wsd.decay_fraction());
+    }
+  }
+}
+
+}  // namespace longspan::configs

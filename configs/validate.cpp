@@ -1,0 +1,381 @@
+#include "configs/validate.h"
+
+#include <algorithm>
+#include <bit>
+#include <cctype>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <sstream>
+
+#include "configs/defaults.h"
+#include "configs/fields.h"
+#include "ops/core/error.h"
+
+namespace longspan::configs {
+namespace {
+
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
+using google::protobuf::OneofDescriptor;
+using Problems = std::vector<Problem>;
+
+// Bounds are doubles in the schema; most are whole numbers of up to 13 digits.
+std::string FormatNumber(double value) {
+  std::ostringstream out;
+  out.precision(15);
+  out << value;
+  return out.str();
+}
+
+std::string DescribeRule(const FieldDescriptor& field, const Rule& rule) {
+  std::vector<std::string> bounds;
+  if (rule.has_min() && rule.has_max()) {
+    bounds.push_back(Str("from ", FormatNumber(rule.min()), " to ", FormatNumber(rule.max())));
+  } else if (rule.has_min()) {
+    bounds.push_back("at least " + FormatNumber(rule.min()));
+  }
+  if (rule.has_above()) bounds.push_back("above " + FormatNumber(rule.above()));
+  if (rule.has_max() && !rule.has_min()) bounds.push_back("at most " + FormatNumber(rule.max()));
+  if (rule.has_below()) bounds.push_back("below " + FormatNumber(rule.below()));
+  std::string text = ValueKind(field);
+  for (size_t i = 0; i < bounds.size(); ++i) text += (i == 0 ? " " : " and ") + bounds[i];
+  return text;
+}
+
+void CheckNumber(const FieldDescriptor& field, const std::string& path, double value,
+                 const std::string& printed, Problems& problems) {
+  const Rule& rule = field.options().GetExtension(configs::rule);
+  // Written so that NaN fails.
+  const bool good = std::isfinite(value) && (!rule.has_min() || value >= rule.min()) &&
+                    (!rule.has_above() || value > rule.above()) &&
+                    (!rule.has_max() || value <= rule.max()) &&
+                    (!rule.has_below() || value < rule.below());
+  if (good) return;
+  problems.push_back(
+      {path, Str(printed, " is out of range (use ", DescribeRule(field, rule), ")")});
+}
+
+void CheckSingle(const Message& message, const FieldDescriptor& field, const std::string& path,
+                 Problems& problems) {
+  const auto& reflection = *message.GetReflection();
+  const bool required = field.options().GetExtension(configs::rule).required();
+  if (required && !reflection.HasField(message, &field)) {
+    problems.push_back({path, Str("is missing (give ", ValueKind(field), ")")});
+    return;
+  }
+  if (!reflection.HasField(message, &field)) return;
+  if (field.cpp_type() == FieldDescriptor::CPPTYPE_INT64) {
+    const int64_t value = reflection.GetInt64(message, &field);
+    CheckNumber(field, path, static_cast<double>(value), Str(value), problems);
+  } else if (field.cpp_type() == FieldDescriptor::CPPTYPE_DOUBLE) {
+    const double value = reflection.GetDouble(message, &field);
+    CheckNumber(field, path, value, FormatNumber(value), problems);
+  } else if (field.cpp_type() == FieldDescriptor::CPPTYPE_STRING && required &&
+             reflection.GetString(message, &field).empty()) {
+    problems.push_back({path, "is empty (give a text)"});
+  }
+}
+
+// Applies the rules of the schema to every field of `message`. `path` has positions.
+void CheckRules(const Message& message, const std::string& path, Problems& problems) {
+  const auto& reflection = *message.GetReflection();
+  for (int i = 0; i < message.GetDescriptor()->field_count(); ++i) {
+    const FieldDescriptor& field = *message.GetDescriptor()->field(i);
+    const std::string field_path = JoinPath(path, field.name());
+    if (field.is_repeated()) {
+      const int size = reflection.FieldSize(message, &field);
+      if (size == 0 && field.options().GetExtension(configs::rule).required()) {
+        problems.push_back({field_path, Str("is missing (give at least one)")});
+      }
+      for (int k = 0; k < size; ++k) {
+        CheckRules(reflection.GetRepeatedMessage(message, &field, k), ElementPath(field_path, k),
+                   problems);
+      }
+    } else if (field.message_type() == nullptr) {
+      CheckSingle(message, field, field_path, problems);
+    } else if (field.real_containing_oneof() == nullptr || reflection.HasField(message, &field)) {
+      // An absent message is checked too: what it must contain is missing.
+      CheckRules(reflection.GetMessage(message, &field), field_path, problems);
+    }
+  }
+  for (int i = 0; i < message.GetDescriptor()->real_oneof_decl_count(); ++i) {
+    const OneofDescriptor& oneof = *message.GetDescriptor()->oneof_decl(i);
+    if (oneof.options().GetExtension(choice) && !reflection.HasOneof(message, &oneof)) {
+      problems.push_back(
+          {path, Str("no ", oneof.name(), " is chosen (give one of ", MemberNames(oneof), ")")});
+    }
+  }
+}
+
+// The multiples of `unit` around `value`.
+std::string NearestMultiples(int64_t value, int64_t unit) {
+  const int64_t below = value / unit * unit;
+  return below > 0 ? Str(below, " or ", below + unit) : Str(unit);
+}
+
+void CheckRun(const Config& config, Problems& problems) {
+  const Run& run = config.run();
+  const Parallel& parallel = config.parallel();
+  const int64_t context = run.context_length();
+  if (parallel.cp() > 1) {
+    const bool zigzag = parallel.placement() == Parallel::ZIGZAG;
+    const int64_t unit = (zigzag ? 128 : 64) * parallel.cp();
+    if (context % unit != 0) {
+      problems.push_back({"run.context_length",
+                          Str(context, " does not split into whole blocks for placement ",
+                              zigzag ? "ZIGZAG" : "CONTIGUOUS", " on ", parallel.cp(),
+                              " context-parallel ranks (use a multiple of ", unit, ", such as ",
+                              NearestMultiples(context, unit), ", or change parallel.cp)")});
+    }
+  }
+  const int64_t unit = context * run.micro_batch_rows() * parallel.dp();
+  if (run.global_batch_tokens() % unit != 0) {
+    problems.push_back(
+        {"run.global_batch_tokens",
+         Str(run.global_batch_tokens(), " is not a multiple of context_length ", context,
+             " x micro_batch_rows ", run.micro_batch_rows(), " x parallel.dp ", parallel.dp(),
+             " (use ", NearestMultiples(run.global_batch_tokens(), unit), ")")});
+  }
+}
+
+std::string Divisors(int64_t value) {
+  std::vector<std::string> divisors;
+  for (int64_t d = 1; d <= value; ++d) {
+    if (value % d == 0) divisors.push_back(std::to_string(d));
+  }
+  return JoinNames(divisors);
+}
+
+void CheckHeads(const Config& config, Problems& problems) {
+  const Model& model = config.model();
+  if (model.num_heads() % model.num_kv_heads() != 0) {
+    problems.push_back({"model.num_kv_heads",
+                        Str(model.num_kv_heads(), " does not divide num_heads ", model.num_heads(),
+                            " (use one of ", Divisors(model.num_heads()), ")")});
+  }
+  if (!model.has_head_dim() && model.hidden_size() % model.num_heads() != 0) {
+    problems.push_back(
+        {"model.head_dim", Str("is missing, and hidden_size ", model.hidden_size(),
+                               " is not a multiple of num_heads ", model.num_heads(),
+                               " (give head_dim, or another hidden_size or num_heads)")});
+    return;
+  }
+  const FieldDescriptor& head_dim = *Model::descriptor()->FindFieldByName("head_dim");
+  if (HeadDim(model) % 2 != 0) {
+    problems.push_back({"model.head_dim", Str(HeadDim(model), " is odd (RoPE needs an even one: ",
+                                              "use ", HeadDim(model) + 1, ")")});
+  } else {  // a given value has been checked, a derived one has not
+    CheckNumber(head_dim, "model.head_dim", static_cast<double>(HeadDim(model)),
+                Str(HeadDim(model)), problems);
+  }
+}
+
+void CheckPrecision(const Config& config, Problems& problems) {
+  const Precision precision = config.run().precision();
+  if (precision == F64 && config.run().device() == Run::CUDA) {
+    problems.push_back({"run.precision", "F64 exists on the CPU only (use F32 or BF16 on CUDA)"});
+  }
+  const Precision residual = ResidualDtype(config);
+  const bool widened = precision == BF16 && residual == F32;
+  if (residual != precision && !widened) {
+    problems.push_back({"model.residual_dtype",
+                        Str(Precision_Name(residual), " does not go with run.precision ",
+                            Precision_Name(precision), " (use ",
+                            precision == BF16 ? "BF16 or F32" : Precision_Name(precision), ")")});
+  }
+}
+
+bool IsMixerName(const std::string& name) {
+  const auto in_name = [](unsigned char c) {
+    return c < 128 && (std::isalnum(c) || c == '_' || c == '-');
+  };
+  return !name.empty() && std::isalpha(static_cast<unsigned char>(name[0])) &&
+         std::all_of(name.begin(), name.end(), in_name);
+}
+
+void CheckLayers(const Model& model, Problems& problems) {
+  std::set<std::string> known;
+  for (int i = 0; i < model.mixer_size(); ++i) {
+    const std::string& name = model.mixer(i).name();
+    const std::string path = ElementPath("model.mixer", i) + ".name";
+    if (name.empty()) continue;
+    if (!IsMixerName(name)) {
+      problems.push_back({path, Str("'", name,
+                                    "' is not a usable name (use letters, digits, '_' "
+                                    "and '-', starting with a letter)")});
+    } else if (!known.insert(name).second) {
+      problems.push_back({path, Str("'", name, "' is the name of an earlier mixer (rename one)")});
+    }
+  }
+  if (model.layers().empty() || known.empty()) return;
+
+  const std::string all = JoinNames({known.begin(), known.end()});
+  std::set<std::string> used;
+  std::istringstream names(model.layers());
+  int64_t position = 0;
+  for (std::string name; names >> name; ++position) {
+    if (!used.insert(name).second || known.count(name) != 0) continue;
+    problems.push_back(
+        {"model.layers", Str("'", name, "' is no mixer (use the names of mixers: ", all, ")")});
+  }
+  if (position == 0) {
+    problems.push_back({"model.layers", Str("names no mixer (use names out of ", all, ")")});
+  }
+  if (position > model.num_layers()) {
+    problems.push_back({"model.layers", Str("has ", position, " names for num_layers ",
+                                            model.num_layers(), " (shorten it)")});
+  }
+  for (int i = 0; i < model.mixer_size(); ++i) {
+    const std::string& name = model.mixer(i).name();
+    if (!known.count(name) || used.count(name)) continue;
+    problems.push_back({ElementPath("model.mixer", i),
+                        Str("is not used by model.layers (name '", name, "' there or remove it)")});
+  }
+}
+
+// A power of two near `value`, at least 16.
+int64_t NearestPowerOfTwo(int64_t value) {
+  return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(16, value))));
+}
+
+void CheckS2(const S2Pattern& s2, int64_t num_kv_heads, const std::string& path,
+             Problems& problems) {
+  if (!std::has_single_bit(static_cast<uint64_t>(s2.block_size()))) {
+    problems.push_back({path + ".block_size", Str(s2.block_size(), " is not a power of two (use ",
+                                                  NearestPowerOfTwo(s2.block_size()), " or ",
+                                                  2 * NearestPowerOfTwo(s2.block_size()), ")")});
+  }
+  if (s2.homogeneous()) {
+    if (s2.dense_heads() > 0) {
+      problems.push_back(
+          {path + ".dense_heads", Str(s2.dense_heads(), " contradicts homogeneous: true (use 0)")});
+    }
+    if (s2.has_head_step()) {
+      problems.push_back(
+          {path + ".head_step", "has no effect with homogeneous: true (remove one of them)"});
+    }
+    return;
+  }
+  if (s2.dense_heads() > num_kv_heads) {
+    problems.push_back({path + ".dense_heads", Str(s2.dense_heads(), " exceeds model.num_kv_heads ",
+                                                   num_kv_heads, " (use at most that)")});
+    return;
+  }
+  const double coverage = S2Coverage(s2, num_kv_heads);
+  if (coverage < 1 && !s2.allow_incomplete_coverage()) {
+    problems.push_back(
+        {path + ".stride_blocks",
+         Str("the ", num_kv_heads, " kv heads together see only ",
+             std::llround(coverage * static_cast<double>(s2.stride_blocks())), " of every ",
+             s2.stride_blocks(), " far blocks, with head_step ", HeadStep(s2, num_kv_heads),
+             " (use stride_blocks of at most ", num_kv_heads,
+             " with head_step 1, or a dense head, or allow_incomplete_coverage: true)")});
+  }
+}
+
+void CheckSchedule(const Config& config, Problems& problems) {
+  const Schedule& schedule = config.schedule();
+  const int64_t steps = config.run().steps();
+  const auto check_warmup = [&](const char* shape, int64_t warmup) {
+    if (warmup < steps) return;
+    problems.push_back({Str("schedule.", shape, ".warmup_steps"),
+                        Str(warmup, " leaves no step after warm-up in run.steps ", steps,
+                            " (use at most ", steps - 1, ")")});
+  };
+  if (schedule.has_cosine()) check_warmup("cosine", schedule.cosine().warmup_steps());
+  if (schedule.has_constant()) check_warmup("constant", schedule.constant().warmup_steps());
+  if (schedule.has_wsd()) {
+    const WsdSchedule& wsd = schedule.wsd();
+    const int64_t decay = DecaySteps(wsd, steps);
+    if (wsd.warmup_steps() + decay > steps) {
+      problems.push_back({"schedule.wsd.warmup_steps",
+                          Str(wsd.warmup_steps(), " and ", decay,
+                              " steps of decay are more than run.steps ", steps, " (use at most ",
+                              std::max<int64_t>(0, steps - decay), ", or a shorter decay)")});
+    }
+  }
+}
+
+void CheckSavingAndEvaluation(const Config& config, Problems& problems) {
+  const Checkpoint& checkpoint = config.checkpoint();
+  if (checkpoint.keep_every() > 0) {
+    if (checkpoint.every_steps() == 0) {
+      problems.push_back({"checkpoint.keep_every",
+                          "has no effect while every_steps is 0 (give every_steps, or use 0)"});
+    } else if (checkpoint.keep_every() % checkpoint.every_steps() != 0) {
+      problems.push_back(
+          {"checkpoint.keep_every",
+           Str(checkpoint.keep_every(), " is not a multiple of every_steps ",
+               checkpoint.every_steps(), " (use ",
+               NearestMultiples(checkpoint.keep_every(), checkpoint.every_steps()), ")")});
+    }
+  }
+  if (config.evaluation().every_steps() > 0 && config.data().validation_size() == 0) {
+    problems.push_back(
+        {"evaluation.every_steps", "needs a validation dataset (give data.validation, or use 0)"});
+  }
+  for (int i = 0; i < config.data().validation_size(); ++i) {
+    if (config.evaluation().rows() > 0 || config.data().validation(i).weight() == 1) continue;
+    problems.push_back({ElementPath("data.validation", i) + ".weight",
+                        "has no effect while evaluation.rows is 0 (give evaluation.rows, or use "
+                        "weight 1)"});
+  }
+}
+
+}  // namespace
+
+double S2Coverage(const S2Pattern& s2, int64_t num_kv_heads) {
+  if (s2.dense_heads() > 0) return 1;
+  const int64_t stride = s2.stride_blocks();
+  const int64_t step = HeadStep(s2, num_kv_heads);
+  std::set<int64_t> residues;
+  for (int64_t h = 0; h < num_kv_heads; ++h) {
+    // A head that adds step and offset to the block index sees the blocks that complete a stride.
+    residues.insert((s2.homogeneous() ? 0 : h * step + s2.head_offset()) % stride);
+  }
+  return static_cast<double>(residues.size()) / static_cast<double>(stride);
+}
+
+std::vector<Problem> Validate(const Config& config) {
+  Problems problems;
+  CheckRules(config, "", problems);
+  // A combination is checked only when each of its fields is in order by itself: otherwise it would
+  // divide by zero, or complain twice about one mistake.
+  std::set<std::string> wrong;
+  for (const Problem& problem : problems) wrong.insert(problem.field);
+  const auto good = [&](std::initializer_list<const char*> fields) {
+    return std::none_of(fields.begin(), fields.end(),
+                        [&](const char* field) { return wrong.count(field) != 0; });
+  };
+  const Model& model = config.model();
+  if (good({"run.context_length", "run.micro_batch_rows", "run.global_batch_tokens", "parallel.dp",
+            "parallel.cp"})) {
+    CheckRun(config, problems);
+  }
+  if (good({"model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.head_dim"})) {
+    CheckHeads(config, problems);
+  }
+  if (good({"model.num_layers"})) CheckLayers(model, problems);
+  for (int i = 0; i < model.mixer_size(); ++i) {
+    const std::string path = ElementPath("model.mixer", i) + ".softmax.s2";
+    const bool in_order = good({"model.num_kv_heads"}) &&
+                          std::none_of(wrong.begin(), wrong.end(), [&](const std::string& field) {
+                            return field.compare(0, path.size(), path) == 0;
+                          });
+    if (model.mixer(i).softmax().has_s2() && in_order) {
+      CheckS2(model.mixer(i).softmax().s2(), model.num_kv_heads(), path, problems);
+    }
+  }
+  if (good({"run.steps", "schedule.cosine.warmup_steps", "schedule.constant.warmup_steps",
+            "schedule.wsd.warmup_steps", "schedule.wsd.decay_steps",
+            "schedule.wsd.decay_fraction"})) {
+    CheckSchedule(config, problems);
+  }
+  CheckPrecision(config, problems);
+  CheckSavingAndEvaluation(config, problems);
+  for (Problem& problem : problems) problem.field = DisplayPath(config, problem.field);
+  return problems;
+}
+
+}  // namespace longspan::configs
