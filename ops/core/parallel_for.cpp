@@ -17,11 +17,13 @@ namespace {
 
 // The shared state of one ParallelFor: a ticket counter and the first exception.
 struct Run {
-  int64_t n;
+  Run(int64_t count, const std::function<void(int64_t, int)>& body) : n(count), task(body) {}
+
+  const int64_t n;
   const std::function<void(int64_t, int)>& task;
   std::atomic<int64_t> next{0};
   std::mutex mutex;
-  std::exception_ptr error = nullptr;
+  std::exception_ptr error;
 
   void Work(int worker, Context* progress) {
     for (;;) {
@@ -50,7 +52,7 @@ int AvailableCores() {
 
 void ParallelFor(Context& ctx, int64_t n, const std::function<void(int64_t, int)>& task) {
   if (n <= 0) return;
-  Run run{.n = n, .task = task};
+  Run run(n, task);
   const int threads = static_cast<int>(std::min<int64_t>(ctx.threads(), n));
   if (threads == 1) {
     run.Work(0, &ctx);

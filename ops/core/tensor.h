@@ -103,6 +103,8 @@ class Tensor {
   Tensor Rows(int64_t begin, int64_t end) const;  // view of rows [begin, end) of dim 0
   Tensor Reshape(Shape shape) const;              // same elements, another shape
   std::string Describe() const;                   // "f32[4096, 256]" for error messages
+  // True when no other Tensor shares the memory, so that writing in place disturbs nobody.
+  bool Unique() const { return storage_.use_count() == 1; }
 
  private:
   std::shared_ptr<Storage> storage_;

@@ -11,15 +11,18 @@ namespace longspan::parallel {
 
 enum class ReduceOp { kSum, kMax, kMin };
 
-// A pending operation. Its buffers must stay alive and, until Done() or Wait(), untouched (send
-// buffers may be read). A default-constructed Work is complete.
+// A pending operation. Its buffers must stay alive and untouched until Done() is true or Wait()
+// returns (send buffers may be read). A default-constructed Work is complete. Dropping a Work that
+// is not complete is an error: `local` fails the group, `mpi` logs it.
 class Work {
  public:
   class State {  // one per implementation
    public:
     virtual ~State() = default;
-    virtual bool Done() = 0;  // makes progress, does not block
+    virtual bool Done() = 0;  // makes progress, does not block; throws CommError on failure
     virtual void Wait() = 0;  // blocks; throws CommError when the operation failed
+    // Share of the operation's pieces that have arrived, in [0, 1]; makes no progress itself.
+    virtual double CompletedFraction() const = 0;
   };
   Work() = default;
   explicit Work(std::shared_ptr<State> state) : state_(std::move(state)) {}
@@ -28,12 +31,13 @@ class Work {
     if (state_ != nullptr) state_->Wait();
     state_.reset();
   }
+  double CompletedFraction() const { return state_ == nullptr ? 1.0 : state_->CompletedFraction(); }
 
  private:
   std::shared_ptr<State> state_;
 };
 
-// One message of a grouped exchange; zero bytes are skipped on both sides.
+// One message of a grouped exchange; messages of zero bytes are skipped on both sides.
 struct Send {
   int peer;
   const void* data;
@@ -48,13 +52,17 @@ struct Recv {
 // A group of ranks that exchange tensors in host memory.
 //
 // All collectives are asynchronous: they return a Work and move while any thread of the rank is
-// inside Done, Wait or Progress. Every rank must issue the same collectives in the same order, also
-// between exchanges of different peers. Reductions have a fixed order for a given size and layout,
-// so a run repeats bit for bit. One thread of a rank at a time uses a Communicator; different
-// communicators of a process may be used from different threads.
+// inside Done, Wait or Progress of this communicator or of one related to it by Split. Every rank
+// must issue the same operations in the same order, Exchange and Split included (a rank without
+// messages calls Exchange with empty lists). Reductions have a fixed order for a given size and
+// layout and give the same bits on every rank, so a run repeats bit for bit.
 //
-// Dtypes    reductions: f32, f64, i32, i64 (sums of bf16 are refused: reduce in f32)
-// Errors    InvalidArgument for bad arguments, CommError for transport failures
+// Threads   one thread of a rank at a time uses a Communicator; different communicators of a
+//           process may be used from different threads
+// Dtypes    reductions: f32, f64, i32, i64 (bf16 is refused: reduce in f32); max and min of NaN are
+//           unspecified, so agree on a flag instead. Other collectives move any dtype
+// Errors    InvalidArgument for bad arguments, before anything is issued; CommError for transport
+//           failures and for a peer that failed
 // Devices   cpu
 class Communicator {
  public:
@@ -65,26 +73,33 @@ class Communicator {
 
   // In place: on every rank `t` becomes the element-wise reduction over ranks.
   virtual Work AllReduce(Tensor t, ReduceOp op) = 0;
-  // out [size * n, ...] receives in [n, ...] of rank r at rows [r * n, (r + 1) * n).
+  // out [size * n, ...] receives in [n, ...] of rank r at rows [r * n, (r + 1) * n). `in` may be the
+  // rows of `out` that belong to this rank; any other overlap is refused.
   virtual Work AllGather(Tensor in, Tensor out) = 0;
   // in [size * n, ...]; out [n, ...] receives the sum over ranks of rows [rank * n, (rank + 1) * n).
+  // The tensors may not overlap. `in` is only read.
   virtual Work ReduceScatter(Tensor in, Tensor out) = 0;
   // `t` of rank `root` is copied to every rank.
   virtual Work Broadcast(Tensor t, int root) = 0;
-  // All sends and receives of one step in one call, so that no order of ranks can deadlock. Messages
-  // between a pair of ranks match in order. A rank may send to itself.
+  // All sends and receives of one step in one call, so that no order of ranks can deadlock. The
+  // n-th Exchange of one rank meets the n-th of its peers; in it, the messages between a pair of
+  // ranks match in list order and must have equal sizes. A rank may send to itself.
   virtual Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) = 0;
   virtual void Barrier() = 0;
 
-  // Moves pending operations; cheap when there are none. Kernels call it between tasks.
+  // Moves pending operations; cheap when there are none. Kernels call it between tasks. Never
+  // throws: a failure shows in Done or Wait.
   virtual void Progress() = 0;
 
   // Collective. Ranks with equal `color` (>= 0) form a new group, ordered by (key, rank).
+  // A rank with a negative color belongs to none and gets nullptr.
   virtual std::unique_ptr<Communicator> Split(int color, int key) = 0;
 
-  // Ends the job of all ranks at once after a failure of this rank only; does not return.
-  // `local` marks the group failed: every pending and later call on it throws CommError.
-  virtual void Abort(const std::string& reason) = 0;
+  // Ends the job of all ranks at once after a failure of this rank only; does not return. `mpi` ends
+  // the processes with exit code 3. `local` marks the group (and all groups related to it by Split)
+  // failed: every pending and later call on it throws CommError, and so does this call. `self` has
+  // nobody else to end: it only throws CommError.
+  [[noreturn]] virtual void Abort(const std::string& reason) = 0;
 };
 
 // Blocking helpers on single host values, for agreement between ranks.

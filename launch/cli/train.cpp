@@ -1,0 +1,136 @@
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "configs/load.h"
+#include "launch/cli/commands.h"
+#include "launch/cli/session.h"
+#include "launch/cli/signals.h"
+#include "ops/core/machine.h"
+#include "parallel/comm/counting.h"
+#include "parallel/mesh/device_mesh.h"
+#include "trainer/from_config.h"
+#include "trainer/loop.h"
+
+namespace longspan::launch {
+namespace {
+
+struct TrainArguments {
+  std::string config;
+  std::vector<std::string> sets;
+  trainer::RunSettings run;
+  bool json = false;
+};
+
+// The sum of what all ranks reach at the same time, so that ranks which share cores do not count
+// them twice.
+double PeakFlops(Context& ctx, parallel::Communicator& world, DType dtype) {
+  world.Barrier();
+  const MachinePeaks peaks = MeasurePeaks(ctx);
+  const double mine = dtype == DType::kBF16 ? peaks.bf16_gflops : peaks.f32_gflops;
+  // f64 halves the lanes of f32.
+  const double local = dtype == DType::kF64 ? mine / 2 : mine;
+  return parallel::AllReduceValue(world, local, parallel::ReduceOp::kSum) * 1e9;
+}
+
+void PrintStart(const trainer::TrainOptions& o, const TrainArguments& a, int threads) {
+  const double millions = static_cast<double>(trainer::CountParameters(o.model)) * 1e-6;
+  std::printf(
+      "longspan: %.2fM parameters, %s, context %lld, %lld tokens a step (%lld x %lld rows), "
+      "dp %lld x cp %lld (%s, %s), %d threads a rank, run directory %s\n",
+      millions, ToString(o.model.compute), static_cast<long long>(o.context_length),
+      static_cast<long long>(o.global_batch_tokens), static_cast<long long>(o.accumulation()),
+      static_cast<long long>(o.dp * o.micro_batch_rows), static_cast<long long>(o.dp),
+      static_cast<long long>(o.cp), ToString(o.placement), ToString(o.strategy), threads,
+      a.run.run_directory.c_str());
+  std::fflush(stdout);
+}
+
+void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
+  if (a.json) {
+    nlohmann::json j = {{"step", s.step},
+                        {"stopped", s.stopped},
+                        {"loss", s.last_loss},
+                        {"validation_loss", nullptr},
+                        {"seconds", s.seconds},
+                        {"tokens_per_s", s.tokens_per_s},
+                        {"skipped_steps", s.skipped_steps},
+                        {"attention_share", s.attention_share},
+                        {"wait_share", s.wait_share},
+                        {"run_directory", a.run.run_directory.string()}};
+    if (s.validation_loss.has_value()) j["validation_loss"] = *s.validation_loss;
+    std::printf("%s\n", j.dump().c_str());
+    return;
+  }
+  std::printf("%s at step %lld: loss %.4f", s.stopped ? "stopped and saved" : "done",
+              static_cast<long long>(s.step), s.last_loss);
+  if (s.validation_loss.has_value()) std::printf(", validation loss %.4f", *s.validation_loss);
+  std::printf(" nats/token; %.0f tokens/s, %.0f %% of the time in attention, %.0f %% waiting for "
+              "other ranks",
+              s.tokens_per_s, 100 * s.attention_share, 100 * s.wait_share);
+  if (s.skipped_steps > 0) {
+    std::printf("; %lld steps skipped", static_cast<long long>(s.skipped_steps));
+  }
+  std::printf("\n");
+}
+
+void Train(parallel::Bootstrap& job, TrainArguments a) {
+  const configs::LoadedConfig loaded = configs::Load(a.config, a.sets);
+  const trainer::TrainOptions options = trainer::OptionsFromConfig(loaded, job.size());
+  if (a.run.run_directory.empty()) {
+    a.run.run_directory = std::filesystem::path("runs") / std::filesystem::path(a.config).stem();
+  }
+  a.run.config_text = loaded.resolved_text();
+  a.run.stop_requested = StopRequested;
+  if (a.json) a.run.quiet = true;
+
+  parallel::CountingCommunicator world(job.world());
+  parallel::DeviceMesh mesh(
+      world, {.dp = static_cast<int>(options.dp), .cp = static_cast<int>(options.cp)});
+  Context ctx(ContextOptions{.threads = options.threads > 0 ? options.threads : job.threads(),
+                             .deterministic = options.deterministic});
+  ctx.SetProgress([&] {
+    mesh.axis("cp").Progress();
+    mesh.world().Progress();
+  });
+  a.run.peak_flops = PeakFlops(ctx, world, options.model.compute);
+  if (job.rank() == 0 && !a.run.quiet) PrintStart(options, a, ctx.threads());
+  CatchStopSignals();
+  const trainer::RunSummary summary = trainer::RunTraining(ctx, mesh, world, options, a.run);
+  if (job.rank() == 0) PrintSummary(summary, a);
+}
+
+}  // namespace
+
+void AddTrainCommand(CLI::App& root, int* exit_code) {
+  auto a = std::make_shared<TrainArguments>();
+  CLI::App* command = root.add_subcommand(
+      "train", "Pretrain or fine-tune; run it plainly or under launch/mpirun.sh");
+  command->add_option("config", a->config, "Configuration in protobuf text format")->required();
+  command
+      ->add_option("--set", a->sets,
+                   "Override a field: path.to.field=value, repeatable; "
+                   "model.mixer[NAME].softmax.s2.stride_blocks=8 addresses a mixer by name")
+      ->take_all()
+      ->allow_extra_args(false);
+  command->add_option("--run-dir", a->run.run_directory,
+                      "Where checkpoints, metrics and logs go (default runs/<config name>)");
+  command->add_option("--resume", a->run.resume,
+                      "auto: continue the run directory if it has checkpoints (default); never: "
+                      "refuse if it has; or a checkpoint's path or step number");
+  command->add_option("--init-from", a->run.init_from,
+                      "Start a new run from the weights of this checkpoint or run directory");
+  command->add_flag("--json", a->json, "Print one JSON object at the end and no progress");
+  command
+      ->add_option("--checkpoint-bytes-per-second", a->run.checkpoint_bytes_per_second,
+                   "Slow checkpoint writing down, to test interruptions (0 = full speed)")
+      ->group("Testing");
+  command->callback([a, exit_code] {
+    *exit_code = RunSession([&](parallel::Bootstrap& job) { Train(job, *a); });
+  });
+}
+
+}  // namespace longspan::launch

@@ -1,0 +1,30 @@
+#pragma once
+#include "ops/autograd/parameter.h"
+#include "ops/autograd/tape.h"
+#include "ops/loss/linear_cross_entropy.h"
+#include "ops/rope/rope.h"
+
+namespace longspan::autograd {
+
+// The ops of ops/ as entries of a tape, one entry a call. Shapes, dtypes and numerics are those of
+// the op named; parameter gradients are added, activation gradients flow through Var.
+
+Var Linear(Tape& tape, const Var& x, const Parameter& w);                    // gemm.h: x w^T
+Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype);
+Var RmsNorm(Tape& tape, const Var& x, const Parameter& w, double eps);
+Var Rope(Tape& tape, const Var& x, const ops::RopeTable& table);
+Var SwiGlu(Tape& tape, const Var& gate, const Var& up);
+Var Gelu(Tape& tape, const Var& x);
+Var Reshape(Tape& tape, const Var& x, Shape shape);
+Var Cast(Tape& tape, const Var& x, DType dtype);
+// x + branch in the dtype of x (the residual stream may be wider than the branch).
+Var ResidualAdd(Tape& tape, const Var& x, const Var& branch);
+
+// The root of a training step: sums of losses in nats, and an entry that starts the backward pass
+// with d(loss_sum + z_loss_sum) = `scale`.
+ops::LinearCrossEntropyResult LinearCrossEntropy(Tape& tape, const Var& x, const Parameter& w,
+                                                 const Tensor& labels,
+                                                 const ops::LinearCrossEntropyOptions& options,
+                                                 double scale = 1.0);
+
+}  // namespace longspan::autograd

@@ -1,0 +1,21 @@
+#include <immintrin.h>
+
+#include "ops/core/cpu/peak_kernels.h"
+
+namespace longspan::avx512_bf16 {
+
+float DotLoop(long iterations) {
+  __m512 a[24];
+  for (int i = 0; i < 24; ++i) a[i] = _mm512_set1_ps(static_cast<float>(i));
+  const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1e-3f), _mm512_set1_ps(2e-3f));
+  const __m512bh y = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(-0.5f));
+  for (long n = 0; n < iterations; ++n) {
+#pragma GCC unroll 24
+    for (int i = 0; i < 24; ++i) a[i] = _mm512_dpbf16_ps(a[i], x, y);
+  }
+  __m512 sum = a[0];
+  for (int i = 1; i < 24; ++i) sum = _mm512_add_ps(sum, a[i]);
+  return _mm512_reduce_add_ps(sum);
+}
+
+}  // namespace longspan::avx512_bf16

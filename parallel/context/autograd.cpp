@@ -1,0 +1,26 @@
+#include "parallel/context/autograd.h"
+
+namespace longspan::parallel {
+
+autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
+                               std::shared_ptr<const AttentionPlan> plan, const autograd::Var& q,
+                               const autograd::Var& k, const autograd::Var& v,
+                               const ops::AttentionOptions& options) {
+  Context& ctx = tape.context();
+  const auto saved =
+      ContextAttentionForward(ctx, comm, *plan, q.value(), k.value(), v.value(), options);
+  autograd::Var out(saved.o, tape.recording());
+  tape.Record([&ctx, &comm, plan = std::move(plan), q, k, v, options, saved, out] {
+    // Ranks must not differ in issuing the collectives: a missing gradient counts as zero.
+    const Tensor d_out =
+        out.grad().defined() ? out.grad() : ctx.Zeros(saved.o.shape(), saved.o.dtype());
+    const auto grads = ContextAttentionBackward(ctx, comm, *plan, d_out, q.value(), k.value(),
+                                                v.value(), saved, options);
+    q.AddGrad(ctx, grads.dq);
+    k.AddGrad(ctx, grads.dk);
+    v.AddGrad(ctx, grads.dv);
+  });
+  return out;
+}
+
+}  // namespace longspan::parallel

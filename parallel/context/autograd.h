@@ -1,0 +1,15 @@
+#pragma once
+#include <memory>
+
+#include "ops/autograd/tape.h"
+#include "parallel/context/strategy.h"
+
+namespace longspan::parallel {
+
+// ContextAttentionForward / Backward as one entry of a tape. `comm` must outlive the tape.
+autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
+                               std::shared_ptr<const AttentionPlan> plan, const autograd::Var& q,
+                               const autograd::Var& k, const autograd::Var& v,
+                               const ops::AttentionOptions& options = {});
+
+}  // namespace longspan::parallel

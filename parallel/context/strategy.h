@@ -1,0 +1,48 @@
+#pragma once
+#include "ops/attention/attention.h"
+#include "parallel/comm/communicator.h"
+#include "parallel/context/plan.h"
+
+namespace longspan::parallel {
+
+// Attention with the sequence split over the cp axis. Every rank passes its own tokens in the order
+// of its placement and gets the outputs and gradients of exactly those tokens; results do not
+// depend on placement, strategy or rank count beyond rounding.
+//
+// Shapes    q, o [T, Hq, D]; k, v [T, Hkv, D] with T = placement.local_tokens(); lse [T, Hq]
+// Dtypes    q, k, v all f32, bf16 or f64; o in that dtype; lse and travelling dK/dV f32 (f64)
+// Numerics  partial outputs are merged in f32 and rounded once; dK/dV partials travel and add in
+//           f32, in an order fixed by the plan
+// Overlap   the transfer of the next stage is in flight while a stage computes; kernels move it
+//           through ctx.Progress()
+struct ContextAttentionResult {
+  Tensor o;
+  Tensor lse;
+  // ring with P > 2: the last keys and values received [2, T, Hkv, D], where the backward pass starts
+  Tensor last_kv;
+};
+
+ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
+                                               const AttentionPlan& plan, const Tensor& q,
+                                               const Tensor& k, const Tensor& v,
+                                               const ops::AttentionOptions& options = {});
+
+struct ContextAttentionGrads {
+  Tensor dq, dk, dv;  // dtype of q
+};
+
+// `saved` is the result of the forward pass with the same plan. Collective.
+ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
+                                               const AttentionPlan& plan, const Tensor& d_out,
+                                               const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const ContextAttentionResult& saved,
+                                               const ops::AttentionOptions& options = {});
+
+// Bytes this rank sends for one forward and one backward pass, as the strategies are written.
+struct ContextTraffic {
+  int64_t forward_bytes, backward_bytes;
+};
+ContextTraffic PlannedTraffic(const AttentionPlan& plan, int64_t local_tokens, int64_t kv_heads,
+                              int64_t head_dim, DType dtype);
+
+}  // namespace longspan::parallel

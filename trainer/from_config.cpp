@@ -1,0 +1,182 @@
+#include "trainer/from_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+#include "ops/core/check.h"
+#include "parallel/context/placement.h"
+
+namespace longspan::trainer {
+namespace {
+
+DType DTypeOf(configs::Precision precision) {
+  switch (precision) {
+    case configs::BF16: return DType::kBF16;
+    case configs::F32: return DType::kF32;
+    case configs::F64: return DType::kF64;
+  }
+  return DType::kF32;
+}
+
+ops::AttentionPattern PatternFrom(const configs::Softmax& softmax) {
+  switch (softmax.pattern_case()) {
+    case configs::Softmax::kFull: return ops::AttentionPattern::Full();
+    case configs::Softmax::kWindow:
+      return ops::AttentionPattern::Window(softmax.window().window(), softmax.window().sinks());
+    case configs::Softmax::kS2: {
+      const configs::S2Pattern& p = softmax.s2();
+      ops::S2Options s2;
+      s2.block_size = p.block_size();
+      s2.local_blocks = p.local_blocks();
+      s2.stride_blocks = p.stride_blocks();
+      s2.homogeneous = p.homogeneous();
+      s2.head_step = p.has_head_step() ? p.head_step() : 0;
+      s2.head_offset = p.head_offset();
+      s2.dense_heads = p.dense_heads();
+      s2.allow_incomplete_coverage = p.allow_incomplete_coverage();
+      s2.phase = p.phase() == configs::S2Pattern::ROW ? ops::StridePhase::kRow
+                                                      : ops::StridePhase::kDocument;
+      return ops::AttentionPattern::S2(s2);
+    }
+    default: return ops::AttentionPattern::Causal();
+  }
+}
+
+ScheduleOptions ScheduleFrom(const configs::Schedule& s, int64_t steps) {
+  ScheduleOptions o;
+  switch (s.shape_case()) {
+    case configs::Schedule::kCosine:
+      o.kind = ScheduleKind::kCosine;
+      o.warmup_steps = s.cosine().warmup_steps();
+      o.final_fraction = s.cosine().final_fraction();
+      break;
+    case configs::Schedule::kWsd: {
+      const auto& w = s.wsd();
+      o.kind = ScheduleKind::kWsd;
+      o.warmup_steps = w.warmup_steps();
+      o.final_fraction = w.final_fraction();
+      o.decay_steps = w.has_decay_steps()
+                          ? w.decay_steps()
+                          : std::llround(w.decay_fraction() * static_cast<double>(steps));
+      o.decay_shape = w.decay_shape() == configs::WsdSchedule::LINEAR ? DecayShape::kLinear
+                                                                     : DecayShape::kOneMinusSqrt;
+      break;
+    }
+    default: o.warmup_steps = s.constant().warmup_steps(); break;
+  }
+  return o;
+}
+
+std::vector<DataSource> SourcesFrom(
+    const google::protobuf::RepeatedPtrField<configs::Dataset>& datasets) {
+  std::vector<DataSource> sources;
+  for (const auto& d : datasets) sources.push_back({d.path(), d.weight()});
+  return sources;
+}
+
+void FillOptions(const configs::Config& c, TrainOptions& o) {
+  const configs::Run& run = c.run();
+  o.model = ModelFromConfig(c);
+  o.seed = static_cast<uint64_t>(run.seed());
+  o.steps = run.steps();
+  o.context_length = run.context_length();
+  o.micro_batch_rows = run.micro_batch_rows();
+  o.global_batch_tokens = run.global_batch_tokens();
+  o.threads = static_cast<int>(run.threads());
+  o.deterministic = run.deterministic();
+  o.on_nonfinite =
+      run.on_nonfinite() == configs::Run::SKIP ? NonFinitePolicy::kSkip : NonFinitePolicy::kStop;
+  o.max_skipped_steps = run.max_skipped_steps();
+  o.log_every_steps = run.log_every_steps();
+  o.dp = c.parallel().dp();
+  o.cp = c.parallel().cp();
+  o.placement = c.parallel().placement() == configs::Parallel::CONTIGUOUS
+                    ? parallel::PlacementKind::kContiguous
+                    : parallel::PlacementKind::kZigzag;
+  o.strategy = c.parallel().strategy() == configs::Parallel::ALL_GATHER
+                   ? parallel::StrategyKind::kAllGather
+                   : parallel::StrategyKind::kRing;
+  o.train = SourcesFrom(c.data().train());
+  o.validation = SourcesFrom(c.data().validation());
+  o.document_mask = c.data().document_mask();
+  o.prefetch_micro_batches = static_cast<int>(c.data().prefetch_micro_batches());
+  const configs::AdamW& adamw = c.optimizer().adamw();
+  o.adamw = {adamw.lr(), adamw.beta1(), adamw.beta2(), adamw.eps(), adamw.weight_decay()};
+  o.clip_norm = c.optimizer().clip_norm();
+  o.schedule = ScheduleFrom(c.schedule(), o.steps);
+  o.checkpoint_every_steps = c.checkpoint().every_steps();
+  o.keep_last = c.checkpoint().keep_last();
+  o.keep_every = c.checkpoint().keep_every();
+  o.evaluation_every_steps = c.evaluation().every_steps();
+  o.evaluation_rows = c.evaluation().rows();
+}
+
+}  // namespace
+
+ModelOptions ModelFromConfig(const configs::Config& c) {
+  const configs::Model& m = c.model();
+  ModelOptions o;
+  o.vocab_size = m.vocab_size();
+  o.hidden_size = m.hidden_size();
+  o.num_heads = m.num_heads();
+  o.num_kv_heads = m.num_kv_heads();
+  o.head_dim = m.has_head_dim() ? m.head_dim() : m.hidden_size() / m.num_heads();
+  o.ffn_hidden_size = m.ffn_hidden_size();
+  o.mlp = m.mlp() == configs::Model::GELU ? MlpKind::kGelu : MlpKind::kSwiGlu;
+  o.norm_eps = m.norm_eps();
+  o.tie_embeddings = m.tie_embeddings();
+  o.init_std = m.init_std();
+  o.rope_theta = m.rope().theta();
+  o.z_loss = m.z_loss();
+  o.compute = DTypeOf(c.run().precision());
+  o.residual = m.has_residual_dtype() ? DTypeOf(m.residual_dtype()) : o.compute;
+  o.recompute_layers = c.run().recompute() == configs::Run::LAYER;
+  std::vector<std::string> names;
+  for (const configs::Mixer& mixer : m.mixer()) {
+    o.mixers.push_back({mixer.name(), PatternFrom(mixer.softmax())});
+    names.push_back(mixer.name());
+  }
+  std::vector<int> cycle;
+  std::istringstream words(m.layers());
+  for (std::string word; words >> word;) {
+    const auto it = std::find(names.begin(), names.end(), word);
+    LONGSPAN_CHECK(it != names.end()) << "model.layers names the unknown mixer " << word;
+    cycle.push_back(static_cast<int>(it - names.begin()));
+  }
+  LONGSPAN_CHECK(!cycle.empty()) << "model.layers is empty";
+  for (int64_t i = 0; i < m.num_layers(); ++i) {
+    o.layers.push_back(cycle[static_cast<size_t>(i) % cycle.size()]);
+  }
+  return o;
+}
+
+TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_size) {
+  const configs::Config& c = loaded.config;
+  TrainOptions options;
+  FillOptions(c, options);
+  std::vector<configs::Problem> problems;
+  if (c.run().device() != configs::Run::CPU) {
+    problems.push_back({"run.device", "CUDA is not built into this binary; use CPU"});
+  }
+  if (options.dp * options.cp != world_size) {
+    problems.push_back(
+        {"parallel.cp",
+         Str("parallel.dp = ", options.dp, " times parallel.cp = ", options.cp, " is ",
+             options.dp * options.cp, ", but the job has ", world_size,
+             world_size == 1 ? " rank" : " ranks", "; start it with launch/mpirun.sh -n ",
+             options.dp * options.cp, " or change them")});
+  }
+  const std::string placement =
+      parallel::Placement::Problem(options.placement, options.context_length, options.cp);
+  if (!placement.empty()) problems.push_back({"run.context_length", placement});
+  for (const MixerOptions& mixer : options.model.mixers) {
+    for (const std::string& text : mixer.pattern.Problems(options.model.num_kv_heads)) {
+      problems.push_back({Str("model.mixer[", mixer.name, "].softmax"), text});
+    }
+  }
+  if (!problems.empty()) configs::ThrowProblems(loaded, std::move(problems));
+  return options;
+}
+
+}  // namespace longspan::trainer

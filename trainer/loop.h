@@ -1,0 +1,46 @@
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+
+#include "parallel/comm/counting.h"
+#include "trainer/trainer.h"
+
+namespace longspan::trainer {
+
+struct RunSettings {
+  std::filesystem::path run_directory;
+  // auto: from the newest checkpoint of the run directory, if there is one; never: from the start,
+  // refused when checkpoints exist; else a checkpoint's path or the number of a step.
+  std::string resume = "auto";
+  std::string init_from;    // a checkpoint or run directory whose weights a new run starts from
+  std::string config_text;  // resolved configuration, saved with the run
+  std::function<bool()> stop_requested;  // polled once a step
+  // For tests that interrupt a save: limits the writer. 0: no limit.
+  uint64_t checkpoint_bytes_per_second = 0;
+  double peak_flops = 0;  // of all ranks together; 0: unknown, mfu is null
+  bool quiet = false;     // no progress lines
+};
+
+struct RunSummary {
+  int64_t step = 0;            // steps done
+  bool stopped = false;        // by request, before run.steps
+  double last_loss = 0;
+  std::optional<double> validation_loss;
+  double seconds = 0;          // in steps, this process
+  double tokens_per_s = 0;     // over those
+  int64_t skipped_steps = 0;
+  double attention_share = 0;  // of the time in steps, on rank 0
+  double wait_share = 0;       // waiting for other ranks
+};
+
+// Trains from where the run directory stands to options.steps, or until a stop is requested:
+// metrics, validation, checkpoints, at their cadence. Collective over mesh.world(), which must be
+// `counted`. Errors are thrown on all ranks alike where one rank can meet them alone.
+RunSummary RunTraining(Context& ctx, parallel::DeviceMesh& mesh,
+                       parallel::CountingCommunicator& counted, const TrainOptions& options,
+                       const RunSettings& settings);
+
+}  // namespace longspan::trainer

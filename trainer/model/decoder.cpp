@@ -1,0 +1,97 @@
+#include "trainer/model/decoder.h"
+
+#include "ops/autograd/recompute.h"
+#include "parallel/context/autograd.h"
+
+namespace longspan::trainer {
+namespace {
+
+using autograd::Parameter;
+using autograd::Tape;
+using autograd::Var;
+
+struct LayerParameters {
+  const Parameter *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *mlp_norm;
+};
+
+LayerParameters LayerOf(const ModelOptions& options, const ParameterStore& store, size_t layer) {
+  const std::string prefix = Str("model.layers.", layer, ".");
+  auto find = [&](const char* name) { return &store.Find(prefix + name); };
+  return {find("self_attn.q_proj.weight"),
+          find("self_attn.k_proj.weight"),
+          find("self_attn.v_proj.weight"),
+          find("self_attn.o_proj.weight"),
+          options.mlp == MlpKind::kSwiGlu ? find("mlp.gate_proj.weight") : nullptr,
+          find("mlp.up_proj.weight"),
+          find("mlp.down_proj.weight"),
+          find("input_layernorm.weight"),
+          find("post_attention_layernorm.weight")};
+}
+
+Var Norm(Tape& tape, const ModelOptions& options, const Var& x, const Parameter& w) {
+  return autograd::Cast(tape, autograd::RmsNorm(tape, x, w, options.norm_eps), options.compute);
+}
+
+Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
+                    const LayerParameters& p, const MixerOptions& mixer,
+                    std::shared_ptr<const parallel::AttentionPlan> plan,
+                    const ops::RopeTable& rope, const Var& x) {
+  const int64_t t = x.value().dim(0), d = options.head_dim;
+  const Var h = Norm(tape, options, x, *p.attention_norm);
+  auto heads = [&](const Parameter& w, int64_t n) {
+    return autograd::Reshape(tape, autograd::Linear(tape, h, w), {t, n, d});
+  };
+  const Var q = autograd::Rope(tape, heads(*p.q, options.num_heads), rope);
+  const Var k = autograd::Rope(tape, heads(*p.k, options.num_kv_heads), rope);
+  const Var v = heads(*p.v, options.num_kv_heads);
+  const Var o = parallel::ContextAttention(tape, cp, std::move(plan), q, k, v,
+                                           {.scale = mixer.scale, .implementation = {}});
+  return autograd::Linear(tape, autograd::Reshape(tape, o, {t, options.num_heads * d}), *p.o);
+}
+
+Var MlpBranch(Tape& tape, const ModelOptions& options, const LayerParameters& p, const Var& x) {
+  const Var h = Norm(tape, options, x, *p.mlp_norm);
+  const Var up = autograd::Linear(tape, h, *p.up);
+  const Var inner = options.mlp == MlpKind::kSwiGlu
+                        ? autograd::SwiGlu(tape, autograd::Linear(tape, h, *p.gate), up)
+                        : autograd::Gelu(tape, up);
+  return autograd::Linear(tape, inner, *p.down);
+}
+
+}  // namespace
+
+ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator& cp,
+                                             const ModelOptions& options, ParameterStore& store,
+                                             const LocalBatch& batch, const BucketHook& bucket_ready,
+                                             bool want_token_losses) {
+  const size_t layers = static_cast<size_t>(options.num_layers());
+  // An entry recorded before a bucket's first use runs after its last gradient has been added.
+  auto mark = [&](size_t bucket) {
+    if (bucket_ready) tape.Record([bucket_ready, bucket] { bucket_ready(bucket); });
+  };
+
+  mark(0);
+  const Parameter& table = store.Find("model.embed_tokens.weight");
+  Var x = autograd::Embedding(tape, batch.ids, table, options.residual);
+  for (size_t i = 0; i < layers; ++i) {
+    mark(i + 1);
+    const LayerParameters p = LayerOf(options, store, i);
+    const size_t mixer = static_cast<size_t>(options.layers[i]);
+    auto layer = [&cp, &options, &batch, p, mixer](Tape& t, const std::vector<Var>& in) {
+      const Var mixed = autograd::ResidualAdd(
+          t, in[0],
+          AttentionBranch(t, cp, options, p, options.mixers[mixer], batch.plans[mixer], batch.rope,
+                          in[0]));
+      return autograd::ResidualAdd(t, mixed, MlpBranch(t, options, p, mixed));
+    };
+    x = options.recompute_layers ? autograd::Recompute(tape, {x}, layer) : layer(tape, {x});
+  }
+  mark(layers + 1);
+  x = Norm(tape, options, x, store.Find("model.norm.weight"));
+  const Parameter& head = options.tie_embeddings ? table : store.Find("lm_head.weight");
+  return autograd::LinearCrossEntropy(
+      tape, x, head, batch.labels,
+      {.z_loss = options.z_loss, .want_token_losses = want_token_losses});
+}
+
+}  // namespace longspan::trainer

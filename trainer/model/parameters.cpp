@@ -1,0 +1,142 @@
+#include "trainer/model/parameters.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ops/core/parallel_for.h"
+#include "ops/core/rng.h"
+#include "ops/elementwise/elementwise.h"
+
+namespace longspan::trainer {
+
+std::vector<BucketSpec> ListParameters(const ModelOptions& o) {
+  const int64_t c = o.hidden_size, f = o.ffn_hidden_size;
+  const int64_t q = o.num_heads * o.head_dim, kv = o.num_kv_heads * o.head_dim;
+  // The two projections that write into the residual stream start smaller, as in GPT-2.
+  const double narrow = o.init_std / std::sqrt(2.0 * static_cast<double>(o.num_layers()));
+  std::vector<BucketSpec> buckets;
+  buckets.push_back(
+      {"embedding", {{"model.embed_tokens.weight", {o.vocab_size, c}, o.init_std, false}}});
+  for (int64_t i = 0; i < o.num_layers(); ++i) {
+    const std::string layer = Str("model.layers.", i, ".");
+    BucketSpec b{Str("layer ", i), {}};
+    b.parameters.push_back({layer + "self_attn.q_proj.weight", {q, c}, o.init_std, true});
+    b.parameters.push_back({layer + "self_attn.k_proj.weight", {kv, c}, o.init_std, true});
+    b.parameters.push_back({layer + "self_attn.v_proj.weight", {kv, c}, o.init_std, true});
+    b.parameters.push_back({layer + "self_attn.o_proj.weight", {c, q}, narrow, true});
+    if (o.mlp == MlpKind::kSwiGlu) {
+      b.parameters.push_back({layer + "mlp.gate_proj.weight", {f, c}, o.init_std, true});
+    }
+    b.parameters.push_back({layer + "mlp.up_proj.weight", {f, c}, o.init_std, true});
+    b.parameters.push_back({layer + "mlp.down_proj.weight", {c, f}, narrow, true});
+    b.parameters.push_back({layer + "input_layernorm.weight", {c}, 0, false});
+    b.parameters.push_back({layer + "post_attention_layernorm.weight", {c}, 0, false});
+    buckets.push_back(std::move(b));
+  }
+  BucketSpec head{"head", {}};
+  if (!o.tie_embeddings) {
+    head.parameters.push_back({"lm_head.weight", {o.vocab_size, c}, o.init_std, true});
+  }
+  head.parameters.push_back({"model.norm.weight", {c}, 0, false});
+  buckets.push_back(std::move(head));
+  return buckets;
+}
+
+int64_t CountParameters(const ModelOptions& options) {
+  int64_t n = 0;
+  for (const auto& bucket : ListParameters(options)) {
+    for (const auto& p : bucket.parameters) n += p.shape.numel();
+  }
+  return n;
+}
+
+int64_t CountMatmulParameters(const ModelOptions& options) {
+  // An untied output projection is among the parameters with weight decay.
+  int64_t n = options.tie_embeddings ? options.vocab_size * options.hidden_size : 0;
+  for (const auto& bucket : ListParameters(options)) {
+    for (const auto& p : bucket.parameters) {
+      if (p.decay) n += p.shape.numel();
+    }
+  }
+  return n;
+}
+
+ParameterStore::ParameterStore(Context& ctx, const ModelOptions& options, bool training) {
+  const DType wide = AccumulatorOf(options.compute);
+  for (BucketSpec& spec : ListParameters(options)) {
+    Bucket b;
+    b.name = spec.name;
+    b.specs = std::move(spec.parameters);
+    std::stable_partition(b.specs.begin(), b.specs.end(), [](const auto& p) { return p.decay; });
+    int64_t n = 0;
+    for (const ParameterSpec& p : b.specs) {
+      b.offsets.push_back(n);
+      n += p.shape.numel();
+      if (p.decay) b.decay_end = n;
+    }
+    b.master = ctx.Zeros({n}, wide);
+    b.value = options.compute == wide ? b.master : ctx.Zeros({n}, options.compute);
+    if (training) {
+      b.grad = ctx.Zeros({n}, wide);
+      b.m = ctx.Zeros({n}, wide);
+      b.v = ctx.Zeros({n}, wide);
+    }
+    for (size_t i = 0; i < b.specs.size(); ++i) {
+      const ParameterSpec& p = b.specs[i];
+      const int64_t begin = b.offsets[i], end = begin + p.shape.numel();
+      // Norm weights are used as they are stored: they are few, and bf16 near 1 is coarse.
+      const Tensor& source = p.init_std == 0 ? b.master : b.value;
+      b.parameters.push_back({p.name, source.Rows(begin, end).Reshape(p.shape),
+                              training ? b.grad.Rows(begin, end).Reshape(p.shape) : Tensor()});
+    }
+    total_ += n;
+    buckets_.push_back(std::move(b));
+  }
+}
+
+const autograd::Parameter& ParameterStore::Find(const std::string& name) const {
+  for (const Bucket& b : buckets_) {
+    for (const autograd::Parameter& p : b.parameters) {
+      if (p.name == name) return p;
+    }
+  }
+  throw InvalidArgument("no parameter is called " + name);
+}
+
+void ParameterStore::Initialize(Context& ctx, uint64_t seed) {
+  for (Bucket& b : buckets_) {
+    for (size_t i = 0; i < b.specs.size(); ++i) {
+      const ParameterSpec& p = b.specs[i];
+      const int64_t n = p.shape.numel(), offset = b.offsets[i];
+      const Philox rng(seed, StreamOf(p.name.c_str()));
+      DispatchFloat(b.master.dtype(), "Initialize", [&]<class T>() {
+        if constexpr (!std::is_same_v<T, BF16>) {
+          T* out = b.master.data<T>() + offset;
+          ParallelRanges(ctx, n, 1 << 16, [&](int64_t begin, int64_t end) {
+            for (int64_t j = begin; j < end; ++j) {
+              // Rounded to f32 in every mode, so that F32 and F64 runs start from the same weights.
+              out[j] = p.init_std == 0
+                           ? T(1)
+                           : static_cast<T>(static_cast<float>(
+                                 p.init_std * rng.Normal(static_cast<uint64_t>(j))));
+            }
+          });
+        }
+      });
+    }
+  }
+  RefreshValues(ctx);
+}
+
+void ParameterStore::RefreshValues(Context& ctx) {
+  for (Bucket& b : buckets_) {
+    if (b.value.raw() != b.master.raw()) ops::CastInto(ctx, b.master, b.value);
+  }
+}
+
+void ParameterStore::ZeroGrads() {
+  for (Bucket& b : buckets_) std::memset(b.grad.raw(), 0, b.grad.bytes());
+}
+
+}  // namespace longspan::trainer

@@ -1,0 +1,66 @@
+#pragma once
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "ops/autograd/parameter.h"
+#include "ops/core/context.h"
+#include "trainer/model/options.h"
+
+namespace longspan::trainer {
+
+// Name, shape and first value of one trained tensor.
+struct ParameterSpec {
+  std::string name;   // Hugging Face Llama names: "model.layers.0.self_attn.q_proj.weight"
+  Shape shape;
+  double init_std;    // 0: ones (norm weights)
+  bool decay;         // weight decay applies (not to norms and embeddings)
+};
+struct BucketSpec {
+  std::string name;   // "embedding", "layer 0", ..., "head"
+  std::vector<ParameterSpec> parameters;
+};
+
+// The buckets of a model in forward order: embedding, one per layer, head. With tied embeddings the
+// output projection is the embedding table.
+std::vector<BucketSpec> ListParameters(const ModelOptions& options);
+int64_t CountParameters(const ModelOptions& options);        // trained values, tied ones once
+int64_t CountMatmulParameters(const ModelOptions& options);  // those that multiply every token
+
+// The parameters that one layer (or the two ends of the model) owns, in flat buffers:
+//   master, grad, m, v   f32 (f64 in f64 mode), replicated on every rank
+//   value                compute dtype; the same memory as master unless that is bf16
+//                        (norm weights are always read from master)
+// Parameters lie one after another, those with weight decay first, so that the optimizer makes two
+// calls a bucket.
+struct Bucket {
+  std::string name;
+  std::vector<ParameterSpec> specs;     // in storage order
+  std::vector<int64_t> offsets;         // of each spec, in elements
+  int64_t decay_end = 0;                // elements [0, decay_end) have weight decay
+  Tensor master, grad, m, v, value;     // flat
+  std::deque<autograd::Parameter> parameters;
+};
+
+// All trained state of one model replica.
+class ParameterStore {
+ public:
+  // `training` false: no gradient and optimizer buffers (evaluation).
+  ParameterStore(Context& ctx, const ModelOptions& options, bool training);
+
+  std::vector<Bucket>& buckets() { return buckets_; }
+  const autograd::Parameter& Find(const std::string& name) const;
+  int64_t total() const { return total_; }
+
+  // Values that depend on (seed, name, index) only: the same in every layout.
+  void Initialize(Context& ctx, uint64_t seed);
+  // Refreshes the compute copies from the masters.
+  void RefreshValues(Context& ctx);
+  void ZeroGrads();
+
+ private:
+  std::vector<Bucket> buckets_;
+  int64_t total_ = 0;
+};
+
+}  // namespace longspan::trainer

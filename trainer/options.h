@@ -1,0 +1,61 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "parallel/context/placement.h"
+#include "parallel/context/plan.h"
+#include "trainer/model/options.h"
+#include "trainer/schedule.h"
+
+namespace longspan::trainer {
+
+struct DataSource {
+  std::string path;  // dataset prefix, without .bin / .idx
+  double weight = 1;
+};
+
+struct AdamWSettings {
+  double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+};
+
+enum class NonFinitePolicy { kStop, kSkip };
+
+// Everything a training run needs, as plain values; trainer/from_config fills it from protobuf.
+struct TrainOptions {
+  ModelOptions model;
+
+  uint64_t seed = 1;
+  int64_t steps = 0;
+  int64_t context_length = 0;       // tokens of a row
+  int64_t micro_batch_rows = 1;     // rows a data-parallel replica works on at once
+  int64_t global_batch_tokens = 0;  // tokens of an optimizer step, over all replicas
+  int threads = 0;                  // per rank; 0 = cores / ranks on this host
+  bool deterministic = true;
+
+  int64_t dp = 1, cp = 1;
+  parallel::PlacementKind placement = parallel::PlacementKind::kZigzag;
+  parallel::StrategyKind strategy = parallel::StrategyKind::kRing;
+
+  std::vector<DataSource> train, validation;
+  bool document_mask = true;
+  int prefetch_micro_batches = 2;
+
+  AdamWSettings adamw;
+  double clip_norm = 1.0;  // 0 = off
+  ScheduleOptions schedule;
+
+  NonFinitePolicy on_nonfinite = NonFinitePolicy::kStop;
+  int64_t max_skipped_steps = 10;
+
+  int64_t log_every_steps = 1;
+  int64_t checkpoint_every_steps = 0;  // 0 = only at the end
+  int64_t keep_last = 3, keep_every = 0;
+  int64_t evaluation_every_steps = 0;  // 0 = never
+  int64_t evaluation_rows = 0;         // 0 = all
+
+  int64_t rows_per_step() const { return global_batch_tokens / context_length; }
+  int64_t accumulation() const { return rows_per_step() / (dp * micro_batch_rows); }
+};
+
+}  // namespace longspan::trainer

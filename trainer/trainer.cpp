@@ -1,0 +1,212 @@
+#include "trainer/trainer.h"
+
+#include <cstdio>
+
+#include "parallel/context/placement.h"
+#include "trainer/identity.h"
+
+namespace longspan::trainer {
+namespace {
+
+// Prefixes of tensor names in a checkpoint (docs/checkpoint-format.md).
+constexpr const char* kWeights = "weights/";
+constexpr const char* kFirstMoment = "adamw.m/";
+constexpr const char* kSecondMoment = "adamw.v/";
+constexpr const char* kSkippedSteps = "skipped_steps";
+
+// A fingerprint as checkpoints and messages show it.
+std::string Hex(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+// Opens datasets and checks that the model knows every token in them.
+std::unique_ptr<data::RowSampler> OpenSampler(const data::RowSamplerOptions& options) {
+  auto sampler = std::make_unique<data::RowSampler>(options);
+  const int64_t largest = sampler->MaxTokenId();
+  if (largest >= options.vocab_size) {
+    std::string names;
+    for (const auto& source : options.sources) names += (names.empty() ? "" : ", ") + source.prefix;
+    throw DataError(Str("model.vocab_size = ", options.vocab_size, " is too small for token id ",
+                        largest, " in ", names, "; use at least ", largest + 1));
+  }
+  return sampler;
+}
+
+data::RowSamplerOptions SamplerFrom(const TrainOptions& o, const std::vector<DataSource>& sources,
+                                 bool shuffle) {
+  data::RowSamplerOptions s;
+  for (const DataSource& source : sources) s.sources.push_back({source.path, source.weight});
+  s.context_length = o.context_length;
+  s.seed = o.seed;
+  s.shuffle = shuffle;
+  s.document_mask = o.document_mask;
+  s.vocab_size = o.model.vocab_size;
+  return s;
+}
+
+std::vector<NamedTensor> WeightsOf(ParameterStore& store) {
+  std::vector<NamedTensor> weights;
+  for (Bucket& b : store.buckets()) {
+    for (size_t i = 0; i < b.specs.size(); ++i) {
+      const ParameterSpec& spec = b.specs[i];
+      const int64_t begin = b.offsets[i], end = begin + spec.shape.numel();
+      weights.push_back({kWeights + spec.name, b.master.Rows(begin, end).Reshape(spec.shape)});
+    }
+  }
+  return weights;
+}
+
+parallel::Placement PlacementOf(const TrainOptions& o) {
+  return {o.placement, o.micro_batch_rows, o.context_length, o.cp};
+}
+
+}  // namespace
+
+EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
+                                  const TrainOptions& options, const CheckpointReader& reader,
+                                  int64_t rows) {
+  ParameterStore store(ctx, options.model, /*training=*/false);
+  std::unique_ptr<data::RowSampler> sampler;
+  OnAllRanks(mesh.world(), [&] {
+    sampler = OpenSampler(SamplerFrom(options, options.validation, false));
+    reader.Load(WeightsOf(store), kWeights);
+  });
+  store.RefreshValues(ctx);
+  BatchBuilder builder(options.model, PlacementOf(options), options.strategy, mesh.cp_index());
+  return EvaluateLoss(ctx, mesh, options, store, *sampler, builder, rows);
+}
+
+void OnAllRanks(parallel::Communicator& world, const std::function<void()>& body) {
+  std::string error;
+  try {
+    body();
+  } catch (const std::exception& e) {
+    error = e.what();
+    if (error.empty()) error = "unknown error";
+  }
+  error = parallel::FirstError(world, error);
+  if (!error.empty()) throw Error(error);
+}
+
+Trainer::Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options)
+    : ctx_(ctx),
+      mesh_(mesh),
+      options_(options),
+      store_(ctx, options_.model, /*training=*/true),
+      train_step_(ctx, mesh, options_, store_) {
+  OnAllRanks(mesh.world(), [&] { OpenData(); });
+  store_.Initialize(ctx, options_.seed);
+}
+
+Trainer::~Trainer() = default;
+
+void Trainer::OpenData() {
+  train_ = OpenSampler(SamplerFrom(options_, options_.train, true));
+  const parallel::Placement placement = PlacementOf(options_);
+  const int cp_rank = mesh_.cp_index();
+  train_builder_ =
+      std::make_unique<BatchBuilder>(options_.model, placement, options_.strategy, cp_rank);
+  if (options_.validation.empty()) return;
+  validation_ =
+      OpenSampler(SamplerFrom(options_, options_.validation, false));
+  validation_builder_ =
+      std::make_unique<BatchBuilder>(options_.model, placement, options_.strategy, cp_rank);
+}
+
+void Trainer::StartLoader() {
+  data::LoaderOptions o;
+  o.row = [this](int64_t sample) { return train_->Get(sample); };
+  o.rows = options_.micro_batch_rows;
+  o.depth = options_.prefetch_micro_batches;
+  o.first_index = step_ * options_.accumulation();
+  // Step s works on rows [s G, (s + 1) G) of the global order whatever the layout: micro-batch m
+  // gives each replica the next `rows` of them.
+  const int64_t replica = mesh_.dp_index();
+  o.sample_indices = [this, replica](int64_t n) {
+    const int64_t accumulation = options_.accumulation(), rows = options_.micro_batch_rows;
+    const int64_t begin = n / accumulation * options_.rows_per_step() +
+                          (n % accumulation * options_.dp + replica) * rows;
+    std::vector<int64_t> samples;
+    for (int64_t i = 0; i < rows; ++i) samples.push_back(begin + i);
+    return samples;
+  };
+  o.attach = [this](const data::MicroBatch& batch) -> std::shared_ptr<void> {
+    return train_builder_->Build(batch);
+  };
+  loader_ = std::make_unique<data::Loader>(std::move(o));
+}
+
+StepResult Trainer::Step(bool stop) {
+  if (loader_ == nullptr) StartLoader();
+  const StepResult result = train_step_.Run(*loader_, step_, stop);
+  ++step_;
+  if (result.skipped && ++skipped_steps_ > options_.max_skipped_steps) {
+    throw Error(Str("step ", step_, ": ", skipped_steps_,
+                    " steps have been skipped because loss or gradient were not finite, more than ",
+                    "run.max_skipped_steps = ", options_.max_skipped_steps,
+                    "; lower optimizer.adamw.lr or look at the data"));
+  }
+  return result;
+}
+
+EvaluationLoss Trainer::Evaluate() {
+  LONGSPAN_CHECK(validation_ != nullptr) << "Evaluate without validation data";
+  return EvaluateLoss(ctx_, mesh_, options_, store_, *validation_, *validation_builder_,
+                      options_.evaluation_rows);
+}
+
+CheckpointInfo Trainer::Info(const std::string& config_text) const {
+  CheckpointInfo info;
+  info.step = step_;
+  info.config_text = config_text;
+  info.corpus_fingerprint = Hex(train_->Fingerprint());
+  info.samples_consumed = step_ * options_.rows_per_step();
+  info.seed = options_.seed;
+  info.dp = static_cast<int>(options_.dp);
+  info.cp = static_cast<int>(options_.cp);
+  info.identity = IdentityOf(options_, info.corpus_fingerprint);
+  info.extra[kSkippedSteps] = std::to_string(skipped_steps_);
+  return info;
+}
+
+std::vector<NamedTensor> Trainer::State() {
+  std::vector<NamedTensor> state = WeightsOf(store_);
+  for (Bucket& b : store_.buckets()) {
+    for (size_t i = 0; i < b.specs.size(); ++i) {
+      const auto& spec = b.specs[i];
+      const int64_t begin = b.offsets[i], end = begin + spec.shape.numel();
+      state.push_back({kFirstMoment + spec.name, b.m.Rows(begin, end).Reshape(spec.shape)});
+      state.push_back({kSecondMoment + spec.name, b.v.Rows(begin, end).Reshape(spec.shape)});
+    }
+  }
+  return state;
+}
+
+void Trainer::Resume(const CheckpointReader& reader) {
+  const CheckpointInfo& info = reader.info();
+  OnAllRanks(mesh_.world(), [&] {
+    const auto differences =
+        DifferingIdentity(info.identity, IdentityOf(options_, Hex(train_->Fingerprint())));
+    if (!differences.empty()) {
+      std::string text = "cannot resume from " + reader.path().string() + ": ";
+      for (size_t i = 0; i < differences.size(); ++i) text += (i ? "; " : "") + differences[i];
+      throw CheckpointError(text + "; undo the change, or start a new run directory with " +
+                            "--init-from to keep the weights only");
+    }
+    reader.Load(State());
+  });
+  step_ = info.step;
+  const auto skipped = info.extra.find(kSkippedSteps);
+  skipped_steps_ = skipped == info.extra.end() ? 0 : std::stoll(skipped->second);
+  store_.RefreshValues(ctx_);
+  loader_.reset();
+}
+
+void Trainer::InitFrom(const CheckpointReader& reader) {
+  OnAllRanks(mesh_.world(), [&] { reader.Load(WeightsOf(store_), kWeights); });
+  store_.RefreshValues(ctx_);
+}
+
+}  // namespace longspan::trainer

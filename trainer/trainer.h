@@ -1,0 +1,68 @@
+#pragma once
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "data/sampler.h"
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/checkpoint/reader.h"
+#include "trainer/eval/loss.h"
+#include "trainer/step.h"
+
+namespace longspan::trainer {
+
+// One rank's half of a training run without its cadence: model state, data position, one step at a
+// time, what a checkpoint holds. The loop (loop.h) decides when to do what.
+class Trainer {
+ public:
+  // Opens datasets, checks the vocabulary, initialises weights from the seed. Errors of one rank
+  // are raised on all.
+  Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options);
+  ~Trainer();
+
+  // Steps done so far: the next Step() is this one, counted from 0.
+  int64_t step() const { return step_; }
+  int64_t skipped_steps() const { return skipped_steps_; }
+  ParameterStore& parameters() { return store_; }
+  const TrainOptions& options() const { return options_; }
+
+  // `stop`: this rank has been asked to stop. Throws Error when more steps have been skipped than
+  // the policy allows.
+  StepResult Step(bool stop = false);
+  // Mean validation loss; only with validation data.
+  EvaluationLoss Evaluate();
+
+  // What a checkpoint of this moment says and holds; tensors are the live ones.
+  CheckpointInfo Info(const std::string& config_text) const;
+  std::vector<NamedTensor> State();
+  // Continues where `reader`'s run stopped. Refuses, by field, one with another model, seed, batch
+  // or corpus; the text says how to start a new run from its weights instead.
+  void Resume(const CheckpointReader& reader);
+  // Takes the weights only: a new run that starts at step 0.
+  void InitFrom(const CheckpointReader& reader);
+
+ private:
+  void OpenData();
+  void StartLoader();
+  Context& ctx_;
+  parallel::DeviceMesh& mesh_;
+  const TrainOptions options_;
+  ParameterStore store_;
+  TrainStep train_step_;
+  std::unique_ptr<data::RowSampler> train_, validation_;
+  std::unique_ptr<BatchBuilder> train_builder_, validation_builder_;
+  std::unique_ptr<data::Loader> loader_;  // last: its thread uses what is above
+  int64_t step_ = 0, skipped_steps_ = 0;
+};
+
+// Mean loss of a checkpoint's weights over options.validation (`rows` of it, 0 = all). Collective.
+EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
+                                  const TrainOptions& options, const CheckpointReader& reader,
+                                  int64_t rows);
+
+// Runs `body` on this rank; when it throws on any rank, throws the first such message on all.
+void OnAllRanks(parallel::Communicator& world, const std::function<void()>& body);
+
+}  // namespace longspan::trainer
