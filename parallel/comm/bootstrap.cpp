@@ -1,0 +1,128 @@
+#include "parallel/comm/bootstrap.h"
+
+#include <mpi.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <exception>
+#include <thread>
+
+#include "ops/core/parallel_for.h"
+#include "parallel/comm/mpi_engine.h"
+#include "parallel/comm/self.h"
+
+namespace longspan::parallel {
+namespace {
+
+// How a launcher tells its processes that they are ranks, and of how many (absent: it does not).
+constexpr const char* kRankVariables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"};
+constexpr const char* kSizeVariables[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
+
+std::optional<int> Integer(const char* name) {
+  const auto text = Environment(name);
+  if (!text) return std::nullopt;
+  int value = 0;
+  const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
+  if (error != std::errc() || end != text->data() + text->size()) return std::nullopt;
+  return value;
+}
+
+template <size_t N>
+std::optional<int> FirstInteger(const char* const (&names)[N]) {
+  for (const char* name : names) {
+    if (const auto value = Integer(name)) return value;
+  }
+  return std::nullopt;
+}
+
+// A rank must not outlive its launcher: without it nobody would end the job.
+void EndWithLauncher() {
+  const pid_t parent = getppid();
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (getppid() != parent) raise(SIGKILL);  // it ended before the request took effect
+}
+
+int ThreadsOfRank(int local_size) {
+  if (const auto threads = Integer("OMP_NUM_THREADS")) return std::max(1, *threads);
+  const int cores = AvailableCores();
+  const bool bound = cores < static_cast<int>(std::thread::hardware_concurrency());
+  return bound && local_size > 1 ? cores : std::max(1, cores / local_size);
+}
+
+// Initialises MPI and checks that it is the one the launcher speaks of. All ranks see the same
+// failures, so each can leave through MPI_Finalize.
+void StartMpi(std::optional<int> announced_size) {
+  int initialized = 0;
+  MPI_Initialized(&initialized);
+  LONGSPAN_CHECK(!initialized) << "Bootstrap::Start is called once per process";
+  EndWithLauncher();
+  int provided = MPI_THREAD_SINGLE, size = 0;
+  internal::CheckMpi(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided),
+                     "MPI_Init_thread");
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  if (provided < MPI_THREAD_MULTIPLE) {
+    MPI_Finalize();
+    throw CommError(
+        "this MPI library does not support MPI_THREAD_MULTIPLE; use one that is built with thread "
+        "support (Debian: openmpi-bin, libopenmpi-dev)");
+  }
+  if (announced_size && *announced_size != size) {
+    MPI_Finalize();
+    throw CommError(Str("the launcher announced ", *announced_size,
+                        " ranks but the MPI library sees ", size,
+                        ": start the job with the mpirun of the MPI library that longspan is built "
+                        "with (launch/mpirun.sh)"));
+  }
+}
+
+}  // namespace
+
+std::optional<std::string> Environment(const char* name) {
+  const char* value = std::getenv(name);
+  if (value == nullptr) return std::nullopt;
+  return std::string(value);
+}
+
+std::unique_ptr<Bootstrap> Bootstrap::Start(MpiOptions options) {
+  std::unique_ptr<Bootstrap> job(new Bootstrap);
+  job->exceptions_at_start_ = std::uncaught_exceptions();
+  const auto announced = FirstInteger(kSizeVariables);
+  if (!announced && !FirstInteger(kRankVariables)) {
+    job->world_ = std::make_unique<SelfCommunicator>();
+    job->threads_ = ThreadsOfRank(1);
+    return job;
+  }
+  StartMpi(announced);
+  job->launched_ = true;
+  job->world_ = internal::MakeMpiWorld(options);
+  MPI_Comm node;
+  internal::CheckMpi(
+      MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node),
+      "MPI_Comm_split_type");
+  MPI_Comm_rank(node, &job->local_rank_);
+  MPI_Comm_size(node, &job->local_size_);
+  MPI_Comm_free(&node);
+  job->threads_ = ThreadsOfRank(job->local_size_);
+  return job;
+}
+
+Bootstrap::~Bootstrap() {
+  if (!launched_ || finished_ || world_ == nullptr) return;
+  if (std::uncaught_exceptions() > exceptions_at_start_) {
+    world_->Abort("an exception ended this rank");
+  }
+  world_.reset();
+  MPI_Finalize();
+}
+
+void Bootstrap::Finish() {
+  if (!launched_ || finished_) return;
+  finished_ = true;
+  internal::CheckMpi(MPI_Finalize(), "MPI_Finalize");
+}
+
+}  // namespace longspan::parallel

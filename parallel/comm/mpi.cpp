@@ -1,0 +1,218 @@
+#include "parallel/comm/mpi.h"
+
+#include <glog/logging.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "parallel/comm/arguments.h"
+#include "parallel/comm/comm_op.h"
+#include "parallel/comm/mpi_engine.h"
+
+namespace longspan::parallel::internal {
+namespace {
+
+constexpr int kAbortExitCode = 3;
+constexpr int kTagBits = 15;  // MPI promises tags up to 32767
+
+MPI_Datatype TypeOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return MPI_FLOAT;
+    case DType::kF64: return MPI_DOUBLE;
+    case DType::kI32: return MPI_INT32_T;
+    case DType::kI64: return MPI_INT64_T;
+    default: throw InvalidArgument(Str("MPI reduction of ", ToString(dtype)));
+  }
+}
+
+MPI_Op OpOf(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kSum: return MPI_SUM;
+    case ReduceOp::kMax: return MPI_MAX;
+    case ReduceOp::kMin: return MPI_MIN;
+  }
+  return MPI_OP_NULL;
+}
+
+class MpiCommunicator : public Communicator {
+ public:
+  // Owns `comm`.
+  MpiCommunicator(MPI_Comm comm, std::shared_ptr<MpiEngine> engine)
+      : comm_(comm), engine_(std::move(engine)) {
+    CheckMpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+    CheckMpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
+    CheckMpi(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
+  }
+  ~MpiCommunicator() override {
+    int finalized = 0;
+    MPI_Finalized(&finalized);
+    // With operations under way (an exception unwinds) the process is about to end anyway.
+    if (finalized || engine_->outstanding() > 0) return;
+    MPI_Comm_free(&comm_);
+  }
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  std::string name() const override { return "mpi"; }
+
+  Work AllReduce(Tensor t, ReduceOp op) override;
+  Work AllGather(Tensor in, Tensor out) override;
+  Work ReduceScatter(Tensor in, Tensor out) override;
+  Work Broadcast(Tensor t, int root) override;
+  Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) override;
+
+  void Barrier() override {
+    const auto state = Begin(CommOp::kBarrier, "", {});
+    MPI_Request request;
+    CheckMpi(MPI_Ibarrier(comm_, &request), "MPI_Ibarrier");
+    engine_->Add(state, request);
+    engine_->Wait(*state);
+  }
+  void Progress() override { engine_->Progress(); }
+
+  std::unique_ptr<Communicator> Split(int color, int key) override {
+    ++sequence_;
+    MPI_Comm child = MPI_COMM_NULL;
+    CheckMpi(MPI_Comm_split(comm_, color < 0 ? MPI_UNDEFINED : color, key, &child),
+             "MPI_Comm_split");
+    if (child == MPI_COMM_NULL) return nullptr;
+    return std::make_unique<MpiCommunicator>(child, engine_);
+  }
+
+  [[noreturn]] void Abort(const std::string& reason) override {
+    LOG(ERROR) << "rank " << rank_ << " ends the job: " << reason;
+    google::FlushLogFiles(google::GLOG_INFO);
+    MPI_Abort(MPI_COMM_WORLD, kAbortExitCode);
+    std::_Exit(kAbortExitCode);  // MPI_Abort may return while the launcher ends the job
+  }
+
+ private:
+  std::shared_ptr<MpiState> Begin(CommOp op, const std::string& what, std::vector<Tensor> tensors) {
+    return std::make_shared<MpiState>(
+        Str(ToString(op), " (operation ", sequence_++, what.empty() ? "" : " of ", what, ") on rank ",
+            rank_, " of ", size_),
+        std::move(tensors));
+  }
+  Work Finish(std::shared_ptr<MpiState> state) {
+    return Work(std::make_shared<MpiWork>(engine_, std::move(state)));
+  }
+  // Calls body(begin, count) for pieces of [0, n) elements of `element_bytes`.
+  template <class F>
+  void ForPieces(int64_t n, int64_t element_bytes, F&& body) {
+    const int64_t step = std::max<int64_t>(1, engine_->piece_bytes() / element_bytes);
+    for (int64_t at = 0; at < n; at += step) body(at, static_cast<int>(std::min(step, n - at)));
+  }
+
+  MPI_Comm comm_;
+  std::shared_ptr<MpiEngine> engine_;
+  int rank_ = 0, size_ = 1;
+  int64_t sequence_ = 0;  // operations issued; the same on every rank
+};
+
+Work MpiCommunicator::AllReduce(Tensor t, ReduceOp op) {
+  CheckAllReduce(t, op);
+  auto state = Begin(CommOp::kAllReduce, t.Describe(), {t});
+  const int64_t element = static_cast<int64_t>(SizeOf(t.dtype()));
+  ForPieces(t.numel(), element, [&](int64_t at, int count) {
+    MPI_Request request;
+    CheckMpi(MPI_Iallreduce(MPI_IN_PLACE, t.raw() + at * element, count, TypeOf(t.dtype()),
+                            OpOf(op), comm_, &request),
+             "MPI_Iallreduce");
+    engine_->Add(state, request);
+  });
+  return Finish(std::move(state));
+}
+
+Work MpiCommunicator::AllGather(Tensor in, Tensor out) {
+  CheckAllGather(in, out, rank_, size_);
+  auto state = Begin(CommOp::kAllGather, in.Describe(), {in, out});
+  const int64_t block = static_cast<int64_t>(in.bytes());
+  const bool in_place = in.raw() == out.raw() + rank_ * block;
+  ForPieces(block, 1, [&](int64_t at, int count) {
+    // The pieces of the ranks lie one block apart in `out`.
+    MPI_Datatype bytes, strided;
+    CheckMpi(MPI_Type_contiguous(count, MPI_BYTE, &bytes), "MPI_Type_contiguous");
+    CheckMpi(MPI_Type_create_resized(bytes, 0, block, &strided), "MPI_Type_create_resized");
+    CheckMpi(MPI_Type_commit(&strided), "MPI_Type_commit");
+    MPI_Request request;
+    const int code = MPI_Iallgather(in_place ? MPI_IN_PLACE : in.raw() + at, count, MPI_BYTE,
+                                    out.raw() + at, 1, strided, comm_, &request);
+    MPI_Type_free(&strided);  // lives on until the operation ends
+    MPI_Type_free(&bytes);
+    CheckMpi(code, "MPI_Iallgather");
+    engine_->Add(state, request);
+  });
+  return Finish(std::move(state));
+}
+
+Work MpiCommunicator::ReduceScatter(Tensor in, Tensor out) {
+  CheckReduceScatter(in, out, size_);
+  auto state = Begin(CommOp::kReduceScatter, in.Describe(), {in, out});
+  const int64_t element = static_cast<int64_t>(SizeOf(in.dtype()));
+  const int64_t n = out.numel();
+  // One reduction to each owner: pieces of different owners are far apart in `in`, which the
+  // reduce-scatter calls of MPI cannot express.
+  ForPieces(n, element, [&](int64_t at, int count) {
+    for (int owner = 0; owner < size_; ++owner) {
+      MPI_Request request;
+      CheckMpi(MPI_Ireduce(in.raw() + (owner * n + at) * element,
+                           owner == rank_ ? out.raw() + at * element : nullptr, count,
+                           TypeOf(in.dtype()), MPI_SUM, owner, comm_, &request),
+               "MPI_Ireduce");
+      engine_->Add(state, request);
+    }
+  });
+  return Finish(std::move(state));
+}
+
+Work MpiCommunicator::Broadcast(Tensor t, int root) {
+  CheckBroadcast(t, root, size_);
+  auto state = Begin(CommOp::kBroadcast, t.Describe(), {t});
+  ForPieces(static_cast<int64_t>(t.bytes()), 1, [&](int64_t at, int count) {
+    MPI_Request request;
+    CheckMpi(MPI_Ibcast(t.raw() + at, count, MPI_BYTE, root, comm_, &request), "MPI_Ibcast");
+    engine_->Add(state, request);
+  });
+  return Finish(std::move(state));
+}
+
+Work MpiCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs) {
+  CheckExchange(sends, recvs, size_);
+  // Not through MPI: Open MPI does not report a size mismatch of messages to oneself.
+  ExchangeWithSelf(sends, recvs, rank_);
+  // The tag keeps neighbouring exchanges apart even if one of them is mismatched.
+  const int tag = static_cast<int>(sequence_ & ((int64_t{1} << kTagBits) - 1));
+  auto state = Begin(CommOp::kExchange, Str(sends.size(), " sends, ", recvs.size(), " receives"), {});
+  for (const Recv& r : recvs) {
+    ForPieces(r.bytes, 1, [&](int64_t at, int count) {
+      MPI_Request request;
+      CheckMpi(MPI_Irecv(static_cast<std::byte*>(r.data) + at, count, MPI_BYTE, r.peer, tag, comm_,
+                         &request),
+               "MPI_Irecv");
+      engine_->Add(state, request, count);
+    });
+  }
+  for (const Send& s : sends) {
+    ForPieces(s.bytes, 1, [&](int64_t at, int count) {
+      MPI_Request request;
+      CheckMpi(MPI_Isend(static_cast<const std::byte*>(s.data) + at, count, MPI_BYTE, s.peer, tag,
+                         comm_, &request),
+               "MPI_Isend");
+      engine_->Add(state, request);
+    });
+  }
+  return Finish(std::move(state));
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> MakeMpiWorld(const MpiOptions& options) {
+  LONGSPAN_CHECK(options.piece_bytes >= 8 && options.piece_bytes <= (int64_t{1} << 30))
+      << "MpiOptions: piece_bytes " << options.piece_bytes;
+  MPI_Comm world;
+  CheckMpi(MPI_Comm_dup(MPI_COMM_WORLD, &world), "MPI_Comm_dup");
+  return std::make_unique<MpiCommunicator>(
+      world, std::make_shared<MpiEngine>(options.piece_bytes, options.timeout_s));
+}
+
+}  // namespace longspan::parallel::internal

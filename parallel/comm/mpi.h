@@ -1,0 +1,24 @@
+#pragma once
+#include <memory>
+
+#include "parallel/comm/communicator.h"
+
+namespace longspan::parallel {
+
+struct MpiOptions {
+  int64_t piece_bytes = int64_t{4} << 20;  // messages are cut into pieces of at most this size
+  double timeout_s = 1800;                 // a longer wait throws CommError; 0 = no limit
+};
+
+namespace internal {
+
+// A communicator over a private duplicate of MPI_COMM_WORLD; MPI must be initialised with
+// MPI_THREAD_MULTIPLE (Bootstrap does both). Collective over all ranks.
+//
+// Operations are MPI's nonblocking collectives and point-to-point messages, all pieces posted when
+// the operation is issued, so any poll moves any operation of the process. Reduction order is that
+// of the MPI library: fixed for a given size, number of ranks and library.
+std::unique_ptr<Communicator> MakeMpiWorld(const MpiOptions& options);
+
+}  // namespace internal
+}  // namespace longspan::parallel

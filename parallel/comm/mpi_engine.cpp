@@ -1,0 +1,141 @@
+#include "parallel/comm/mpi_engine.h"
+
+#include <glog/logging.h>
+
+#include <chrono>
+#include <exception>
+#include <thread>
+
+namespace longspan::parallel::internal {
+namespace {
+
+std::string MpiText(int code) {
+  char text[MPI_MAX_ERROR_STRING] = "";
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  return std::string(text, static_cast<size_t>(length));
+}
+
+// Polls without pause for a short time, for operations that are about to end, then gives the core
+// away for longer and longer: ranks may share cores, and the transfer needs the peer to run.
+class Backoff {
+ public:
+  void Pause() {
+    using std::chrono::microseconds;
+    if (Clock::now() - start_ < microseconds(30)) {
+      std::this_thread::yield();
+      return;
+    }
+    std::this_thread::sleep_for(pause_);
+    pause_ = std::min(pause_ * 2, microseconds(50));
+  }
+  void Reset() {
+    start_ = Clock::now();
+    pause_ = std::chrono::microseconds(2);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start_ = Clock::now();
+  std::chrono::microseconds pause_{2};
+};
+
+}  // namespace
+
+void CheckMpi(int code, const char* call) {
+  if (code != MPI_SUCCESS) throw CommError(Str(call, " failed: ", MpiText(code)));
+}
+
+void MpiEngine::Add(const std::shared_ptr<MpiState>& state, MPI_Request request,
+                    int64_t expected_bytes) {
+  std::lock_guard lock(mutex_);
+  state->pieces_.fetch_add(1);
+  requests_.push_back(request);
+  owners_.push_back({state, expected_bytes});
+  outstanding_.store(static_cast<int64_t>(requests_.size()), std::memory_order_relaxed);
+}
+
+void MpiEngine::Complete(size_t index, const MPI_Status& status, bool failed) {
+  const Owner& owner = owners_[index];
+  MpiState& state = *owner.state;
+  if (failed) {
+    state.error_ = Str(state.description_, " failed: ", MpiText(status.MPI_ERROR));
+  } else if (owner.expected_bytes >= 0) {
+    int count = 0;
+    MPI_Get_count(&status, MPI_BYTE, &count);
+    if (count != owner.expected_bytes) {
+      state.error_ = Str(state.description_, ": a piece from rank ", status.MPI_SOURCE, " has ",
+                         count, " bytes but ", owner.expected_bytes, " are expected");
+    }
+  }
+  state.finished_.fetch_add(1, std::memory_order_release);
+}
+
+bool MpiEngine::Poll() {
+  std::lock_guard lock(mutex_);
+  if (requests_.empty()) return false;
+  const int n = static_cast<int>(requests_.size());
+  indices_.resize(requests_.size());
+  statuses_.resize(requests_.size());
+  int completed = 0;
+  const int code =
+      MPI_Testsome(n, requests_.data(), &completed, indices_.data(), statuses_.data());
+  if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
+    throw CommError(Str("MPI_Testsome failed: ", MpiText(code)));
+  }
+  if (completed == MPI_UNDEFINED || completed == 0) return false;
+  for (int i = 0; i < completed; ++i) {
+    const MPI_Status& status = statuses_[static_cast<size_t>(i)];
+    Complete(static_cast<size_t>(indices_[static_cast<size_t>(i)]), status,
+             code == MPI_ERR_IN_STATUS && status.MPI_ERROR != MPI_SUCCESS);
+  }
+  size_t kept = 0;  // completed requests became null
+  for (size_t i = 0; i < requests_.size(); ++i) {
+    if (requests_[i] == MPI_REQUEST_NULL) continue;
+    requests_[kept] = requests_[i];
+    if (kept != i) owners_[kept] = std::move(owners_[i]);
+    ++kept;
+  }
+  requests_.resize(kept);
+  owners_.resize(kept);
+  outstanding_.store(static_cast<int64_t>(kept), std::memory_order_relaxed);
+  return true;
+}
+
+void MpiEngine::Progress() noexcept {
+  if (outstanding() == 0) return;
+  try {
+    Poll();
+  } catch (const CommError&) {
+    // The next Done or Wait meets the same failure and reports it.
+  }
+}
+
+bool MpiEngine::Done(const MpiState& state) {
+  if (!state.complete()) Poll();
+  if (!state.complete()) return false;
+  if (!state.error_.empty()) throw CommError(state.error_);
+  return true;
+}
+
+void MpiEngine::Wait(const MpiState& state) {
+  const auto start = std::chrono::steady_clock::now();
+  Backoff backoff;
+  while (!Done(state)) {
+    backoff.Pause();
+    if (timeout_s_ <= 0) continue;
+    const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+    if (waited.count() > timeout_s_) {
+      throw CommError(Str(state.description_, " is not complete after ", timeout_s_,
+                          " s: another rank is stuck or has not issued it"));
+    }
+  }
+}
+
+MpiWork::~MpiWork() {
+  if (!state_->complete() && std::uncaught_exceptions() == 0) {
+    LOG(ERROR) << state_->description() << " was dropped before it was complete";
+  }
+}
+
+}  // namespace longspan::parallel::internal

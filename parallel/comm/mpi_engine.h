@@ -1,0 +1,96 @@
+#pragma once
+#include <mpi.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "ops/core/tensor.h"
+#include "parallel/comm/communicator.h"
+
+// Progress of all MPI requests of a process. Only parallel/comm/mpi*.cpp and bootstrap.cpp include
+// this header, so mpi.h stays out of everything else.
+namespace longspan::parallel::internal {
+
+// Throws CommError with MPI's own text when `code` is not MPI_SUCCESS.
+void CheckMpi(int code, const char* call);
+
+class MpiState;
+
+// Owns every outstanding request. One MPI_Testsome over all of them serves Progress, Done and Wait
+// of all communicators, so whoever polls moves everything.
+class MpiEngine {
+ public:
+  MpiEngine(int64_t piece_bytes, double timeout_s)
+      : piece_bytes_(piece_bytes), timeout_s_(timeout_s) {}
+
+  // Messages are cut into pieces of at most this size: bounded counts, bounded time in one poll.
+  int64_t piece_bytes() const { return piece_bytes_; }
+
+  // Takes over a started request of `state`. `expected_bytes` >= 0: a receive that must have
+  // exactly this size.
+  void Add(const std::shared_ptr<MpiState>& state, MPI_Request request, int64_t expected_bytes = -1);
+  void Progress() noexcept;  // one poll when something is outstanding
+  bool Done(const MpiState& state);
+  void Wait(const MpiState& state);
+  int64_t outstanding() const { return outstanding_.load(std::memory_order_relaxed); }
+
+ private:
+  struct Owner {
+    std::shared_ptr<MpiState> state;
+    int64_t expected_bytes;
+  };
+  bool Poll();  // true when something completed
+  void Complete(size_t index, const MPI_Status& status, bool failed);
+
+  const int64_t piece_bytes_;
+  const double timeout_s_;
+  std::mutex mutex_;
+  std::vector<MPI_Request> requests_;
+  std::vector<Owner> owners_;  // of requests_
+  std::vector<int> indices_;   // scratch of Poll
+  std::vector<MPI_Status> statuses_;
+  std::atomic<int64_t> outstanding_{0};
+};
+
+// One operation. Keeps its tensors alive until its last request is complete, even when the Work is
+// dropped; raw buffers of an Exchange are the caller's.
+class MpiState {
+ public:
+  MpiState(std::string description, std::vector<Tensor> tensors)
+      : description_(std::move(description)), tensors_(std::move(tensors)) {}
+
+  bool complete() const { return finished_.load(std::memory_order_acquire) == pieces_.load(); }
+  double fraction() const {
+    const int64_t n = pieces_.load();
+    return n == 0 ? 1.0 : static_cast<double>(finished_.load()) / static_cast<double>(n);
+  }
+  const std::string& description() const { return description_; }
+
+ private:
+  friend class MpiEngine;
+  std::string description_;
+  std::vector<Tensor> tensors_;
+  std::atomic<int64_t> pieces_{0}, finished_{0};
+  std::string error_;  // written before the last increment of finished_
+};
+
+// The Work of an operation.
+class MpiWork : public Work::State {
+ public:
+  MpiWork(std::shared_ptr<MpiEngine> engine, std::shared_ptr<MpiState> state)
+      : engine_(std::move(engine)), state_(std::move(state)) {}
+  ~MpiWork() override;
+  bool Done() override { return engine_->Done(*state_); }
+  void Wait() override { engine_->Wait(*state_); }
+  double CompletedFraction() const override { return state_->fraction(); }
+
+ private:
+  std::shared_ptr<MpiEngine> engine_;
+  std::shared_ptr<MpiState> state_;
+};
+
+}  // namespace longspan::parallel::internal

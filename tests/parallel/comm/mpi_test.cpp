@@ -1,0 +1,112 @@
+// What the MPI communicator adds to the contract: transfers that move while kernels compute,
+// time-outs, and the sizes that only the receiver can check.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <thread>
+
+#include "ops/core/context.h"
+#include "ops/core/parallel_for.h"
+#include "tests/parallel/comm/mpi_main.h"
+
+namespace longspan::test {
+namespace {
+
+using parallel::Communicator;
+using parallel::ReduceOp;
+using parallel::Work;
+
+TEST(MpiTest, JobDescribesItself) {
+  auto& job = Job();
+  EXPECT_TRUE(job.launched());
+  EXPECT_EQ(job.world().name(), "mpi");
+  EXPECT_EQ(job.local_size(), job.size()) << "the tests run on one machine";
+  EXPECT_EQ(job.local_rank(), job.rank());
+  EXPECT_GE(job.threads(), 1);
+}
+
+// Exchanges 64 MB with a neighbour while this rank computes, and returns the share of it that has
+// arrived when the computing ends.
+double FractionAfterCompute(bool with_progress) {
+  Communicator& world = Job().world();
+  constexpr int64_t kBytes = 64 << 20;
+  const int next = (world.rank() + 1) % world.size();
+  const int previous = (world.rank() + world.size() - 1) % world.size();
+  ContextOptions options;
+  options.threads = Job().threads();
+  Context ctx(options);
+  if (with_progress) ctx.SetProgress([&] { world.Progress(); });
+  Tensor out = ctx.Empty({kBytes}, DType::kU8), in = ctx.Zeros({kBytes}, DType::kU8);
+  std::fill_n(out.data<uint8_t>(), kBytes, static_cast<uint8_t>(world.rank() + 1));
+  world.Barrier();
+  Work work = world.Exchange({{next, out.raw(), kBytes}}, {{previous, in.raw(), kBytes}});
+  std::vector<double> sinks(static_cast<size_t>(ctx.threads()));
+  ParallelFor(ctx, 2000, [&](int64_t task, int worker) {
+    double sum = 0;
+    for (int i = 1; i < 20000; ++i) sum += 1.0 / (static_cast<double>(task) + i);
+    sinks[static_cast<size_t>(worker)] += sum;
+  });
+  const double fraction = work.CompletedFraction();
+  work.Wait();
+  EXPECT_EQ(work.CompletedFraction(), 1.0);
+  for (int64_t i = 0; i < kBytes; i += 4097) {
+    EXPECT_EQ(in.data<uint8_t>()[i], static_cast<uint8_t>(previous + 1));
+  }
+  for (double sink : sinks) EXPECT_GE(sink, 0.0);
+  world.Barrier();
+  return fraction;
+}
+
+TEST(MpiTest, ProgressBetweenTasksMovesALargeTransfer) {
+  const double with = FractionAfterCompute(/*with_progress=*/true);
+  EXPECT_GE(with, 0.8);
+  if (Job().size() == 1) return;  // a message to oneself is complete at once
+  const double without = FractionAfterCompute(/*with_progress=*/false);
+  RecordProperty("fraction_with_progress", std::to_string(with));
+  RecordProperty("fraction_without_progress", std::to_string(without));
+  if (Job().rank() == 0) {
+    std::printf("64 MB under compute: %.0f %% moved with progress, %.0f %% without\n", 100 * with,
+                100 * without);
+  }
+  EXPECT_LE(without, 0.3) << "the test no longer measures what progress calls do";
+}
+
+TEST(MpiTest, MessagesThatDifferInSizeAreErrors) {
+  Communicator& world = Job().world();
+  const auto comm = world.Split(0, world.rank());
+  const int me = comm->rank(), last = comm->size() - 1;
+  std::vector<char> out(64), in(64);
+  for (int64_t expected : {63, 65 - 32}) {  // a piece that is too long; one that is too short
+    const int64_t sent = expected == 63 ? 64 : 32;
+    std::vector<parallel::Send> sends;
+    std::vector<parallel::Recv> recvs;
+    if (me == 0) sends.push_back({last, out.data(), sent});
+    if (me == last) recvs.push_back({0, in.data(), expected});
+    if (me == last) {
+      EXPECT_THROW(comm->Exchange(sends, recvs).Wait(), CommError) << sent;
+    } else {
+      comm->Exchange(sends, recvs).Wait();
+    }
+  }
+  // The communicator is usable afterwards.
+  EXPECT_EQ(AllReduceValue(*comm, int64_t{1}, ReduceOp::kSum), comm->size());
+}
+
+TEST(MpiTest, ALargeReductionIsPutTogetherFromItsPieces) {
+  Communicator& world = Job().world();
+  Context ctx;
+  constexpr int64_t kN = (9 << 20) + 3;  // 36 pieces of 1 MiB and a rest
+  Tensor t = ctx.Empty({kN}, DType::kF32);
+  float* data = t.data<float>();
+  for (int64_t i = 0; i < kN; ++i) data[i] = static_cast<float>(i % 1021 + world.rank());
+  world.AllReduce(t, ReduceOp::kSum).Wait();
+  const int p = world.size();
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < kN; ++i) {
+    wrong += data[i] != static_cast<float>((i % 1021) * p + p * (p - 1) / 2);
+  }
+  EXPECT_EQ(wrong, 0);
+}
+
+}  // namespace
+}  // namespace longspan::test
