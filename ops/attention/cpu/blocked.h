@@ -1,0 +1,48 @@
+#pragma once
+#include "ops/attention/cpu/attention_cpu.h"
+
+namespace longspan::ops::cpu {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
+
+// Sizes of one call. Packed operands are [64][ld] with head_dim padded to whole vectors; the extra
+// vector in `ld` keeps the rows from falling into the same cache sets.
+struct BlockedShape {
+  int64_t heads, kv_heads, group, dim, padded, ld;
+  int64_t packed() const { return 64 * ld; }    // floats of a packed block
+  int64_t lanes() const { return 64 * dim; }    // floats of a transposed block
+  static constexpr int64_t kTile = 64 * 64;     // floats of a score tile
+};
+BlockedShape MakeBlockedShape(const Tensor& q, const KvView& kv);
+
+// One float buffer per worker, allocated once per call and handed out in 64-byte pieces.
+class Scratch {
+ public:
+  Scratch(Context& ctx, int64_t floats_per_worker)
+      : buffer_(ctx.Empty({ctx.threads(), floats_per_worker}, DType::kF32)),
+        stride_(floats_per_worker) {}
+  class Cursor {
+   public:
+    explicit Cursor(float* at) : at_(at) {}
+    float* Take(int64_t floats) {
+      float* taken = at_;
+      at_ += floats;
+      return taken;
+    }
+
+   private:
+    float* at_;
+  };
+  Cursor Of(int worker) const { return Cursor(buffer_.data<float>() + worker * stride_); }
+
+ private:
+  Tensor buffer_;
+  int64_t stride_;
+};
+
+// Copies `rows` rows of head_dim elements, `stride` elements apart, to a packed f32 block.
+void PackBlock(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
+               int64_t offset, int64_t stride, int64_t rows, float* to);
+
+}  // namespace longspan::ops::cpu

@@ -1,0 +1,154 @@
+#include <algorithm>
+#include <bit>
+#include <limits>
+
+#include "ops/attention/cpu/block_kernels.h"
+#include "ops/core/dtype.h"
+
+// Plain loops over fixed numbers of lanes, which compilers turn into vector code for any processor.
+namespace longspan::ops::portable {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class From, class Convert>
+void Pack(const From* from, int64_t stride, int rows, int columns, int padded, float* to,
+          int64_t ld, Convert convert) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) to[r * ld + c] = convert(from[r * stride + c]);
+    std::fill(to + r * ld + columns, to + r * ld + padded, 0.0f);
+  }
+}
+
+void PackF32(const float* from, int64_t stride, int rows, int columns, int padded, float* to,
+             int64_t ld) {
+  Pack(from, stride, rows, columns, padded, to, ld, [](float x) { return x; });
+}
+
+void PackBf16(const uint16_t* from, int64_t stride, int rows, int columns, int padded, float* to,
+              int64_t ld) {
+  Pack(from, stride, rows, columns, padded, to, ld, [](uint16_t x) {
+    return std::bit_cast<float>(static_cast<uint32_t>(x) << 16);
+  });
+}
+
+void Transpose(const float* from, int64_t ld, int rows, int columns, float* to) {
+  for (int c = 0; c < columns; ++c) {
+    for (int r = 0; r < rows; ++r) to[c * 64 + r] = from[r * ld + c];
+    std::fill(to + c * 64 + rows, to + (c + 1) * 64, 0.0f);
+  }
+}
+
+template <int kRows>
+void Tile(const BlockGemm& g, int row, int column) {
+  float sum[kRows][kLanes] = {};
+  for (int t = 0; t < g.inner; ++t) {
+    const float* b = g.b + t * g.ldb + column;
+    for (int r = 0; r < kRows; ++r) {
+      const float a = g.a[(row + r) * g.a_row + t * g.a_inner];
+      for (int n = 0; n < kLanes; ++n) sum[r][n] += a * b[n];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float* c = g.c + (row + r) * g.ldc + column;
+    if (g.row_scale != nullptr) {
+      const float scale = g.row_scale[row + r];
+      for (int n = 0; n < kLanes; ++n) sum[r][n] += scale * c[n];
+    }
+    for (int n = 0; n < kLanes; ++n) c[n] = sum[r][n];
+  }
+}
+
+void Gemm(const BlockGemm& g) {
+  for (int column = 0; column < g.columns; column += kLanes) {
+    int row = 0;
+    for (; row + 2 <= g.rows; row += 2) Tile<2>(g, row, column);
+    if (row < g.rows) Tile<1>(g, row, column);
+  }
+}
+
+// 2^t for t <= 127; 0 below -126; NaN stays NaN. See kernels_avx512.cpp for the polynomial.
+float Exp2(float t) {
+  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
+  const float clamped = t < -126.0f ? -126.0f : t;
+  const float shifted = clamped + kRound;
+  const float x = clamped - (shifted - kRound);
+  float p = 0x1.41d334p-13f;
+  p = p * x + 0x1.5f456ap-10f;
+  p = p * x + 0x1.3b2dbcp-7f;
+  p = p * x + 0x1.c6aed4p-5f;
+  p = p * x + 0x1.ebfbdap-3f;
+  p = p * x + 0x1.62e430p-1f;
+  p = p * x + 1.0f;
+  const uint32_t whole = std::bit_cast<uint32_t>(shifted) << 23;
+  const float power = std::bit_cast<float>(whole + 0x3f800000u);
+  return t < -126.0f ? 0.0f : p * power;
+}
+
+bool Seen(const uint64_t* bits, int row, int lane) {
+  return bits == nullptr || (bits[row] >> lane & 1) != 0;
+}
+
+void Softmax(const SoftmaxStep& step) {
+  for (int first = 0; first < 64; first += kLanes) {
+    float top[kLanes], shift[kLanes], sum[kLanes];
+    for (int n = 0; n < kLanes; ++n) top[n] = step.maximum[first + n];
+    for (int k = 0; k < step.keys; ++k) {
+      const float* s = step.s + k * 64 + first;
+      for (int n = 0; n < kLanes; ++n) {
+        const float score = Seen(step.bits, k, first + n) ? s[n] * step.scale : -kInfinity;
+        top[n] = std::max(top[n], score);
+      }
+    }
+    for (int n = 0; n < kLanes; ++n) {
+      // A lane without any visible key subtracts 0, so that -inf - -inf never happens.
+      shift[n] = top[n] == -kInfinity ? 0.0f : top[n];
+      const float rescale = Exp2(step.maximum[first + n] - shift[n]);
+      step.maximum[first + n] = top[n];
+      step.rescale[first + n] = rescale;
+      sum[n] = step.sum[first + n] * rescale;
+    }
+    for (int k = 0; k < step.keys; ++k) {
+      float* s = step.s + k * 64 + first;
+      for (int n = 0; n < kLanes; ++n) {
+        const float p = Exp2(s[n] * step.scale - shift[n]);
+        s[n] = Seen(step.bits, k, first + n) ? p : 0.0f;
+        sum[n] += s[n];
+      }
+    }
+    for (int n = 0; n < kLanes; ++n) step.sum[first + n] = sum[n];
+  }
+}
+
+void GradientByQuery(const GradientStep& step) {
+  for (int k = 0; k < step.rows; ++k) {
+    float* s = step.s + k * 64;
+    float* dp = step.dp + k * 64;
+    for (int n = 0; n < 64; ++n) {
+      const float p = Exp2(s[n] * step.scale - step.lse[n]);
+      s[n] = Seen(step.bits, k, n) ? p : 0.0f;
+      dp[n] = s[n] * (dp[n] - step.delta[n]);
+    }
+  }
+}
+
+void GradientByKey(const GradientStep& step) {
+  for (int q = 0; q < step.rows; ++q) {
+    float* s = step.s + q * 64;
+    float* dp = step.dp + q * 64;
+    const float lse = step.lse[q], delta = step.delta[q];
+    for (int n = 0; n < 64; ++n) {
+      const float p = Exp2(s[n] * step.scale - lse);
+      s[n] = Seen(step.bits, q, n) ? p : 0.0f;
+      dp[n] = s[n] * (dp[n] - delta);
+    }
+  }
+}
+
+}  // namespace
+
+const BlockKernels kBlockKernels = {PackF32, PackBf16,        Transpose,    Gemm,
+                                    Softmax, GradientByQuery, GradientByKey};
+
+}  // namespace longspan::ops::portable

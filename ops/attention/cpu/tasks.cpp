@@ -1,0 +1,40 @@
+#include <algorithm>
+
+#include "ops/attention/cpu/attention_cpu.h"
+
+namespace longspan::ops::cpu {
+
+std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs) {
+  struct Costed {
+    int64_t entries;
+    BlockTask task;
+  };
+  std::vector<Costed> costed;
+  costed.reserve(static_cast<size_t>(runs.rows * mask.kv_heads()));
+  for (int64_t h = 0; h < mask.kv_heads(); ++h) {
+    for (int64_t i = 0; i < runs.rows; ++i) {
+      int64_t entries = 0;
+      for (const BlockRun& run : runs.Row(mask.pattern_of(h), i)) entries += run.count;
+      costed.push_back({entries, {static_cast<int32_t>(i), static_cast<int32_t>(h)}});
+    }
+  }
+  std::stable_sort(costed.begin(), costed.end(),
+                   [](const Costed& a, const Costed& b) { return a.entries > b.entries; });
+  std::vector<BlockTask> tasks;
+  tasks.reserve(costed.size());
+  for (const Costed& c : costed) tasks.push_back(c.task);
+  return tasks;
+}
+
+std::vector<int64_t> QueryTokenOffsets(const BlockMask& mask) {
+  const Documents& documents = mask.documents();
+  std::vector<int64_t> offsets(
+      static_cast<size_t>(documents.rows * BlocksPerRow(documents.row_length)), -1);
+  const BlockList& queries = mask.queries();
+  for (size_t i = 0; i < queries.ids.size(); ++i) {
+    offsets[static_cast<size_t>(queries.ids[i])] = queries.token_begin[i];
+  }
+  return offsets;
+}
+
+}  // namespace longspan::ops::cpu

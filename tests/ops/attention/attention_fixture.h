@@ -1,0 +1,49 @@
+#pragma once
+#include <string>
+
+#include "ops/attention/attention.h"
+#include "tests/ops/attention/mask_cases.h"
+#include "tests/ops/attention/reference.h"
+
+namespace longspan::test {
+
+// One attention problem with inputs drawn from a seed, its naive answer, and ways to run an
+// implementation on it through shuffled K/V tables.
+struct AttentionCase {
+  MaskCase mask_case;
+  DType dtype = DType::kF32;
+  int64_t group = 1;  // query heads per kv head
+  int64_t dim = 64;
+  double scale = 0;   // as in AttentionOptions
+  bool with_dlse = true;
+  uint64_t seed = 1;
+
+  int64_t heads() const { return mask_case.kv_heads * group; }
+  std::string Name() const;
+};
+
+struct AttentionInputs {
+  Vec q, k, v, d_out, dlse;
+  NaiveProblem problem;
+};
+AttentionInputs MakeInputs(const AttentionCase& c);
+
+// What one implementation computed.
+struct AttentionRun {
+  Vec o, lse, dq, dk, dv;
+  std::string implementation;
+};
+// Forward and backward of one call. K and V (and their gradients) lie in blocks scattered over a
+// larger storage that is otherwise NaN; gradients start from a known value, which is taken off
+// again, so that overwriting instead of adding shows.
+AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionInputs& inputs,
+                          const std::string& implementation);
+
+// Key blocks at random places of [tokens, kv heads, dim]-like storage with gaps.
+struct Scattered {
+  int64_t elements = 0, token_stride = 0, first_block = 0, blocks = 0;
+  std::vector<int64_t> offsets;
+};
+Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, uint64_t seed);
+
+}  // namespace longspan::test
