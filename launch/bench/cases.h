@@ -1,0 +1,60 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ops/attention/pattern.h"
+#include "ops/core/dtype.h"
+
+namespace longspan::launch {
+
+// Benchmark problems are named by tokens joined with '_': a kind, a dtype (f32, bf16, f64), then
+// one token of letters and a number for each size, in any order.
+//
+// Attention   PATTERN_DTYPE_T4096_Hq8_Hkv2_D64[_...]: one row of T tokens, Hq query heads, Hkv kv
+//             heads, D elements per head
+//   full, causal       nothing more
+//   window             W1024 tokens seen, the query included; S64 sinks (default 0)
+//   s2                 B64 tokens per block, L4 local blocks, V4 stride in blocks; N1 dense heads
+//                      (default 0)
+//   any pattern        P512 cuts the row into documents of 512 tokens (the last may be shorter)
+struct AttentionCase {
+  std::string name;
+  DType dtype = DType::kF32;
+  ops::AttentionPattern pattern;
+  int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  int64_t document_tokens = 0;  // 0: the row is one document
+};
+
+// Gemm        gemm_DTYPE[_ROLE]_M1024_N512_K256: op(A) [M, K] times op(B) [K, N]
+//   no role     A and B as they are
+//   forward     of a linear layer: B is stored transposed; result in the operands' dtype
+//   dx          its input gradient: A and B as they are; result in the operands' dtype
+//   dw          its weight gradient: A is stored transposed; added to a result in f32 (f64)
+enum class GemmRole { kPlain, kForward, kDx, kDw };
+struct GemmCase {
+  std::string name;
+  DType dtype = DType::kF32;
+  GemmRole role = GemmRole::kPlain;
+  int64_t m = 0, n = 0, k = 0;
+};
+
+// Errors    InvalidArgument naming the case and the token that is wrong, missing or given twice, or
+//           the problem of the pattern
+AttentionCase ParseAttentionCase(const std::string& name);
+GemmCase ParseGemmCase(const std::string& name);
+
+// The names of a problem list: one a line; blank lines and what follows '#' are left out.
+std::vector<std::string> ReadProblemList(std::string_view text);
+
+// The text of a list that is part of the program: "attention_default", "attention_long",
+// "gemm_default", "gemm_long" (files of tests/bench/problems).
+std::string_view BuiltInProblems(std::string_view name);
+
+// A problem of the same kind that is small enough for the reference implementation, with odd sizes,
+// and still has hidden, partly visible and fully visible blocks where the pattern has them.
+AttentionCase SmallVersion(const AttentionCase& problem);
+GemmCase SmallVersion(const GemmCase& problem);
+
+}  // namespace longspan::launch

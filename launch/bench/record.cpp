@@ -1,0 +1,124 @@
+#include "launch/bench/record.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "launch/bench/operands.h"
+#include "ops/core/error.h"
+
+namespace longspan::launch {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json OrNull(const std::optional<double>& value) {
+  return value.has_value() ? Json(*value) : Json();
+}
+
+std::string Format(const char* format, auto... values) {
+  char text[512];
+  std::snprintf(text, sizeof text, format, values...);
+  return text;
+}
+
+}  // namespace
+
+double BenchRecord::floor_ms() const {
+  return std::max(flops / peak_gflops, bytes / peak_gbps) * 1e-6;
+}
+
+double PeakGflops(const MachinePeaks& peaks, DType dtype) {
+  switch (dtype) {
+    case DType::kBF16:
+      return peaks.bf16_gflops;
+    case DType::kF64:
+      return peaks.f32_gflops / 2;
+    default:
+      return peaks.f32_gflops;
+  }
+}
+
+std::string ToJsonLine(const BenchRecord& r) {
+  const Json json = {{"op", r.op},
+                     {"case", r.name},
+                     {"pass", r.pass},
+                     {"impl", r.implementation},
+                     {"device", r.device},
+                     {"threads", r.threads},
+                     {"ms_median", r.timing.median_ms},
+                     {"ms_p90", r.timing.p90_ms},
+                     {"flops", r.flops},
+                     {"bytes", r.bytes},
+                     {"visible_fraction", OrNull(r.visible_fraction)},
+                     {"block_fraction", OrNull(r.block_fraction)},
+                     {"peak_gflops", r.peak_gflops},
+                     {"peak_gbps", r.peak_gbps},
+                     {"floor_ms", r.floor_ms()},
+                     {"fraction_of_floor", r.fraction_of_floor()},
+                     {"peer", nullptr},
+                     {"peer_ms_median", nullptr}};
+  return json.dump();
+}
+
+std::string ToJsonLine(const MachinePeaks& p) {
+  const Json json = {{"op", "machine"},        {"device", "cpu"},
+                     {"threads", p.threads},   {"f32_gflops", p.f32_gflops},
+                     {"f32_set", p.f32_set},   {"bf16_gflops", p.bf16_gflops},
+                     {"bf16_set", p.bf16_set}, {"copy_gbps", p.copy_gbps}};
+  return json.dump();
+}
+
+std::string TableHead(size_t name_width) {
+  return Format("%-*s  %-8s  %-15s %10s %10s %9s %10s %7s %7s %10s %8s",
+                static_cast<int>(name_width), "case", "pass", "impl", "ms median", "ms p90",
+                "GFLOP/s", "per thread", "visible", "blocks", "floor ms", "of floor");
+}
+
+std::string TableLine(const BenchRecord& r, size_t name_width) {
+  const auto share = [](const std::optional<double>& value) {
+    return value.has_value() ? Format("%.3f", *value) : std::string("-");
+  };
+  return Format("%-*s  %-8s  %-15s %10.3f %10.3f %9.1f %10.1f %7s %7s %10.3f %7.1f%%",
+                static_cast<int>(name_width), r.name.c_str(), r.pass.c_str(),
+                r.implementation.c_str(), r.timing.median_ms, r.timing.p90_ms, r.gflops(),
+                r.gflops() / r.threads, share(r.visible_fraction).c_str(),
+                share(r.block_fraction).c_str(), r.floor_ms(), 100 * r.fraction_of_floor());
+}
+
+std::string ToText(const MachinePeaks& p) {
+  return Format("peaks of %d %s: f32 %.1f GFLOP/s (%s), bf16 %.1f GFLOP/s (%s), copy %.1f GB/s",
+                p.threads, p.threads == 1 ? "thread" : "threads", p.f32_gflops, p.f32_set.c_str(),
+                p.bf16_gflops, p.bf16_set.c_str(), p.copy_gbps);
+}
+
+std::vector<std::string> ChooseImplementations(const std::string& case_name,
+                                               const std::vector<Candidate>& candidates,
+                                               const std::string& wanted) {
+  std::vector<std::string> accepting;
+  std::string known;
+  for (const Candidate& c : candidates) {
+    known += (known.empty() ? "" : ", ") + c.name;
+    if (c.reason.empty()) accepting.push_back(c.name);
+    if (c.name != wanted) continue;
+    if (c.reason.empty()) return {wanted};
+    throw InvalidArgument(Str("--impl ", wanted, " cannot run ", case_name, ": ", c.reason,
+                              "; choose cases that it can run with --filter"));
+  }
+  if (!wanted.empty()) {
+    throw InvalidArgument(Str("--impl ", wanted, " is not an implementation; use one of ", known));
+  }
+  if (accepting.size() > 1) std::erase(accepting, kReference);
+  return accepting;
+}
+
+void RequireAgreement(const std::string& case_name, const std::string& implementation,
+                      const char* what, double difference, DType dtype) {
+  const double allowed = AllowedDifference(dtype);
+  if (difference <= allowed) return;
+  throw Error(Str("implementation ", implementation, " is wrong on a small version of ", case_name,
+                  ": ", what, " differs from the reference by ", difference, " (at most ", allowed,
+                  "), so its speed was not measured"));
+}
+
+}  // namespace longspan::launch

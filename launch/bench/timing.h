@@ -1,0 +1,21 @@
+#pragma once
+#include <functional>
+#include <vector>
+
+namespace longspan::launch {
+
+struct Timing {
+  double median_ms = 0;
+  double p90_ms = 0;
+  int repeats = 0;
+};
+
+// Median and 90th percentile (nearest rank) of `milliseconds`, which is not empty.
+Timing Summarize(std::vector<double> milliseconds);
+
+// Times each of `runs`: one warm-up each, then rounds in which every one runs once, so that a slow
+// moment of the machine hits all alike. Ends after at least 5 rounds and `seconds` times the number
+// of runs.
+std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs, double seconds);
+
+}  // namespace longspan::launch

@@ -1,0 +1,72 @@
+#include "launch/picture/mask_facts.h"
+
+#include <algorithm>
+
+namespace longspan::launch {
+namespace {
+
+double Triangle(double n) { return n * (n + 1) / 2; }
+
+// Pairs and blocks that plain attention of this kind has on all rows of the documents.
+struct Whole {
+  double pairs, blocks;
+};
+Whole WholeOf(const ops::BlockMask& mask) {
+  const ops::Documents& documents = mask.documents();
+  const double rows = static_cast<double>(documents.rows);
+  const double n = static_cast<double>(documents.row_length);
+  const double b = static_cast<double>(ops::BlocksPerRow(documents.row_length));
+  const bool both_ways = mask.rule().kind == static_cast<int32_t>(ops::PatternKind::kFull);
+  return both_ways ? Whole{rows * n * n, rows * b * b}
+                   : Whole{rows * Triangle(n), rows * Triangle(b)};
+}
+
+}  // namespace
+
+MaskFacts FactsOfHead(const ops::BlockMask& mask, int64_t kv_head) {
+  const Whole whole = WholeOf(mask);
+  MaskFacts facts;
+  facts.visible_pairs = mask.VisiblePairs(kv_head);
+  facts.visible_fraction = static_cast<double>(facts.visible_pairs) / whole.pairs;
+  facts.block_fraction = static_cast<double>(mask.entries(mask.pattern_of(kv_head))) / whole.blocks;
+  return facts;
+}
+
+MaskFacts FactsOf(const ops::BlockMask& mask) {
+  MaskFacts facts;
+  const double share = 1.0 / static_cast<double>(mask.kv_heads());
+  for (const auto& heads : HeadsByPattern(mask)) {
+    const MaskFacts head = FactsOfHead(mask, heads.front());
+    const auto n = static_cast<int64_t>(heads.size());
+    facts.visible_pairs += n * head.visible_pairs;
+    facts.visible_fraction += static_cast<double>(n) * share * head.visible_fraction;
+    facts.block_fraction += static_cast<double>(n) * share * head.block_fraction;
+  }
+  return facts;
+}
+
+std::shared_ptr<const ops::BlockMask> WholeRowMask(const ops::AttentionPattern& pattern,
+                                                   int64_t kv_heads, int64_t length) {
+  const auto documents =
+      std::make_shared<const ops::Documents>(ops::Documents::OnePerRow(1, length));
+  const ops::BlockList blocks = ops::BlockList::All(*documents);
+  return ops::BlockMask::Build(pattern, kv_heads, documents, blocks, blocks);
+}
+
+std::vector<std::vector<int64_t>> HeadsByPattern(const ops::BlockMask& mask) {
+  std::vector<std::vector<int64_t>> heads(static_cast<size_t>(mask.patterns()));
+  for (int64_t h = 0; h < mask.kv_heads(); ++h) {
+    heads[static_cast<size_t>(mask.pattern_of(h))].push_back(h);
+  }
+  return heads;
+}
+
+int64_t PictureLength(const ops::AttentionPattern& pattern, int64_t length, int64_t cells) {
+  if (pattern.kind != ops::PatternKind::kS2 || pattern.s2.stride_blocks == 1) return length;
+  const ops::S2Options& s2 = pattern.s2;
+  const int64_t fine = cells * std::max(ops::kMaskBlock, s2.block_size);
+  if (fine >= length || s2.local_blocks > fine / s2.block_size / 2) return length;
+  return fine;
+}
+
+}  // namespace longspan::launch

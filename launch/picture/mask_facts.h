@@ -1,0 +1,39 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "ops/attention/block_mask.h"
+
+namespace longspan::launch {
+
+// How much of plain attention a mask keeps.
+//   visible_fraction = visible pairs / pairs of plain causal attention on the same rows
+//   block_fraction   = the same in 64 x 64 blocks with at least one visible pair
+// Both are means over the kv heads. A pattern that also looks ahead (full) is compared with all
+// pairs of a row instead, so that 1 means "nothing left out" for every pattern.
+struct MaskFacts {
+  double visible_fraction = 0;
+  double block_fraction = 0;
+  int64_t visible_pairs = 0;  // summed over the kv heads
+};
+
+// Of a mask over whole rows: its queries and keys are all blocks of its documents.
+MaskFacts FactsOf(const ops::BlockMask& mask);
+// Of one kv head alone.
+MaskFacts FactsOfHead(const ops::BlockMask& mask, int64_t kv_head);
+
+// The mask of one row of `length` tokens that is one document.
+std::shared_ptr<const ops::BlockMask> WholeRowMask(const ops::AttentionPattern& pattern,
+                                                   int64_t kv_heads, int64_t length);
+
+// The kv heads of each distinct head pattern of a mask: element p lists those with pattern_of == p.
+std::vector<std::vector<int64_t>> HeadsByPattern(const ops::BlockMask& mask);
+
+// The row length, at most `length`, whose picture with at most `cells` rows and columns shows the
+// pattern best. That is `length` itself, except for S2, where a cell of several strided blocks
+// would always contain a visible one and hide the stride: there a cell is at most one S2 block,
+// unless the local blocks alone would then fill half of the picture.
+int64_t PictureLength(const ops::AttentionPattern& pattern, int64_t length, int64_t cells);
+
+}  // namespace longspan::launch
