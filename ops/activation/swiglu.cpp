@@ -1,5 +1,8 @@
 #include "ops/activation/swiglu.h"
 
+#include <algorithm>
+
+#include "ops/core/parallel_for.h"
 #include "ops/elementwise/exp.h"
 #include "ops/elementwise/rows.h"
 
@@ -9,6 +12,32 @@ namespace {
 void CheckSame(const char* op, const Tensor& a, const Tensor& b) {
   LONGSPAN_CHECK(a.shape() == b.shape() && a.dtype() == b.dtype())
       << op << ": operands " << a.Describe() << " and " << b.Describe();
+}
+
+// dup = dy silu(g),  dgate = dy up silu'(g) with silu'(g) = s + g s (1 - s), s = sigmoid(g): one pass
+// over both, because the exponential is most of the work.
+template <class T>
+void Gradients(Context& ctx, int64_t n, const T* dy, const T* gate, const T* up, T* dgate, T* dup) {
+  using Acc = Accumulator<T>;
+  using internal::kRunElements;
+  ParallelRanges(ctx, n, internal::kTaskElements, [&](int64_t begin, int64_t end) {
+    alignas(64) Acc wide[3][kRunElements], staged[2][kRunElements];
+    for (int64_t i = begin; i < end; i += kRunElements) {
+      const int64_t count = std::min(kRunElements, end - i);
+      const Acc* d = internal::Widen(dy + i, count, wide[0]);
+      const Acc* g = internal::Widen(gate + i, count, wide[1]);
+      const Acc* u = internal::Widen(up + i, count, wide[2]);
+      Acc* __restrict to_gate = internal::Staging(dgate + i, staged[0]);
+      Acc* __restrict to_up = internal::Staging(dup + i, staged[1]);
+      for (int64_t j = 0; j < count; ++j) {
+        const Acc s = internal::Sigmoid(g[j]), silu = g[j] * s;
+        to_gate[j] = d[j] * u[j] * (s + silu * (Acc(1) - s));
+        to_up[j] = d[j] * silu;
+      }
+      internal::Narrow(to_gate, count, dgate + i);
+      internal::Narrow(to_up, count, dup + i);
+    }
+  });
 }
 
 }  // namespace
@@ -31,18 +60,8 @@ SwiGluGradients SwiGluBackward(Context& ctx, const Tensor& dy, const Tensor& gat
   CheckSame("SwiGluBackward", gate, dy);
   SwiGluGradients out{ctx.Empty(gate.shape(), gate.dtype()), ctx.Empty(up.shape(), up.dtype())};
   DispatchFloat(gate.dtype(), "SwiGluBackward", [&]<class T>() {
-    using Acc = Accumulator<T>;
-    // silu'(g) = s + g s (1 - s) with s = sigmoid(g).
-    internal::Map(
-        ctx, gate.numel(), out.dgate.data<T>(),
-        [](Acc d, Acc g, Acc u) {
-          const Acc s = internal::Sigmoid(g);
-          return d * u * (s + g * s * (Acc(1) - s));
-        },
-        dy.data<T>(), gate.data<T>(), up.data<T>());
-    internal::Map(
-        ctx, gate.numel(), out.dup.data<T>(),
-        [](Acc d, Acc g) { return d * (g * internal::Sigmoid(g)); }, dy.data<T>(), gate.data<T>());
+    Gradients<T>(ctx, gate.numel(), dy.data<T>(), gate.data<T>(), up.data<T>(),
+                 out.dgate.data<T>(), out.dup.data<T>());
   });
   return out;
 }
