@@ -158,7 +158,7 @@ void RunProduct(const std::vector<int>& rank_counts, uint64_t sample) {
       }
     }
   }
-  RecordProperty("cases", ran);
+  ::testing::Test::RecordProperty("cases", ran);
   EXPECT_GT(ran, 0);
 }
 
