@@ -1,0 +1,33 @@
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace longspan::trainer {
+
+// What one optimizer step reports. Values are of the whole job, not of one rank.
+struct StepMetrics {
+  int64_t step = 0;          // steps done, so the first one reports 1
+  double loss = 0;           // mean over valid tokens, nats
+  double grad_norm = 0;      // global L2 norm before clipping
+  double lr = 0;             // learning rate of this step
+  int64_t tokens = 0;        // tokens of this step's global batch
+  int64_t valid_tokens = 0;  // those with a label
+  double step_ms = 0;        // wall time of the step
+  double tokens_per_s = 0;
+  std::optional<double> mfu;   // fraction of the device's peak, 0..1; none when unknown
+  int64_t comm_bytes = 0;      // sent by all ranks in this step
+  int64_t peak_rss_bytes = 0;  // largest of all ranks since their start
+};
+
+// One result of an evaluation after `step` steps.
+struct EvalMetrics {
+  int64_t step = 0;
+  std::string eval;  // "validation_loss", "passkey@8192"
+  double value = 0;
+};
+
+// Largest resident memory of this process so far.
+int64_t PeakRssBytes();
+
+}  // namespace longspan::trainer
