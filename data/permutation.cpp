@@ -20,7 +20,7 @@ uint64_t Mix(uint64_t x) {
 
 KeyedPermutation::KeyedPermutation(int64_t n, uint64_t key) : n_(n) {
   LONGSPAN_CHECK(n >= 1) << "a permutation of " << n << " elements";
-  const int bits = std::max(2, static_cast<int>(std::bit_width(static_cast<uint64_t>(n - 1))));
+  const int bits = std::max(8, static_cast<int>(std::bit_width(static_cast<uint64_t>(n - 1))));
   low_bits_ = bits / 2;
   high_bits_ = bits - low_bits_;
   const Philox rng(key, StreamOf("permutation"));

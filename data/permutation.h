@@ -5,8 +5,9 @@
 namespace longspan::data {
 
 // A pseudo-random permutation of 0..n-1 that is a pure function of (n, key) and needs no table: an
-// 8-round Feistel network on the smallest number of bits that holds n - 1 (at least 2), applied
-// again and again until the value falls below n (under two times on average).
+// 8-round Feistel network on the smallest number of bits that holds n - 1, applied again and again
+// until the value falls below n (under two times on average). At least 8 bits: on fewer, the round
+// functions are too few to reach all orders equally.
 class KeyedPermutation {
  public:
   // InvalidArgument for n < 1.
