@@ -84,38 +84,33 @@ if grep -qs '^Seccomp:[[:space:]]*2' /proc/self/status; then
   arguments+=(--mca btl_vader_single_copy_mechanism none)
 fi
 
-# The default action of SIGUSR1 would end mpirun before it has installed its handler.
-handles_usr1() { # pid
-  local key value
-  while read -r key value; do
-    [[ $key == SigCgt: ]] && return $(((16#${value: -4} & 0x200) == 0))
-  done 2>/dev/null <"/proc/$1/status"
-  return 1
+# Prints the processes of the session that mpirun leads: mpirun and the ranks.
+session() {
+  local stat line pid rest
+  for stat in /proc/[0-9]*/stat; do
+    { read -r line <"$stat"; } 2>/dev/null || continue
+    # After the command name, which may hold anything: state, parent, group, session.
+    pid=${line%% *}
+    read -r -a rest <<<"${line##*) }"
+    [[ ${rest[3]} == "$job" ]] && echo "$pid"
+  done
 }
 
+# mpirun drops a SIGUSR1 that comes before it has started its ranks, and one that comes before it has
+# installed its handler ends it.
 ask_to_stop() {
   local tries
   for ((tries = 0; tries < 100; ++tries)); do
-    if handles_usr1 "$job"; then
-      kill -USR1 "$job" 2>/dev/null
-      return
-    fi
+    (($(session | wc -l) > ranks)) && break
     kill -0 "$job" 2>/dev/null || return
     sleep 0.05
   done
+  kill -USR1 "$job" 2>/dev/null
 }
 
-kill_session() { # every process of the session that mpirun leads
-  local stat fields
-  for stat in /proc/[0-9]*/stat; do
-    # Fields after the command name (which may hold anything): state, parent, group, session.
-    read -r fields 2>/dev/null <"$stat" || continue
-    local pid=${fields%% *}
-    fields=${fields##*) }
-    # shellcheck disable=SC2086
-    set -- $fields
-    [[ $4 == "$job" ]] && kill -KILL "$pid" 2>/dev/null
-  done
+kill_session() {
+  local pid
+  for pid in $(session); do kill -KILL "$pid" 2>/dev/null; done
 }
 
 signals=0
@@ -129,12 +124,15 @@ on_stop_signal() {
   (sleep "$kKillAfterSeconds" && kill_session) </dev/null &>/dev/null &
 }
 
-trap on_stop_signal INT TERM
-trap ask_to_stop USR1
+# The ranks write to a terminal that mpirun makes for them; this says whether ours is one.
+if [[ -t 1 ]]; then export LONGSPAN_TERMINAL=1; else export LONGSPAN_TERMINAL=0; fi
 
 # A session of its own: Ctrl-C in a terminal reaches only this script, never mpirun or the ranks.
-setsid mpirun "${arguments[@]}" "$@" </dev/null &
+# When this script is killed, mpirun ends the job.
+setsid setpriv --pdeathsig TERM mpirun "${arguments[@]}" "$@" </dev/null &
 job=$!
+trap on_stop_signal INT TERM
+trap ask_to_stop USR1
 wait "$job"
 status=$?
 # A trapped signal interrupts wait before the job has ended.

@@ -87,6 +87,11 @@ std::optional<std::string> Environment(const char* name) {
   return std::string(value);
 }
 
+bool StdoutIsTerminal() {
+  if (const auto outer = Integer("LONGSPAN_TERMINAL")) return *outer != 0;
+  return isatty(STDOUT_FILENO) != 0;
+}
+
 std::unique_ptr<Bootstrap> Bootstrap::Start(MpiOptions options) {
   std::unique_ptr<Bootstrap> job(new Bootstrap);
   job->exceptions_at_start_ = std::uncaught_exceptions();

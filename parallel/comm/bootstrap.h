@@ -51,6 +51,10 @@ class Bootstrap {
   int exceptions_at_start_ = 0;
 };
 
+// Whether people read standard output in a terminal. Under mpirun every rank writes to a terminal
+// that mpirun makes, so launch/mpirun.sh passes on what its own output is (LONGSPAN_TERMINAL).
+bool StdoutIsTerminal();
+
 // The value of an environment variable. Every read of the environment goes through here.
 std::optional<std::string> Environment(const char* name);
 

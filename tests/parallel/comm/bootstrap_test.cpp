@@ -44,6 +44,14 @@ TEST(BootstrapTest, EnvironmentReadsVariables) {
   EXPECT_EQ(parallel::Environment("LONGSPAN_TEST_VARIABLE"), std::nullopt);
 }
 
+TEST(BootstrapTest, TheLauncherKnowsWhetherThereIsATerminal) {
+  setenv("LONGSPAN_TERMINAL", "1", 1);
+  EXPECT_TRUE(parallel::StdoutIsTerminal());
+  setenv("LONGSPAN_TERMINAL", "0", 1);
+  EXPECT_FALSE(parallel::StdoutIsTerminal());
+  unsetenv("LONGSPAN_TERMINAL");
+}
+
 // A launcher of another MPI: its variables are there, but our library starts alone.
 TEST(BootstrapDeathTest, AForeignLauncherIsNamed) {
   auto start = [] {

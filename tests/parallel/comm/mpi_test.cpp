@@ -92,6 +92,32 @@ TEST(MpiTest, MessagesThatDifferInSizeAreErrors) {
   EXPECT_EQ(AllReduceValue(*comm, int64_t{1}, ReduceOp::kSum), comm->size());
 }
 
+TEST(MpiTest, AWaitThatTakesTooLongNamesTheOperation) {
+  Communicator& world = Job().world();
+  if (world.size() == 1) return;  // nobody to wait for
+  const auto impatient = parallel::internal::MakeMpiWorld({.timeout_s = 0.2});
+  const int last = world.size() - 1;
+  char out = 'x', in = '-';
+  if (world.rank() == 0) {
+    Work work = impatient->Exchange({}, {{last, &in, 1}});
+    try {
+      work.Wait();
+      ADD_FAILURE() << "nothing was sent";
+    } catch (const CommError& e) {
+      EXPECT_NE(std::string(e.what()).find("Exchange (operation 0"), std::string::npos) << e.what();
+    }
+    world.Barrier();
+    while (!work.Done()) std::this_thread::yield();
+    EXPECT_EQ(in, 'x');
+  } else {
+    world.Barrier();
+    std::vector<parallel::Send> sends;
+    if (world.rank() == last) sends.push_back({0, &out, 1});
+    impatient->Exchange(sends, {}).Wait();
+  }
+  world.Barrier();
+}
+
 TEST(MpiTest, ALargeReductionIsPutTogetherFromItsPieces) {
   Communicator& world = Job().world();
   Context ctx;
