@@ -78,6 +78,7 @@ std::optional<Unit> UnitPlanner::Next() {
 EncodedUnit UnitEncoder::Encode(const Unit& unit) {
   EncodedUnit out;
   const TextFile& first = options_.files[unit.first_file];
+  out.packed.reserve(static_cast<size_t>(UnitBytes(unit) * SizeOf(options_.dtype)));
   switch (unit.kind) {
     case Unit::Kind::kFiles:
       for (size_t f = unit.first_file; f < unit.end_file; ++f) EncodeFile(options_.files[f], out);
@@ -86,6 +87,15 @@ EncodedUnit UnitEncoder::Encode(const Unit& unit) {
     case Unit::Kind::kLines: EncodeLines(first, unit.begin, unit.end, out); break;
   }
   return out;
+}
+
+// An estimate of its text in bytes, which is an estimate of its tokens for a byte tokenizer and more
+// than enough for others.
+int64_t UnitEncoder::UnitBytes(const Unit& unit) const {
+  if (unit.kind != Unit::Kind::kFiles) return unit.end - unit.begin;
+  int64_t bytes = 0;
+  for (size_t f = unit.first_file; f < unit.end_file; ++f) bytes += options_.files[f].bytes + 1;
+  return bytes;
 }
 
 void UnitEncoder::AddPart(std::string_view text, uint64_t hash, bool last, EncodedUnit& out) {

@@ -81,6 +81,7 @@ class UnitEncoder {
   EncodedUnit Encode(const Unit& unit);
 
  private:
+  int64_t UnitBytes(const Unit& unit) const;
   void EncodeFile(const TextFile& file, EncodedUnit& out);
   void EncodePiece(const TextFile& file, const Unit& unit, EncodedUnit& out);
   void EncodeLines(const TextFile& file, int64_t begin, int64_t end, EncodedUnit& out);

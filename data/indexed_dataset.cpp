@@ -12,7 +12,7 @@
 namespace longspan::data {
 namespace {
 
-constexpr int64_t kSampledPages = 4096, kPageBytes = 4096;
+constexpr int64_t kSampledPages = 4096, kPageBytes = 4096, kReadBytes = 1 << 20;
 
 template <class T>
 T Load(const uint8_t* at) {  // the arrays of an .idx start at byte 34: nothing in it is aligned
@@ -20,6 +20,28 @@ T Load(const uint8_t* at) {  // the arrays of an .idx start at byte 34: nothing 
   std::memcpy(&value, at, sizeof(T));
   return value;
 }
+
+class Hasher {
+ public:
+  Hasher() { XXH3_64bits_reset(state_.get()); }
+  void Add(const void* bytes, size_t count) { XXH3_64bits_update(state_.get(), bytes, count); }
+  void AddRange(const InputFile& file, int64_t begin, int64_t count) {
+    for (const int64_t end = begin + count; begin < end; begin += kReadBytes) {
+      const int64_t wanted = std::min(end - begin, kReadBytes);
+      buffer_.clear();
+      if (file.ReadAt(begin, wanted, buffer_) != wanted) {
+        throw DataError(Str(file.path(), " became shorter while it was read"));
+      }
+      Add(buffer_.data(), buffer_.size());
+    }
+  }
+  uint64_t Digest() const { return XXH3_64bits_digest(state_.get()); }
+
+ private:
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_{XXH3_createState(),
+                                                                  XXH3_freeState};
+  std::string buffer_;
+};
 
 std::string CheckedPrefix(const std::string& prefix) {
   for (const char* suffix : {".idx", ".bin"}) {
@@ -172,29 +194,29 @@ int64_t IndexedDataset::ScanMaxTokenId() const {
 
 uint64_t IndexedDataset::Fingerprint() const {
   std::call_once(fingerprint_once_, [this] {
-    const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(),
-                                                                         XXH3_freeState);
-    XXH3_64bits_reset(state.get());
-    const auto add = [&](const void* bytes, size_t n) { XXH3_64bits_update(state.get(), bytes, n); };
-    add(index_.bytes().data(), index_.bytes().size());
-    const auto tokens = tokens_.bytes();
-    const uint64_t size = tokens.size();
-    add(&size, sizeof size);
-    if (size <= uint64_t{kSampledPages * kPageBytes}) {
-      add(tokens.data(), tokens.size());
+    Hasher hasher;
+    hasher.Add(index_.bytes().data(), index_.bytes().size());
+    const auto size = static_cast<int64_t>(tokens_.bytes().size());
+    hasher.Add(&size, sizeof size);
+    // Read and not mapped: touching mapped pages all over a large file makes much of it resident.
+    const InputFile file(tokens_.path());
+    if (size <= kSampledPages * kPageBytes) {
+      hasher.AddRange(file, 0, size);
     } else {
-      for (uint64_t page = 0; page < kSampledPages; ++page) {  // the first and the last page included
-        const __uint128_t span = size - kPageBytes;
-        add(tokens.data() + static_cast<uint64_t>(span * page / (kSampledPages - 1)), kPageBytes);
+      for (int64_t page = 0; page < kSampledPages; ++page) {  // the first and the last page included
+        const __int128 span = size - kPageBytes;
+        hasher.AddRange(file, static_cast<int64_t>(span * page / (kSampledPages - 1)), kPageBytes);
       }
     }
-    fingerprint_ = XXH3_64bits_digest(state.get());
+    fingerprint_ = hasher.Digest();
   });
   return fingerprint_;
 }
 
 uint64_t IndexedDataset::HashTokens() const {
-  return XXH3_64bits(tokens_.bytes().data(), tokens_.bytes().size());
+  Hasher hasher;
+  hasher.AddRange(InputFile(tokens_.path()), 0, static_cast<int64_t>(tokens_.bytes().size()));
+  return hasher.Digest();
 }
 
 }  // namespace longspan::data
