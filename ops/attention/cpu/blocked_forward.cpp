@@ -104,7 +104,7 @@ class ForwardTask {
   void Finish(int64_t g, const HeadState& head) {
     for (int64_t i = 0; i < tokens_; ++i) {
       const int64_t row = (first_token_ + i) * shape_.heads + QueryHead(g);
-      const bool empty = head.maximum[i] == -kInfinity;
+      const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
       const float scale = empty ? 0.0f : 1.0f / head.sum[i];
       args_.lse.data<float>()[row] =
           empty ? -kInfinity

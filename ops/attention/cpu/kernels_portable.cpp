@@ -40,31 +40,40 @@ void Transpose(const float* from, int64_t ld, int rows, int columns, float* to) 
   }
 }
 
+// Four floats that the compiler keeps in one vector register (SSE, NEON, ...).
+using Vec4 = float __attribute__((vector_size(16), may_alias));
+constexpr int kTileColumns = 8;  // two vectors
+
+// kRows x 8 of the product stays in registers over the whole inner sum.
 template <int kRows>
 void Tile(const BlockGemm& g, int row, int column) {
-  float sum[kRows][kLanes] = {};
+  Vec4 sum[kRows][2] = {};
+  const float* a = g.a + row * g.a_row;
+  const float* b = g.b + column;
   for (int t = 0; t < g.inner; ++t) {
-    const float* b = g.b + t * g.ldb + column;
+    const Vec4 b0 = *reinterpret_cast<const Vec4*>(b), b1 = *reinterpret_cast<const Vec4*>(b + 4);
     for (int r = 0; r < kRows; ++r) {
-      const float a = g.a[(row + r) * g.a_row + t * g.a_inner];
-      for (int n = 0; n < kLanes; ++n) sum[r][n] += a * b[n];
+      const float x = a[r * g.a_row];
+      sum[r][0] += x * b0;
+      sum[r][1] += x * b1;
     }
+    a += g.a_inner;
+    b += g.ldb;
   }
   for (int r = 0; r < kRows; ++r) {
-    float* c = g.c + (row + r) * g.ldc + column;
-    if (g.row_scale != nullptr) {
-      const float scale = g.row_scale[row + r];
-      for (int n = 0; n < kLanes; ++n) sum[r][n] += scale * c[n];
+    Vec4* c = reinterpret_cast<Vec4*>(g.c + (row + r) * g.ldc + column);
+    for (int n = 0; n < 2; ++n) {
+      if (g.row_scale != nullptr) sum[r][n] += g.row_scale[row + r] * c[n];
+      c[n] = sum[r][n];
     }
-    for (int n = 0; n < kLanes; ++n) c[n] = sum[r][n];
   }
 }
 
 void Gemm(const BlockGemm& g) {
-  for (int column = 0; column < g.columns; column += kLanes) {
+  for (int column = 0; column < g.columns; column += kTileColumns) {
     int row = 0;
-    for (; row + 2 <= g.rows; row += 2) Tile<2>(g, row, column);
-    if (row < g.rows) Tile<1>(g, row, column);
+    for (; row + 4 <= g.rows; row += 4) Tile<4>(g, row, column);
+    for (; row < g.rows; ++row) Tile<1>(g, row, column);
   }
 }
 
@@ -86,8 +95,12 @@ float Exp2(float t) {
   return t < -126.0f ? 0.0f : p * power;
 }
 
-bool Seen(const uint64_t* bits, int row, int lane) {
-  return bits == nullptr || (bits[row] >> lane & 1) != 0;
+// Zeroes or replaces the lanes [first, first + n) of `row` that are not visible.
+void Hide(const uint64_t* bits, int row, int first, int n, float replacement, float* values) {
+  if (bits == nullptr) return;
+  for (int i = 0; i < n; ++i) {
+    if ((bits[row] >> (first + i) & 1) == 0) values[i] = replacement;
+  }
 }
 
 void Softmax(const SoftmaxStep& step) {
@@ -95,11 +108,10 @@ void Softmax(const SoftmaxStep& step) {
     float top[kLanes], shift[kLanes], sum[kLanes];
     for (int n = 0; n < kLanes; ++n) top[n] = step.maximum[first + n];
     for (int k = 0; k < step.keys; ++k) {
-      const float* s = step.s + k * 64 + first;
-      for (int n = 0; n < kLanes; ++n) {
-        const float score = Seen(step.bits, k, first + n) ? s[n] * step.scale : -kInfinity;
-        top[n] = std::max(top[n], score);
-      }
+      float* s = step.s + k * 64 + first;
+      for (int n = 0; n < kLanes; ++n) s[n] *= step.scale;
+      Hide(step.bits, k, first, kLanes, -kInfinity, s);
+      for (int n = 0; n < kLanes; ++n) top[n] = top[n] < s[n] ? s[n] : top[n];
     }
     for (int n = 0; n < kLanes; ++n) {
       // A lane without any visible key subtracts 0, so that -inf - -inf never happens.
@@ -112,8 +124,7 @@ void Softmax(const SoftmaxStep& step) {
     for (int k = 0; k < step.keys; ++k) {
       float* s = step.s + k * 64 + first;
       for (int n = 0; n < kLanes; ++n) {
-        const float p = Exp2(s[n] * step.scale - shift[n]);
-        s[n] = Seen(step.bits, k, first + n) ? p : 0.0f;
+        s[n] = Exp2(s[n] - shift[n]);
         sum[n] += s[n];
       }
     }
@@ -125,11 +136,9 @@ void GradientByQuery(const GradientStep& step) {
   for (int k = 0; k < step.rows; ++k) {
     float* s = step.s + k * 64;
     float* dp = step.dp + k * 64;
-    for (int n = 0; n < 64; ++n) {
-      const float p = Exp2(s[n] * step.scale - step.lse[n]);
-      s[n] = Seen(step.bits, k, n) ? p : 0.0f;
-      dp[n] = s[n] * (dp[n] - step.delta[n]);
-    }
+    for (int n = 0; n < 64; ++n) s[n] = Exp2(s[n] * step.scale - step.lse[n]);
+    Hide(step.bits, k, 0, 64, 0.0f, s);
+    for (int n = 0; n < 64; ++n) dp[n] = s[n] * (dp[n] - step.delta[n]);
   }
 }
 
@@ -138,11 +147,9 @@ void GradientByKey(const GradientStep& step) {
     float* s = step.s + q * 64;
     float* dp = step.dp + q * 64;
     const float lse = step.lse[q], delta = step.delta[q];
-    for (int n = 0; n < 64; ++n) {
-      const float p = Exp2(s[n] * step.scale - lse);
-      s[n] = Seen(step.bits, q, n) ? p : 0.0f;
-      dp[n] = s[n] * (dp[n] - delta);
-    }
+    for (int n = 0; n < 64; ++n) s[n] = Exp2(s[n] * step.scale - lse);
+    Hide(step.bits, q, 0, 64, 0.0f, s);
+    for (int n = 0; n < 64; ++n) dp[n] = s[n] * (dp[n] - delta);
   }
 }
 

@@ -13,8 +13,10 @@ namespace {
 constexpr int64_t kDims[] = {8, 40, 64, 80, 128, 256};
 constexpr int64_t kGroups[] = {1, 2, 4};
 
+// One thread: these tests are many tiny calls. attention_threads_test varies the number.
 ContextOptions Poisoned() {
   ContextOptions options;
+  options.threads = 1;
   options.poison_buffers = true;
   return options;
 }
@@ -127,7 +129,7 @@ TEST(AttentionTest, OddLengthsAndHeadSizes) {
 // Scores far apart: the running maximum must be followed, and exp must not overflow or turn into
 // NaN where a row's first blocks weigh nothing.
 TEST(AttentionTest, LargeScoresStayExact) {
-  Context ctx;
+  Context ctx(Poisoned());
   const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, 200));
   const auto all = ops::BlockList::All(*documents);
   AttentionCase c{.mask_case = {.pattern = {"window", ops::AttentionPattern::Window(100, 3)},
@@ -146,7 +148,7 @@ TEST(AttentionTest, LargeScoresStayExact) {
 }
 
 TEST(AttentionTest, ReferenceGradientsMatchFiniteDifferences) {
-  Context ctx;
+  Context ctx(Poisoned());
   const auto documents =
       std::make_shared<ops::Documents>(ops::Documents::FromEnds(11, {{4, 11}}));
   const auto all = ops::BlockList::All(*documents);
@@ -209,7 +211,7 @@ TEST(AttentionTest, EmptyRowsGiveZeroAndNoGradient) {
 }
 
 TEST(AttentionTest, RoundOutputRoundsOnce) {
-  Context ctx;
+  Context ctx(Poisoned());
   const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, 100));
   const auto all = ops::BlockList::All(*documents);
   const auto mask =

@@ -1,0 +1,186 @@
+// The implementation table and every refusal of AttentionForward and AttentionBackward.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "ops/attention/attention.h"
+#include "tests/support/numeric.h"
+
+namespace longspan::test {
+namespace {
+
+using ops::AttentionImplementations;
+using ops::AttentionProblem;
+using ops::BlockList;
+using ops::BlockMask;
+
+constexpr int64_t kTokens = 100, kHeads = 4, kKvHeads = 2, kDim = 16;
+
+// A valid problem; each test spoils one part of it.
+struct Problem {
+  Context ctx;
+  std::shared_ptr<const ops::Documents> documents =
+      std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, kTokens));
+  BlockList all = BlockList::All(*documents);
+  std::shared_ptr<const BlockMask> mask =
+      BlockMask::Build(ops::AttentionPattern::Causal(), kKvHeads, documents, all, all);
+  Tensor q = Zeros({kTokens, kHeads, kDim}), d_out = Zeros({kTokens, kHeads, kDim});
+  Tensor dq = Zeros({kTokens, kHeads, kDim}), lse = Zeros({kTokens, kHeads});
+  Tensor delta = Zeros({kTokens, kHeads}), dlse;
+  ops::KvView kv = ops::MakeKvView(Zeros({kTokens, kKvHeads, kDim}),
+                                   Zeros({kTokens, kKvHeads, kDim}), all);
+  ops::KvGradView dkv = ops::MakeKvGradView(Zeros({kTokens, kKvHeads, kDim}),
+                                            Zeros({kTokens, kKvHeads, kDim}), all);
+  ops::AttentionOptions options;
+
+  Tensor Zeros(Shape shape, DType dtype = DType::kF32) { return ctx.Zeros(shape, dtype); }
+  void Forward() { ops::AttentionForward(ctx, q, kv, *mask, options); }
+  void Backward() {
+    ops::AttentionBackward(ctx, d_out, q, kv, lse, delta, *mask, dq, dkv, options, dlse);
+  }
+};
+
+// Expects InvalidArgument with `text` from a problem changed by `spoil`.
+void ExpectRefusal(bool backward, const std::string& text,
+                   const std::function<void(Problem&)>& spoil) {
+  Problem problem;
+  spoil(problem);
+  try {
+    backward ? problem.Backward() : problem.Forward();
+    ADD_FAILURE() << "accepted; expected: " << text;
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+  }
+}
+
+TEST(AttentionErrorsTest, ValidProblemRuns) {
+  Problem problem;
+  problem.Forward();
+  problem.Backward();
+}
+
+TEST(AttentionErrorsTest, InputsOfBothDirections) {
+  for (const bool backward : {false, true}) {
+    ExpectRefusal(backward, "q is undefined", [](Problem& p) { p.q = {}; });
+    ExpectRefusal(backward, "q is i32", [](Problem& p) { p.q = p.Zeros(p.q.shape(), DType::kI32); });
+    ExpectRefusal(backward, "mask.queries() has 100 tokens",
+                  [](Problem& p) { p.q = p.Zeros({kTokens - 1, kHeads, kDim}); });
+    ExpectRefusal(backward, "kv.head_dim is 16",
+                  [](Problem& p) { p.q = p.Zeros({kTokens, kHeads, kDim + 8}); });
+    ExpectRefusal(backward, "kv has 3 kv heads", [](Problem& p) { p.kv.kv_heads = 3; });
+    ExpectRefusal(backward, "not a multiple of the 2 kv heads",
+                  [](Problem& p) { p.q = p.Zeros({kTokens, 3, kDim}); });
+    ExpectRefusal(backward, "must have the dtype of q", [](Problem& p) {
+      p.kv.v = p.Zeros(p.kv.v.shape(), DType::kBF16);
+    });
+    ExpectRefusal(backward, "kv lacks block 1 of kv head 0",
+                  [](Problem& p) { p.kv.offsets[1] = -1; });
+    ExpectRefusal(backward, "kv lacks block 0 of kv head 0", [](Problem& p) {
+      p.kv.first_block = 1;
+      p.kv.blocks = 1;
+      p.kv.offsets = {64 * 32, 64 * 32 + 16};
+    });
+    ExpectRefusal(backward, "but the storage has 3200", [](Problem& p) { ++p.kv.offsets[3]; });
+    ExpectRefusal(backward, "kv.offsets has 3 entries", [](Problem& p) { p.kv.offsets.pop_back(); });
+    ExpectRefusal(backward, "kv.token_stride is 15", [](Problem& p) { p.kv.token_stride = 15; });
+    ExpectRefusal(backward, "options.scale", [](Problem& p) {
+      p.options.scale = std::numeric_limits<double>::quiet_NaN();
+    });
+    ExpectRefusal(backward, "use one of avx512, portable, reference",
+                  [](Problem& p) { p.options.implementation = "amx"; });
+  }
+}
+
+TEST(AttentionErrorsTest, InputsOfBackward) {
+  const auto expect = [](const std::string& text, const std::function<void(Problem&)>& spoil) {
+    ExpectRefusal(true, text, spoil);
+  };
+  expect("d_out is f64", [](Problem& p) { p.d_out = p.Zeros(p.q.shape(), DType::kF64); });
+  expect("d_out is undefined", [](Problem& p) { p.d_out = {}; });
+  expect("lse is f32[100, 3]", [](Problem& p) { p.lse = p.Zeros({kTokens, 3}); });
+  expect("delta is f32[99, 4]", [](Problem& p) { p.delta = p.Zeros({99, kHeads}); });
+  expect("dlse is bf16", [](Problem& p) { p.dlse = p.Zeros({kTokens, kHeads}, DType::kBF16); });
+  expect("dq is bf16", [](Problem& p) { p.dq = p.Zeros(p.q.shape(), DType::kBF16); });
+  expect("dkv.dk and dkv.dv must be f32",
+         [](Problem& p) { p.dkv.dk = p.Zeros(p.dkv.dk.shape(), DType::kF64); });
+  expect("dkv lacks block 1 of kv head 1", [](Problem& p) { p.dkv.offsets[3] = -1; });
+  expect("dkv: block 1", [](Problem& p) { ++p.dkv.offsets[3]; });
+}
+
+TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
+  ExpectRefusal(false, "implementation portable cannot run this: head_dim 264 is above 256",
+                [](Problem& p) {
+                  p.q = p.Zeros({kTokens, kHeads, 264});
+                  p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, 264}),
+                                         p.Zeros({kTokens, kKvHeads, 264}), p.all);
+                  p.options.implementation = "portable";
+                });
+  ExpectRefusal(false, "implementation portable cannot run this: it computes in f32",
+                [](Problem& p) {
+                  p.q = p.Zeros(p.q.shape(), DType::kF64);
+                  p.kv = ops::MakeKvView(p.Zeros(p.kv.k.shape(), DType::kF64),
+                                         p.Zeros(p.kv.k.shape(), DType::kF64), p.all);
+                  p.options.implementation = "portable";
+                });
+  ExpectRefusal(false, "implementation avx512 cannot run this: ", [](Problem& p) {
+    p.q = p.Zeros({kTokens, kHeads, 12});  // also refused where the processor lacks AVX-512
+    p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, 12}), p.Zeros({kTokens, kKvHeads, 12}),
+                           p.all);
+    p.options.implementation = "avx512";
+  });
+}
+
+TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
+  const auto& table = AttentionImplementations();
+  ASSERT_EQ(table.size(), 3u);
+  EXPECT_STREQ(table[0].name, "avx512");
+  EXPECT_STREQ(table[1].name, "portable");
+  EXPECT_STREQ(table[2].name, "reference");
+  for (const AttentionProblem& problem :
+       {AttentionProblem{DType::kF32, 4, 2, 16}, AttentionProblem{DType::kF32, 4, 2, 12},
+        AttentionProblem{DType::kF64, 4, 2, 16}, AttentionProblem{DType::kBF16, 4, 2, 512}}) {
+    EXPECT_TRUE(table[2].rejects(problem).empty());
+    std::string first;
+    for (const auto& entry : table) {
+      if (first.empty() && entry.rejects(problem).empty()) first = entry.name;
+    }
+    Problem p;
+    p.q = p.Zeros({kTokens, problem.heads, problem.head_dim}, problem.dtype);
+    const Tensor k = p.Zeros({kTokens, problem.kv_heads, problem.head_dim}, problem.dtype);
+    p.kv = ops::MakeKvView(k, k, p.all);
+    EXPECT_EQ(ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask).implementation, first);
+  }
+  EXPECT_FALSE(table[1].rejects({DType::kF64, 4, 2, 16}).empty());
+  EXPECT_TRUE(table[1].rejects({DType::kF32, 4, 2, 12}).empty());
+}
+
+// A NaN in a query must reach its row of the result, never look like a row that sees nothing.
+TEST(AttentionErrorsTest, NanReachesTheResult) {
+  for (const auto& entry : AttentionImplementations()) {
+    Problem p;
+    if (!entry.rejects({DType::kF32, kHeads, kKvHeads, kDim}).empty()) continue;
+    p.q.data<float>()[(70 * kHeads + 1) * kDim] = std::numeric_limits<float>::quiet_NaN();
+    p.options.implementation = entry.name;
+    const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
+    for (int64_t row = 0; row < kTokens * kHeads; ++row) {
+      const bool bad = row == 70 * kHeads + 1;
+      EXPECT_EQ(std::isnan(result.lse.data<float>()[row]), bad) << entry.name << " row " << row;
+      EXPECT_EQ(std::isnan(result.o.data<float>()[row * kDim + 3]), bad) << entry.name;
+    }
+  }
+}
+
+TEST(KvViewTest, RejectsTensorsThatDoNotMatchTheKeys) {
+  Problem p;
+  const Tensor k = p.Zeros({kTokens, kKvHeads, kDim});
+  EXPECT_THROW(ops::MakeKvView(k, p.Zeros({kTokens, kKvHeads, 8}), p.all), InvalidArgument);
+  EXPECT_THROW(ops::MakeKvView(k, p.Zeros(k.shape(), DType::kBF16), p.all), InvalidArgument);
+  const Tensor shorter = p.Zeros({kTokens - 1, kKvHeads, kDim});
+  EXPECT_THROW(ops::MakeKvView(shorter, shorter, p.all), InvalidArgument);
+  EXPECT_THROW(ops::MakeKvGradView(shorter, shorter, p.all), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace longspan::test

@@ -1,0 +1,63 @@
+// The number of threads changes no bit of any result, and the progress hook runs between tasks.
+#include <gtest/gtest.h>
+
+#include "tests/ops/attention/attention_fixture.h"
+
+namespace longspan::test {
+namespace {
+
+Context WithThreads(int threads) {
+  ContextOptions options;
+  options.threads = threads;
+  return Context(options);
+}
+
+AttentionCase SmallCase(DType dtype) {
+  const auto documents =
+      std::make_shared<ops::Documents>(ops::Documents::FromEnds(400, {{150, 400}}));
+  const auto all = ops::BlockList::All(*documents);
+  return {.mask_case = {.pattern = {"causal", ops::AttentionPattern::Causal()},
+                        .documents = {"two", documents},
+                        .shard = {"whole", all, all},
+                        .kv_heads = 3},
+          .dtype = dtype,
+          .group = 2,
+          .dim = 24,
+          .scale = 0,
+          .with_dlse = true,
+          .seed = 9};
+}
+
+TEST(AttentionThreadsTest, SameBitsForAnyNumberOfThreads) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
+    const AttentionCase c = SmallCase(dtype);
+    const AttentionInputs in = MakeInputs(c);
+    for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
+      if (!entry.rejects({dtype, c.heads(), c.mask_case.kv_heads, c.dim}).empty()) continue;
+      Context one = WithThreads(1);
+      const AttentionRun want = RunAttention(one, c, in, entry.name);
+      for (const int threads : {2, 3, 5}) {
+        Context many = WithThreads(threads);
+        const AttentionRun run = RunAttention(many, c, in, entry.name);
+        EXPECT_EQ(run.o, want.o) << entry.name << " " << threads;
+        EXPECT_EQ(run.lse, want.lse) << entry.name << " " << threads;
+        EXPECT_EQ(run.dq, want.dq) << entry.name << " " << threads;
+        EXPECT_EQ(run.dk, want.dk) << entry.name << " " << threads;
+        EXPECT_EQ(run.dv, want.dv) << entry.name << " " << threads;
+      }
+    }
+  }
+}
+
+TEST(AttentionThreadsTest, ProgressRunsBetweenTasks) {
+  Context ctx = WithThreads(1);
+  int calls = 0;
+  ctx.SetProgress([&] { ++calls; });
+  const AttentionCase c = SmallCase(DType::kF32);
+  RunAttention(ctx, c, MakeInputs(c), "");
+  // 7 blocks x 3 kv heads: one task each in forward, in dK/dV and in dQ.
+  EXPECT_GE(calls, 3 * 7 * 3);
+}
+
+}  // namespace
+}  // namespace longspan::test

@@ -1,0 +1,185 @@
+// Partial results over a random split of the key blocks equal the unsplit ones, forward and (with
+// the final lse and delta) backward.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "ops/core/rng.h"
+#include "tests/ops/attention/attention_fixture.h"
+
+namespace longspan::test {
+namespace {
+
+using ops::AttentionForward;
+using ops::AttentionOptions;
+using ops::BlockList;
+using ops::BlockMask;
+
+constexpr int64_t kTokens = 500, kKvHeads = 2, kHeads = 4, kDim = 16;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Split {
+  std::shared_ptr<const ops::Documents> documents;
+  BlockList all;
+  std::vector<BlockList> parts;
+};
+
+Split RandomSplit(uint64_t seed) {
+  Split split;
+  split.documents = std::make_shared<ops::Documents>(
+      ops::Documents::FromEnds(kTokens, {{130, 300, kTokens}}));
+  split.all = BlockList::All(*split.documents);
+  std::vector<std::vector<int32_t>> ids(3);
+  const Philox rng(seed, StreamOf("split"));
+  for (const int32_t id : split.all.ids) ids[rng.Below(static_cast<uint64_t>(id), 3)].push_back(id);
+  for (auto& part : ids) split.parts.push_back(BlockList::FromIds(*split.documents, part));
+  return split;
+}
+
+// The rows of [tokens, ...] values that belong to the blocks of a part, and back.
+Vec TakeRows(const Vec& from, const BlockList& all, const BlockList& part, int64_t width) {
+  Vec rows;
+  for (const int32_t id : part.ids) {
+    const auto begin = from.begin() + all.token_begin[static_cast<size_t>(id)] * width;
+    const auto end = from.begin() + all.token_begin[static_cast<size_t>(id) + 1] * width;
+    rows.insert(rows.end(), begin, end);
+  }
+  return rows;
+}
+
+void Check(DType dtype, const std::string& implementation, double tolerance, uint64_t seed) {
+  SCOPED_TRACE(Str(implementation, " ", ToString(dtype), " seed ", seed));
+  ContextOptions one_thread;
+  one_thread.threads = 1;
+  Context ctx(one_thread);
+  const Split split = RandomSplit(seed);
+  const auto pattern = ops::AttentionPattern::S2(
+      {.block_size = 32, .local_blocks = 2, .stride_blocks = 2, .head_offset = 1});
+  const AttentionOptions options{.implementation = implementation};
+  const DType wide = AccumulatorOf(dtype);
+  const int64_t width = kKvHeads * kDim;
+  const Vec k = Normal(kTokens * width, seed, dtype), v = Normal(kTokens * width, seed + 1, dtype);
+  const Tensor q =
+      FromVec(ctx, {kTokens, kHeads, kDim}, dtype, Normal(kTokens * kHeads * kDim, seed + 2, dtype));
+  const Tensor d_out = FromVec(ctx, q.shape(), dtype, Normal(q.numel(), seed + 3, dtype));
+
+  // The whole key set, then its parts, all through this.
+  struct Piece {
+    std::shared_ptr<const BlockMask> mask;
+    ops::KvView kv;
+    Tensor dk, dv;
+    ops::KvGradView dkv;
+  };
+  const auto piece_of = [&](const BlockList& keys) {
+    Piece piece;
+    const Shape shape{keys.tokens(), kKvHeads, kDim};
+    piece.mask = BlockMask::Build(pattern, kKvHeads, split.documents, split.all, keys);
+    piece.kv = ops::MakeKvView(FromVec(ctx, shape, dtype, TakeRows(k, split.all, keys, width)),
+                               FromVec(ctx, shape, dtype, TakeRows(v, split.all, keys, width)),
+                               keys);
+    piece.dk = ctx.Zeros(shape, wide);
+    piece.dv = ctx.Zeros(shape, wide);
+    piece.dkv = ops::MakeKvGradView(piece.dk, piece.dv, keys);
+    return piece;
+  };
+  const Piece whole = piece_of(split.all);
+  const ops::AttentionResult want = AttentionForward(ctx, q, whole.kv, *whole.mask, options);
+  const Tensor delta = ops::AttentionDelta(ctx, d_out, want.o);
+  Tensor want_dq = ctx.Zeros(q.shape(), wide);
+  ops::AttentionBackward(ctx, d_out, q, whole.kv, want.lse, delta, *whole.mask, want_dq, whole.dkv,
+                         options);
+
+  Tensor o, lse, dq = ctx.Zeros(q.shape(), wide);
+  std::vector<Piece> pieces;
+  for (const BlockList& part : split.parts) {
+    pieces.push_back(piece_of(part));
+    const auto partial =
+        AttentionForward(ctx, q, pieces.back().kv, *pieces.back().mask, options);
+    if (!o.defined()) {
+      o = partial.o;
+      lse = partial.lse;
+    } else {
+      ops::MergePartial(ctx, o, lse, partial.o, partial.lse);
+    }
+  }
+  EXPECT_LT(RelMax(ToVec(o), ToVec(want.o)), tolerance);
+  EXPECT_LT(RelMax(ToVec(lse), ToVec(want.lse)), tolerance);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    ops::AttentionBackward(ctx, d_out, q, pieces[i].kv, lse, delta, *pieces[i].mask, dq,
+                           pieces[i].dkv, options);
+    const Vec want_dk = TakeRows(ToVec(whole.dk), split.all, split.parts[i], width);
+    const Vec want_dv = TakeRows(ToVec(whole.dv), split.all, split.parts[i], width);
+    EXPECT_LT(RelMax(ToVec(pieces[i].dk), want_dk), tolerance);
+    EXPECT_LT(RelMax(ToVec(pieces[i].dv), want_dv), tolerance);
+  }
+  EXPECT_LT(RelMax(ToVec(dq), ToVec(want_dq)), tolerance);
+}
+
+TEST(MergeTest, PartsOfTheKeysGiveTheWhole) {
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    Check(DType::kF64, "reference", 1e-13, seed);
+    for (const char* name : {"reference", "portable", ""}) {
+      Check(DType::kF32, name, 1e-5, seed);
+      Check(DType::kBF16, name, 1e-5, seed);
+    }
+  }
+}
+
+TEST(MergeTest, EmptyPartsAreNeutral) {
+  Context ctx;
+  const Shape shape{3, 1, 2};
+  // Row 0: only the first part sees keys; row 1: only the second; row 2: neither.
+  Tensor o = FromVec(ctx, shape, DType::kF32, {1, 2, 7, 8, 7, 8});
+  Tensor lse = FromVec(ctx, {3, 1}, DType::kF32, {0.5, -kInfinity, -kInfinity});
+  const Tensor o2 = FromVec(ctx, shape, DType::kF32, {9, 9, 3, 4, 9, 9});
+  const Tensor lse2 = FromVec(ctx, {3, 1}, DType::kF32, {-kInfinity, -0.5, -kInfinity});
+  ops::MergePartial(ctx, o, lse, o2, lse2);
+  EXPECT_EQ(ToVec(o), (Vec{1, 2, 3, 4, 0, 0}));
+  EXPECT_EQ(ToVec(lse), (Vec{0.5, -0.5, -kInfinity}));
+}
+
+TEST(MergeTest, WeighsByTheSumsBehindLse) {
+  Context ctx;
+  Tensor o = FromVec(ctx, {1, 1, 1}, DType::kF64, {1});
+  Tensor lse = FromVec(ctx, {1, 1}, DType::kF64, {std::log(3.0)});
+  ops::MergePartial(ctx, o, lse, FromVec(ctx, {1, 1, 1}, DType::kF64, {5}),
+                    FromVec(ctx, {1, 1}, DType::kF64, {std::log(1.0)}));
+  EXPECT_NEAR(ToVec(o)[0], (3 * 1 + 1 * 5) / 4.0, 1e-15);
+  EXPECT_NEAR(ToVec(lse)[0], std::log(4.0), 1e-15);
+}
+
+TEST(MergeTest, RejectsWhatDoesNotFit) {
+  Context ctx;
+  Tensor o = ctx.Zeros({2, 1, 4}, DType::kF32), lse = ctx.Zeros({2, 1}, DType::kF32);
+  EXPECT_THROW(ops::MergePartial(ctx, o, lse, ctx.Zeros({2, 1, 5}, DType::kF32), lse),
+               InvalidArgument);
+  EXPECT_THROW(ops::MergePartial(ctx, o, lse, ctx.Zeros({2, 1, 4}, DType::kF64), lse),
+               InvalidArgument);
+  EXPECT_THROW(ops::MergePartial(ctx, o, lse, o, Tensor()), InvalidArgument);
+  Tensor half = ctx.Zeros({2, 1, 4}, DType::kBF16);
+  EXPECT_THROW(ops::MergePartial(ctx, half, lse, half, lse), InvalidArgument);
+}
+
+TEST(DeltaTest, SumsProductsOfAnyDtypes) {
+  Context ctx;
+  const Vec o = Normal(3 * 2 * 10, 1, DType::kBF16), d_out = Normal(3 * 2 * 10, 2, DType::kBF16);
+  Vec want(6);
+  for (size_t i = 0; i < o.size(); ++i) want[i / 10] += o[i] * d_out[i];
+  for (const DType a : {DType::kF32, DType::kBF16}) {
+    for (const DType b : {DType::kF32, DType::kBF16}) {
+      const Tensor delta = ops::AttentionDelta(ctx, FromVec(ctx, {3, 2, 10}, a, d_out),
+                                               FromVec(ctx, {3, 2, 10}, b, o));
+      EXPECT_EQ(delta.dtype(), DType::kF32);
+      EXPECT_LT(RelMax(ToVec(delta), want), 1e-6);
+    }
+  }
+  const Tensor f64 = FromVec(ctx, {3, 2, 10}, DType::kF64, o);
+  EXPECT_THROW(ops::AttentionDelta(ctx, f64, FromVec(ctx, {3, 2, 10}, DType::kF32, o)),
+               InvalidArgument);
+  EXPECT_THROW(ops::AttentionDelta(ctx, f64, FromVec(ctx, {3, 1, 20}, DType::kF64, o)),
+               InvalidArgument);
+}
+
+}  // namespace
+}  // namespace longspan::test
