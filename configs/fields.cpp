@@ -109,6 +109,14 @@ std::string RewritePath(const Config& config, std::string_view path, Visit visit
 
 bool IsNamed(const FieldDescriptor& field) { return NameField(field) != nullptr; }
 
+bool IsElementName(std::string_view name) {
+  const auto is_letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
+  const auto in_name = [&](char c) {
+    return is_letter(c) || (c >= '0' && c <= '9') || c == '_' || c == '-';
+  };
+  return !name.empty() && is_letter(name[0]) && std::all_of(name.begin(), name.end(), in_name);
+}
+
 std::vector<std::string> ElementNames(const Message& message, const FieldDescriptor& field) {
   std::vector<std::string> names;
   const auto& reflection = *message.GetReflection();
@@ -145,8 +153,7 @@ std::string DisplayPath(const Config& config, std::string_view indexed_path) {
         if (IsNamed(field)) {
           const std::vector<std::string> names = ElementNames(message, field);
           const std::string& name = names[index];
-          const bool usable = !name.empty() && name.find_first_of(".[]") == std::string::npos;
-          if (usable && std::count(names.begin(), names.end(), name) == 1) {
+          if (IsElementName(name) && std::count(names.begin(), names.end(), name) == 1) {
             return field.name() + "[" + name + "]";
           }
         }

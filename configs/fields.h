@@ -34,6 +34,10 @@ std::string ElementPath(const std::string& field_path, int index);
 // True if the elements of this repeated field are addressed by name.
 bool IsNamed(const google::protobuf::FieldDescriptor& field);
 
+// True if an element may have this name: letters, digits, '_' and '-', starting with a letter. So a
+// name is never taken for a position, or for the end of one.
+bool IsElementName(std::string_view name);
+
 // Names of the elements of a named repeated field, in order; absent names are empty.
 std::vector<std::string> ElementNames(const google::protobuf::Message& message,
                                       const google::protobuf::FieldDescriptor& field);
@@ -46,7 +50,7 @@ std::optional<int> FindElement(const google::protobuf::Message& message,
 // The path in indexed form, cut before the first step that the config does not have.
 std::string IndexedPath(const Config& config, std::string_view path);
 
-// An indexed path with names in place of positions wherever a name is given and unique.
+// An indexed path with names in place of positions wherever a usable name is given and unique.
 std::string DisplayPath(const Config& config, std::string_view indexed_path);
 
 // What a value of this field looks like: "a whole number", "one of CPU, CUDA", "a text", ...

@@ -117,7 +117,6 @@ std::optional<std::string> ParseValue(const std::string& path, const std::string
   FirstMessage errors;
   TextFormat::Parser parser;
   parser.RecordErrorsTo(&errors);
-  parser.SetRecursionLimit(32);
   if (parser.ParseFieldValueFromString(value, &field, &holder) && errors.text.empty()) {
     return std::nullopt;
   }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cctype>
 #include <cmath>
 #include <limits>
 #include <set>
@@ -186,21 +185,13 @@ void CheckPrecision(const Config& config, Problems& problems) {
   }
 }
 
-bool IsMixerName(const std::string& name) {
-  const auto in_name = [](unsigned char c) {
-    return c < 128 && (std::isalnum(c) || c == '_' || c == '-');
-  };
-  return !name.empty() && std::isalpha(static_cast<unsigned char>(name[0])) &&
-         std::all_of(name.begin(), name.end(), in_name);
-}
-
 void CheckLayers(const Model& model, Problems& problems) {
   std::set<std::string> known;
   for (int i = 0; i < model.mixer_size(); ++i) {
     const std::string& name = model.mixer(i).name();
     const std::string path = ElementPath("model.mixer", i) + ".name";
     if (name.empty()) continue;
-    if (!IsMixerName(name)) {
+    if (!IsElementName(name)) {
       problems.push_back({path, Str("'", name,
                                     "' is not a usable name (use letters, digits, '_' "
                                     "and '-', starting with a letter)")});
@@ -211,6 +202,7 @@ void CheckLayers(const Model& model, Problems& problems) {
   if (model.layers().empty() || known.empty()) return;
 
   const std::string all = JoinNames({known.begin(), known.end()});
+  const size_t before = problems.size();
   std::set<std::string> used;
   std::istringstream names(model.layers());
   int64_t position = 0;
@@ -222,6 +214,8 @@ void CheckLayers(const Model& model, Problems& problems) {
   if (position == 0) {
     problems.push_back({"model.layers", Str("names no mixer (use names out of ", all, ")")});
   }
+  // A name that is wrong is likely meant for a mixer that then looks unused.
+  if (position == 0 || problems.size() > before) return;
   if (position > model.num_layers()) {
     problems.push_back({"model.layers", Str("has ", position, " names for num_layers ",
                                             model.num_layers(), " (shorten it)")});
@@ -331,8 +325,8 @@ double S2Coverage(const S2Pattern& s2, int64_t num_kv_heads) {
   const int64_t step = HeadStep(s2, num_kv_heads);
   std::set<int64_t> residues;
   for (int64_t h = 0; h < num_kv_heads; ++h) {
-    // A head that adds step and offset to the block index sees the blocks that complete a stride.
-    residues.insert((s2.homogeneous() ? 0 : h * step + s2.head_offset()) % stride);
+    // head_offset moves all residues alike and leaves their number as it is.
+    residues.insert((s2.homogeneous() ? 0 : h * step) % stride);
   }
   return static_cast<double>(residues.size()) / static_cast<double>(stride);
 }

@@ -81,10 +81,23 @@ TEST(ConfigSetTest, PlacesFollowTheArgument) {
   const std::string back = s2 + ".stride_blocks=2";
   EXPECT_EQ(ErrorOf(kSample, {"model.mixer[s2].softmax.causal={}", back}),
             "--set " + back + ": " + s2 + ".local_blocks: is missing (give a whole number)");
-  // An element's neighbours keep their places: mixer[1] is not mixer[10], run.steps not run.st.
+  // Its neighbours keep their places.
   EXPECT_EQ(ErrorOf(SampleWith("steps: 100", "steps: 0"), {"run.seed=4"}),
             "c.textproto:2: run.steps: 0 is out of range (use a whole number from 1 to "
             "1000000000)");
+}
+
+TEST(ConfigSetTest, AnArgumentReplacesThePlacesBelowItsPathOnly) {
+  configs::Places places("c.textproto");
+  for (const char* path : {"a", "a.b", "a.b.c", "a.b[0].c", "a.bc", "a.b_c", "a.b2"}) {
+    places.SetLine(path, 7);
+  }
+  places.SetArgument("a.b", "x");
+  const auto where = [&](const char* path) { return places.Describe(places.Find(path)); };
+  for (const char* path : {"a.b", "a.b.c", "a.b[0].c", "a.b[0]"}) EXPECT_EQ(where(path), "--set x");
+  for (const char* path : {"a", "a.bc", "a.b_c", "a.b2", "a.d"}) {
+    EXPECT_EQ(where(path), "c.textproto:7") << path;
+  }
 }
 
 TEST(ConfigSetTest, MistakesAreExplained) {

@@ -132,21 +132,28 @@ TEST(ConfigValidateTest, Layers) {
   ExpectFine({"model.layers=dense s2 s2 s2"});
   ExpectFine({"model.layers=  dense\ts2 s2 "});  // 3 names over 4 layers: the tile may be cut
   EXPECT_EQ(ErrorOf(SampleWith("layers: \"dense s2\"", "layers: \" \"")),
-            "c.textproto:14: model.mixer[dense]: is not used by model.layers (name 'dense' there "
-            "or remove it)\n"
-            "c.textproto:15: model.mixer[s2]: is not used by model.layers (name 's2' there or "
-            "remove it)\n"
             "c.textproto:24: model.layers: names no mixer (use names out of dense, s2)");
+  // A misspelt name does not make its mixer unused as well.
+  EXPECT_EQ(ErrorOf(SampleWith("layers: \"dense s2\"", "layers: \"dense s3\"")),
+            "c.textproto:24: model.layers: 's3' " + known);
   EXPECT_EQ(ErrorOf(SampleWith("name: \"s2\"", "name: \"dense\"")),
             "c.textproto:16: model.mixer[1].name: 'dense' is the name of an earlier mixer (rename "
             "one)\n"
             "c.textproto:24: model.layers: 's2' is no mixer (use the names of mixers: dense)");
-  for (const char* name : {"4", "a b", "-a", "a.b", "a[0]", "\xc3\xa9"}) {
-    EXPECT_NE(ErrorOf(SampleWith("name: \"s2\"", Str("name: \"", name, "\"")))
-                  .find(Str("'", name, "' is not a usable name")),
-              std::string::npos)
-        << name;
+}
+
+TEST(ConfigValidateTest, MixersHaveNamesThatPathsCanHold) {
+  EXPECT_EQ(ErrorOf(SampleWith("name: \"s2\"", "")),
+            "c.textproto:15: model.mixer[1].name: is missing (give a text)\n"
+            "c.textproto:24: model.layers: 's2' is no mixer (use the names of mixers: dense)");
+  for (const char* name : {"4", "0", "a b", "-a", "a.b", "a[0]", "a]", "\xc3\xa9"}) {
+    const std::string error = ErrorOf(SampleWith("name: \"s2\"", Str("name: \"", name, "\"")));
+    EXPECT_EQ(error.substr(0, error.find('\n')),
+              Str("c.textproto:16: model.mixer[1].name: '", name,
+                  "' is not a usable name (use letters, digits, '_' and '-', starting with a "
+                  "letter)"));
   }
+  EXPECT_EQ(ErrorOf(SampleWith("\"s2\"", "\"S_2-x\""), {"model.layers=dense S_2-x"}), "");
 }
 
 TEST(ConfigValidateTest, ContextLengthSplitsIntoWholeBlocks) {
