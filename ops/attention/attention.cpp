@@ -22,10 +22,10 @@ std::string BlockedRejects(const AttentionProblem& problem) {
 
 std::string Avx512Rejects(const AttentionProblem& problem) {
 #if defined(LONGSPAN_HAVE_AVX512)
-  static const bool supported =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("fma");
+  static const bool supported = __builtin_cpu_supports("avx512f") &&
+                                __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512vl") &&
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
   if (!supported) return "this processor has no AVX-512 (F, BW, VL, DQ)";
   if (problem.head_dim % 8 != 0) {
     return Str("head_dim ", problem.head_dim, " is not a multiple of 8");
@@ -82,8 +82,8 @@ const Implementation& Choose(const char* op, const AttentionOptions& options,
           Str(op, ": implementation ", options.implementation, " cannot run this: ", reason));
     }
   }
-  throw InvalidArgument(Str(op, ": implementation ", options.implementation,
-                            " does not exist; use one of ", names));
+  throw InvalidArgument(
+      Str(op, ": implementation ", options.implementation, " does not exist; use one of ", names));
 }
 
 // ---- validation ------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ void RequireBlocks(const char* op, const char* name, const BlockMask& mask, int6
                    int64_t head_dim, int64_t numel) {
   const int64_t heads = mask.kv_heads(), length = mask.documents().row_length;
   Require(static_cast<int64_t>(offsets.size()) == heads * blocks, op,
-          Str(name, ".offsets has ", offsets.size(), " entries but must have kv heads x blocks = ",
-              heads * blocks));
+          Str(name, ".offsets has ", offsets.size(),
+              " entries but must have kv heads x blocks = ", heads * blocks));
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t j = 0; j < mask.keys().size(); ++j) {
       if (mask.column_runs().Row(mask.pattern_of(h), j).empty()) continue;
@@ -143,13 +143,13 @@ Sizes RequireInputs(const char* op, const Tensor& q, const KvView& kv, const Blo
           Str("q is ", q.Describe(), " but kv.head_dim is ", kv.head_dim));
   Require(kv.kv_heads == mask.kv_heads(), op,
           Str("kv has ", kv.kv_heads, " kv heads but the mask has ", mask.kv_heads()));
-  Require(q.dim(1) >= 1 && q.dim(1) % kv.kv_heads == 0, op,
-          Str("q has ", q.dim(1), " heads, which is not a multiple of the ", kv.kv_heads,
-              " kv heads"));
+  Require(
+      q.dim(1) >= 1 && q.dim(1) % kv.kv_heads == 0, op,
+      Str("q has ", q.dim(1), " heads, which is not a multiple of the ", kv.kv_heads, " kv heads"));
   if (!mask.empty()) {
-    Require(kv.k.defined() && kv.v.defined() && kv.k.dtype() == q.dtype() &&
-                kv.v.dtype() == q.dtype(),
-            op, Str("kv.k and kv.v must have the dtype of q, ", ToString(q.dtype())));
+    Require(
+        kv.k.defined() && kv.v.defined() && kv.k.dtype() == q.dtype() && kv.v.dtype() == q.dtype(),
+        op, Str("kv.k and kv.v must have the dtype of q, ", ToString(q.dtype())));
     Require(kv.token_stride >= kv.head_dim, op,
             Str("kv.token_stride is ", kv.token_stride, " but head_dim is ", kv.head_dim));
     RequireBlocks(op, "kv", mask, kv.first_block, kv.blocks, kv.offsets, kv.token_stride,
@@ -186,15 +186,15 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
   AttentionResult result{.o = ctx.Empty(q.shape(), options.round_output ? q.dtype() : wide),
                          .lse = ctx.Empty({sizes.tokens, sizes.heads}, wide),
                          .implementation = chosen.info.name};
-  chosen.forward(ctx, {.q = q, .kv = kv, .mask = mask, .scale = sizes.scale, .o = result.o,
-                       .lse = result.lse});
+  chosen.forward(
+      ctx,
+      {.q = q, .kv = kv, .mask = mask, .scale = sizes.scale, .o = result.o, .lse = result.lse});
   return result;
 }
 
 void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const KvView& kv,
                        const Tensor& lse, const Tensor& delta, const BlockMask& mask, Tensor& dq,
-                       const KvGradView& dkv, const AttentionOptions& options,
-                       const Tensor& dlse) {
+                       const KvGradView& dkv, const AttentionOptions& options, const Tensor& dlse) {
   constexpr const char* kOp = "AttentionBackward";
   const Sizes sizes = RequireInputs(kOp, q, kv, mask, options);
   const DType wide = AccumulatorOf(q.dtype());
@@ -205,9 +205,9 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
   if (dlse.defined()) RequireTensor(kOp, "dlse", dlse, rows, wide, wide);
   RequireTensor(kOp, "dq", dq, q.shape(), wide, wide);
   if (!mask.empty()) {
-    Require(dkv.dk.defined() && dkv.dv.defined() && dkv.dk.dtype() == wide &&
-                dkv.dv.dtype() == wide,
-            kOp, Str("dkv.dk and dkv.dv must be ", ToString(wide)));
+    Require(
+        dkv.dk.defined() && dkv.dv.defined() && dkv.dk.dtype() == wide && dkv.dv.dtype() == wide,
+        kOp, Str("dkv.dk and dkv.dv must be ", ToString(wide)));
     Require(dkv.token_stride >= kv.head_dim, kOp,
             Str("dkv.token_stride is ", dkv.token_stride, " but head_dim is ", kv.head_dim));
     RequireBlocks(kOp, "dkv", mask, dkv.first_block, dkv.blocks, dkv.offsets, dkv.token_stride,
@@ -215,8 +215,16 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
   }
   const Implementation& chosen = Choose(kOp, options, ProblemOf(q, kv));
   const TraceScope trace(ctx.trace(), "attention");
-  chosen.backward(ctx, {.d_out = d_out, .q = q, .kv = kv, .lse = lse, .delta = delta,
-                        .dlse = dlse, .mask = mask, .scale = sizes.scale, .dq = dq, .dkv = dkv});
+  chosen.backward(ctx, {.d_out = d_out,
+                        .q = q,
+                        .kv = kv,
+                        .lse = lse,
+                        .delta = delta,
+                        .dlse = dlse,
+                        .mask = mask,
+                        .scale = sizes.scale,
+                        .dq = dq,
+                        .dkv = dkv});
 }
 
 }  // namespace longspan::ops

@@ -14,22 +14,25 @@ namespace longspan::ops {
 // Shapes    q, o, do, dq [Tq, Hq, D]; lse, delta [Tq, Hq]; k, v through KvView; Hq % Hkv == 0,
 //           query head h reads kv head h / (Hq / Hkv). Row i of q is token i of mask.queries().
 // Dtypes    q, k, v all f32, all bf16, or all f64; o f32 (f64), or the dtype of q when
-//           `round_output`; lse f32 (f64), natural log. dq, dk, dv f32 (f64).
-// Numerics  f32 accumulation (f64 for f64). Same bits for any number of threads.
+//           `round_output`; lse, delta, dlse f32 (f64), natural log. do that of o or of q;
+//           dq, dk, dv f32 (f64).
+// Numerics  f32 accumulation (f64 for f64); exp within 2e-7, 0 below e^-87. Same bits for any
+//           number of threads. K and V of a block that is partly visible must be finite
+//           throughout: hidden tokens are multiplied by 0.
 // Empty     a row that sees nothing gives o = 0 and lse = -inf, and contributes no gradient.
 // Partials  results over disjoint key sets merge exactly (MergePartial); the backward of each part
 //           takes the final lse and delta.
 // Errors    InvalidArgument naming the argument, before anything is written.
 // Devices   cpu
 struct AttentionOptions {
-  double scale = 0;          // 0: 1 / sqrt(D)
+  double scale = 0;            // 0: 1 / sqrt(D)
   std::string implementation;  // empty: the first that accepts; else this one or InvalidArgument
   bool round_output = false;   // o in the dtype of q (one rounding, for unsplit attention)
 };
 
 struct AttentionResult {
-  Tensor o;    // [Tq, Hq, D]
-  Tensor lse;  // [Tq, Hq]
+  Tensor o;                    // [Tq, Hq, D]
+  Tensor lse;                  // [Tq, Hq]
   const char* implementation;  // which entry ran
 };
 
@@ -50,7 +53,10 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
 // Both lse = -inf: o = 0, lse = -inf.
 void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const Tensor& lse2);
 
-// The implementation table, most specialised first, reference last.
+// The implementation table, most specialised first, reference last:
+//   avx512     64 x 64 blocks in f32, head_dim a multiple of 8 up to 256, processors with AVX-512
+//   portable   the same blocks in plain vector code, head_dim up to 256
+//   reference  token by token from Visible(), any head_dim; the only one for f64
 struct AttentionProblem {
   DType dtype;
   int64_t heads, kv_heads, head_dim;

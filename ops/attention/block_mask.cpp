@@ -87,7 +87,9 @@ int64_t BlockMask::PairsOfPattern(int64_t pattern) const {
   return pairs;
 }
 
-int64_t BlockMask::VisiblePairs(int64_t kv_head) const { return PairsOfPattern(pattern_of(kv_head)); }
+int64_t BlockMask::VisiblePairs(int64_t kv_head) const {
+  return PairsOfPattern(pattern_of(kv_head));
+}
 
 int64_t BlockMask::TotalVisiblePairs() const {
   int64_t pairs = 0;
@@ -110,8 +112,8 @@ std::vector<int32_t> BlockMask::NeededKeys(int64_t kv_head) const {
 }
 
 size_t BlockMask::bytes() const {
-  return sizeof(*this) + BytesOf(pattern_of_head_) + BytesOf(head_of_pattern_) +
-         BytesOf(queries_) + BytesOf(keys_) + BytesOf(rows_) + BytesOf(columns_);
+  return sizeof(*this) + BytesOf(pattern_of_head_) + BytesOf(head_of_pattern_) + BytesOf(queries_) +
+         BytesOf(keys_) + BytesOf(rows_) + BytesOf(columns_);
 }
 
 std::string BlockMask::Ascii(int64_t kv_head, int64_t max_size) const {

@@ -16,7 +16,7 @@ inline constexpr int64_t kMaskBlock = 64;
 
 // Blocks cut each row of a micro-batch: block b of row r covers positions [64 b, 64 b + 64) of the
 // row (the last may be short) and has the global id r * blocks_per_row + b. A shard is a list of
-// ids in local storage order: shard block i holds the tokens right after those of shard block i - 1.
+// ids in local storage order: the tokens of each block follow right after those of the one before.
 struct BlockList {
   std::vector<int32_t> ids;          // ascending or permuted; no duplicates
   std::vector<int64_t> token_begin;  // [ids + 1] prefix sums: local token offset of each block
@@ -67,8 +67,8 @@ struct BlockRuns {
 //
 // Tight: an entry exists exactly when some (query, key) pair of the two blocks is visible. Rows
 // and columns hold the same entries with the same kinds; entries of a row do not overlap. Runs of
-// a row are ordered FULL first, then PARTIAL, each by first block; the entries of a PARTIAL run of a
-// row hold equally many visible pairs. Run elements are always in keys() (queries() for columns).
+// a row are ordered FULL first, then PARTIAL, each by first block; the entries of a PARTIAL run of
+// a row hold equally many visible pairs. Run elements are always in keys() (queries() for columns).
 // Heads with equal rules share a pattern. Immutable and shareable between threads; holds its
 // Documents alive. Build throws InvalidArgument for a pattern with Problems().
 class BlockMask {
@@ -80,23 +80,25 @@ class BlockMask {
 
   int64_t kv_heads() const { return static_cast<int64_t>(pattern_of_head_.size()); }
   int64_t patterns() const { return patterns_; }
-  int32_t pattern_of(int64_t kv_head) const { return pattern_of_head_[static_cast<size_t>(kv_head)]; }
+  int32_t pattern_of(int64_t kv_head) const {
+    return pattern_of_head_[static_cast<size_t>(kv_head)];
+  }
   // A kv head whose Visible() defines pattern p.
   int64_t head_of(int64_t pattern) const { return head_of_pattern_[static_cast<size_t>(pattern)]; }
   const BlockList& queries() const { return queries_; }
   const BlockList& keys() const { return keys_; }
   const Documents& documents() const { return *documents_; }
   const VisibleRule& rule() const { return rule_; }
-  const BlockRuns& row_runs() const { return rows_; }     // row i = queries().ids[i] -> key ids
+  const BlockRuns& row_runs() const { return rows_; }        // row i = queries().ids[i] -> key ids
   const BlockRuns& column_runs() const { return columns_; }  // row j = keys().ids[j] -> query ids
 
   bool empty() const { return rows_.runs.empty(); }
-  int64_t entries(int64_t pattern) const;        // blocks
-  int64_t VisiblePairs(int64_t kv_head) const;   // exact (query, key) pairs: the area
-  int64_t TotalVisiblePairs() const;             // over kv heads
+  int64_t entries(int64_t pattern) const;       // blocks
+  int64_t VisiblePairs(int64_t kv_head) const;  // exact (query, key) pairs: the area
+  int64_t TotalVisiblePairs() const;            // over kv heads
   // Ascending global ids of the key blocks that some query of kv_head sees.
   std::vector<int32_t> NeededKeys(int64_t kv_head) const;
-  size_t bytes() const;                          // memory held, documents excluded
+  size_t bytes() const;  // memory held, documents excluded
   // One character per (query block, key block): '#' full, '+' partial, '.' none; large masks are
   // scaled down to at most `max_size` rows and columns (a cell shows its strongest entry).
   std::string Ascii(int64_t kv_head, int64_t max_size = 64) const;

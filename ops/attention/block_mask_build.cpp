@@ -132,8 +132,7 @@ class Sweep {
   }
   void Single(const DocumentRule& rule, const TokenSet& any, const TokenSet& all, bool whole,
               int64_t block) {
-    const TokenRange tokens{block * kMaskBlock,
-                            std::min(row_length_, (block + 1) * kMaskBlock)};
+    const TokenRange tokens{block * kMaskBlock, std::min(row_length_, (block + 1) * kMaskBlock)};
     if (whole && rule.Covers(all, tokens)) {
       out_.Emit(row_id_, {block, 1, 1}, BlockKind::kFull);
     } else if (rule.Intersects(any, tokens)) {
@@ -270,11 +269,9 @@ class BlockMaskBuilder {
   std::shared_ptr<BlockMask> mask_;
 };
 
-std::shared_ptr<const BlockMask> BlockMask::Build(const AttentionPattern& pattern,
-                                                  int64_t kv_heads,
+std::shared_ptr<const BlockMask> BlockMask::Build(const AttentionPattern& pattern, int64_t kv_heads,
                                                   std::shared_ptr<const Documents> documents,
-                                                  const BlockList& queries,
-                                                  const BlockList& keys) {
+                                                  const BlockList& queries, const BlockList& keys) {
   LONGSPAN_CHECK(documents != nullptr) << "BlockMask::Build: documents are missing";
   const std::vector<std::string> problems = pattern.Problems(kv_heads);
   if (!problems.empty()) throw InvalidArgument("attention pattern: " + problems.front());

@@ -30,9 +30,9 @@ Table MakeTable(const BlockList& keys, int64_t heads, int64_t dim) {
 void CheckPair(const char* op, const Tensor& a, const Tensor& b, const BlockList& keys) {
   if (a.rank() != 3 || !(a.shape() == b.shape()) || a.dtype() != b.dtype() ||
       a.dim(0) != keys.tokens()) {
-    throw InvalidArgument(Str(op, ": ", a.Describe(), " and ", b.Describe(),
-                              " must be two [", keys.tokens(),
-                              ", kv heads, head_dim] tensors of one dtype, a row per token of keys"));
+    throw InvalidArgument(
+        Str(op, ": ", a.Describe(), " and ", b.Describe(), " must be two [", keys.tokens(),
+            ", kv heads, head_dim] tensors of one dtype, a row per token of keys"));
   }
 }
 
@@ -41,16 +41,24 @@ void CheckPair(const char* op, const Tensor& a, const Tensor& b, const BlockList
 KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys) {
   CheckPair("MakeKvView", k, v, keys);
   Table table = MakeTable(keys, k.dim(1), k.dim(2));
-  return {.k = k, .v = v, .token_stride = k.dim(1) * k.dim(2), .kv_heads = k.dim(1),
-          .head_dim = k.dim(2), .first_block = table.first_block, .blocks = table.blocks,
+  return {.k = k,
+          .v = v,
+          .token_stride = k.dim(1) * k.dim(2),
+          .kv_heads = k.dim(1),
+          .head_dim = k.dim(2),
+          .first_block = table.first_block,
+          .blocks = table.blocks,
           .offsets = std::move(table.offsets)};
 }
 
 KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockList& keys) {
   CheckPair("MakeKvGradView", dk, dv, keys);
   Table table = MakeTable(keys, dk.dim(1), dk.dim(2));
-  return {.dk = dk, .dv = dv, .token_stride = dk.dim(1) * dk.dim(2),
-          .first_block = table.first_block, .blocks = table.blocks,
+  return {.dk = dk,
+          .dv = dv,
+          .token_stride = dk.dim(1) * dk.dim(2),
+          .first_block = table.first_block,
+          .blocks = table.blocks,
           .offsets = std::move(table.offsets)};
 }
 

@@ -14,11 +14,11 @@ namespace longspan::ops {
 // tables. A block that is absent has offset -1 and must not be in the mask.
 struct KvView {
   Tensor k, v;
-  int64_t token_stride = 0;          // elements between tokens of a block
+  int64_t token_stride = 0;  // elements between tokens of a block
   int64_t kv_heads = 0, head_dim = 0;
-  int64_t first_block = 0;           // global id of table entry 0
-  int64_t blocks = 0;                // table entries per kv head
-  std::vector<int64_t> offsets;      // [kv_heads, blocks]
+  int64_t first_block = 0;       // global id of table entry 0
+  int64_t blocks = 0;            // table entries per kv head
+  std::vector<int64_t> offsets;  // [kv_heads, blocks]
 
   int64_t Offset(int64_t kv_head, int64_t block_id) const {
     return offsets[static_cast<size_t>(kv_head * blocks + (block_id - first_block))];
@@ -28,7 +28,8 @@ struct KvView {
 // Plain k, v [Tk, Hkv, D] whose rows are the blocks of `keys` in order.
 KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys);
 
-// Where dK and dV go: f32 (f64 in f64 mode), through the same kind of table; contributions are ADDED.
+// Where dK and dV go: f32 (f64 in f64 mode), through the same kind of table; contributions are
+// ADDED.
 struct KvGradView {
   Tensor dk, dv;
   int64_t token_stride = 0;

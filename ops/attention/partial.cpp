@@ -77,8 +77,8 @@ void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const 
   const auto merge = [&]<class A>() {
     ParallelRanges(ctx, rows, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        MergeRow(o.data<A>() + i * dim, lse.data<A>()[i], o2.data<A>() + i * dim,
-                 lse2.data<A>()[i], dim);
+        MergeRow(o.data<A>() + i * dim, lse.data<A>()[i], o2.data<A>() + i * dim, lse2.data<A>()[i],
+                 dim);
       }
     });
   };

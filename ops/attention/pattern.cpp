@@ -25,9 +25,8 @@ std::vector<std::string> S2Problems(const AttentionPattern& pattern, int64_t kv_
   std::vector<std::string> problems;
   const bool power_of_two = s2.block_size > 0 && (s2.block_size & (s2.block_size - 1)) == 0;
   if (!power_of_two || s2.block_size < 16 || s2.block_size > kMaxBlocks) {
-    problems.push_back(Str("s2.block_size: ", s2.block_size,
-                           " is not a power of two from 16 to ", kMaxBlocks,
-                           "; use 16, 32, 64, 128, ..."));
+    problems.push_back(Str("s2.block_size: ", s2.block_size, " is not a power of two from 16 to ",
+                           kMaxBlocks, "; use 16, 32, 64, 128, ..."));
   }
   CheckRange("s2.local_blocks", s2.local_blocks, 1, kMaxBlocks, problems);
   CheckRange("s2.stride_blocks", s2.stride_blocks, 1, kMaxBlocks, problems);
@@ -91,14 +90,17 @@ double AttentionPattern::Coverage(int64_t kv_heads) const {
 
 std::string AttentionPattern::ToString() const {
   switch (kind) {
-    case PatternKind::kFull: return "full";
-    case PatternKind::kCausal: return "causal";
+    case PatternKind::kFull:
+      return "full";
+    case PatternKind::kCausal:
+      return "causal";
     case PatternKind::kWindow:
       return sinks > 0 ? Str("window ", window, " sinks ", sinks) : Str("window ", window);
-    case PatternKind::kS2: break;
+    case PatternKind::kS2:
+      break;
   }
-  std::string text = Str("s2 block ", s2.block_size, " local ", s2.local_blocks, " stride ",
-                         s2.stride_blocks);
+  std::string text =
+      Str("s2 block ", s2.block_size, " local ", s2.local_blocks, " stride ", s2.stride_blocks);
   if (s2.homogeneous) text += " homogeneous";
   if (s2.head_step > 0) text += Str(" step ", s2.head_step);
   if (s2.head_offset > 0) text += Str(" offset ", s2.head_offset);

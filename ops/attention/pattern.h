@@ -15,8 +15,8 @@ namespace longspan::ops {
 //   kS2      k <= q and, with I = q / B, J = k / B in blocks of the row's grid,
 //            I - J < local_blocks   or   (J - J0 + h * head_step + head_offset) mod stride == 0
 //            where h is the kv head, J0 the block that holds the document's first token
-//            (phase kDocument) or block 0 of the row (phase kRow).                    [S2-Attention,
-//            arXiv 2407.17678.] The last `dense_heads` kv heads see everything causal.
+//            (phase kDocument) or block 0 of the row (phase kRow). [S2-Attention, arXiv
+//            2407.17678.] The last `dense_heads` kv heads see everything causal.
 enum class PatternKind { kFull, kCausal, kWindow, kS2 };
 enum class StridePhase { kDocument, kRow };
 
@@ -27,7 +27,7 @@ struct S2Options {
   bool homogeneous = false;   // every head uses h = 0; forbids dense_heads
   int64_t head_step = 0;      // 0: the default, max(1, stride_blocks / kv heads)
   int64_t head_offset = 0;
-  int64_t dense_heads = 0;    // kv heads, the last ones
+  int64_t dense_heads = 0;  // kv heads, the last ones
   bool allow_incomplete_coverage = false;
   StridePhase phase = StridePhase::kDocument;
   bool operator==(const S2Options&) const = default;

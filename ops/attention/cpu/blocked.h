@@ -10,9 +10,9 @@ inline constexpr double kLn2 = 0.6931471805599453;
 // vector in `ld` keeps the rows from falling into the same cache sets.
 struct BlockedShape {
   int64_t heads, kv_heads, group, dim, padded, ld;
-  int64_t packed() const { return 64 * ld; }    // floats of a packed block
-  int64_t lanes() const { return 64 * dim; }    // floats of a transposed block
-  static constexpr int64_t kTile = 64 * 64;     // floats of a score tile
+  int64_t packed() const { return 64 * ld; }  // floats of a packed block
+  int64_t lanes() const { return 64 * dim; }  // floats of a transposed block
+  static constexpr int64_t kTile = 64 * 64;   // floats of a score tile
 };
 BlockedShape MakeBlockedShape(const Tensor& q, const KvView& kv);
 

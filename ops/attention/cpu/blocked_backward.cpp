@@ -22,8 +22,7 @@ struct Backward {
 
   // lse in units of log2 and delta - dlse of one head's `tokens` rows. Rows that see nothing, and
   // the lanes after the last row, get lse = +inf, so that their probabilities are 0.
-  void LoadRows(int64_t first_token, int64_t tokens, int64_t head, float* lse,
-                float* delta) const {
+  void LoadRows(int64_t first_token, int64_t tokens, int64_t head, float* lse, float* delta) const {
     const float* lse_in = args.lse.data<float>();
     const float* delta_in = args.delta.data<float>();
     const float* dlse = args.dlse.defined() ? args.dlse.data<float>() : nullptr;
@@ -47,16 +46,31 @@ struct Backward {
   }
   // tile = a b^T over head_dim: packed rows against transposed lanes.
   void Scores(const float* a, int64_t rows, const float* lanes, float* tile) const {
-    kernels.gemm({.a = a, .a_row = shape.ld, .a_inner = 1, .b = lanes, .ldb = 64, .c = tile,
-                  .ldc = 64, .rows = static_cast<int>(rows), .columns = 64,
-                  .inner = static_cast<int>(shape.dim), .row_scale = nullptr});
+    kernels.gemm({.a = a,
+                  .a_row = shape.ld,
+                  .a_inner = 1,
+                  .b = lanes,
+                  .ldb = 64,
+                  .c = tile,
+                  .ldc = 64,
+                  .rows = static_cast<int>(rows),
+                  .columns = 64,
+                  .inner = static_cast<int>(shape.dim),
+                  .row_scale = nullptr});
   }
   // to += tile^T b: [lanes of the tile, head_dim].
   void Accumulate(const float* tile, int64_t lanes, const float* b, int64_t inner,
                   const float* ones, float* to) const {
-    kernels.gemm({.a = tile, .a_row = 1, .a_inner = 64, .b = b, .ldb = shape.ld, .c = to,
-                  .ldc = shape.ld, .rows = static_cast<int>(lanes),
-                  .columns = static_cast<int>(shape.padded), .inner = static_cast<int>(inner),
+    kernels.gemm({.a = tile,
+                  .a_row = 1,
+                  .a_inner = 64,
+                  .b = b,
+                  .ldb = shape.ld,
+                  .c = to,
+                  .ldc = shape.ld,
+                  .rows = static_cast<int>(lanes),
+                  .columns = static_cast<int>(shape.padded),
+                  .inner = static_cast<int>(inner),
                   .row_scale = ones});
   }
   // out[row * stride + d] += scale * from[row][d].
@@ -132,9 +146,13 @@ void QueryGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask tas
         const Head head = head_of(g);
         b.Scores(k, keys, head.q_lanes, s);
         b.Scores(v, keys, head.d_out_lanes, dp);
-        b.kernels.gradient_by_query({.s = s, .dp = dp, .rows = static_cast<int>(keys),
-                                     .scale = b.scale(), .bits = partial ? bits : nullptr,
-                                     .lse = head.lse, .delta = head.delta});
+        b.kernels.gradient_by_query({.s = s,
+                                     .dp = dp,
+                                     .rows = static_cast<int>(keys),
+                                     .scale = b.scale(),
+                                     .bits = partial ? bits : nullptr,
+                                     .lse = head.lse,
+                                     .delta = head.delta});
         b.Accumulate(dp, tokens, k, keys, ones, head.dq);
       }
     }
@@ -198,9 +216,13 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
         b.LoadRows(first, tokens, h, lse, delta);
         b.Scores(q, tokens, k_lanes, s);
         b.Scores(d_out, tokens, v_lanes, dp);
-        b.kernels.gradient_by_key({.s = s, .dp = dp, .rows = static_cast<int>(tokens),
-                                   .scale = b.scale(), .bits = partial ? bits : nullptr,
-                                   .lse = lse, .delta = delta});
+        b.kernels.gradient_by_key({.s = s,
+                                   .dp = dp,
+                                   .rows = static_cast<int>(tokens),
+                                   .scale = b.scale(),
+                                   .bits = partial ? bits : nullptr,
+                                   .lse = lse,
+                                   .delta = delta});
         b.Accumulate(s, keys, d_out, tokens, ones, dv);
         b.Accumulate(dp, keys, q, tokens, ones, dk);
       }

@@ -88,15 +88,34 @@ class ForwardTask {
     const float scale = static_cast<float>(args_.scale * kLog2E);
     for (int64_t g = 0; g < shape_.group; ++g) {
       const HeadState head = Head(heads, g);
-      kernels_.gemm({.a = k_, .a_row = shape_.ld, .a_inner = 1, .b = head.q_lanes, .ldb = 64,
-                     .c = scores_, .ldc = 64, .rows = static_cast<int>(keys), .columns = 64,
-                     .inner = static_cast<int>(shape_.dim), .row_scale = nullptr});
-      kernels_.softmax({.s = scores_, .keys = static_cast<int>(keys), .scale = scale,
+      kernels_.gemm({.a = k_,
+                     .a_row = shape_.ld,
+                     .a_inner = 1,
+                     .b = head.q_lanes,
+                     .ldb = 64,
+                     .c = scores_,
+                     .ldc = 64,
+                     .rows = static_cast<int>(keys),
+                     .columns = 64,
+                     .inner = static_cast<int>(shape_.dim),
+                     .row_scale = nullptr});
+      kernels_.softmax({.s = scores_,
+                        .keys = static_cast<int>(keys),
+                        .scale = scale,
                         .bits = kind == BlockKind::kPartial ? bits : nullptr,
-                        .maximum = head.maximum, .sum = head.sum, .rescale = rescale_});
-      kernels_.gemm({.a = scores_, .a_row = 1, .a_inner = 64, .b = v_, .ldb = shape_.ld,
-                     .c = head.o, .ldc = shape_.ld, .rows = static_cast<int>(tokens_),
-                     .columns = static_cast<int>(shape_.padded), .inner = static_cast<int>(keys),
+                        .maximum = head.maximum,
+                        .sum = head.sum,
+                        .rescale = rescale_});
+      kernels_.gemm({.a = scores_,
+                     .a_row = 1,
+                     .a_inner = 64,
+                     .b = v_,
+                     .ldb = shape_.ld,
+                     .c = head.o,
+                     .ldc = shape_.ld,
+                     .rows = static_cast<int>(tokens_),
+                     .columns = static_cast<int>(shape_.padded),
+                     .inner = static_cast<int>(keys),
                      .row_scale = rescale_});
     }
   }
@@ -135,8 +154,12 @@ class ForwardTask {
 
 BlockedShape MakeBlockedShape(const Tensor& q, const KvView& kv) {
   const int64_t dim = kv.head_dim, padded = (dim + 15) / 16 * 16;
-  return {.heads = q.dim(1), .kv_heads = kv.kv_heads, .group = q.dim(1) / kv.kv_heads,
-          .dim = dim, .padded = padded, .ld = padded + 16};
+  return {.heads = q.dim(1),
+          .kv_heads = kv.kv_heads,
+          .group = q.dim(1) / kv.kv_heads,
+          .dim = dim,
+          .padded = padded,
+          .ld = padded + 16};
 }
 
 void PackBlock(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,

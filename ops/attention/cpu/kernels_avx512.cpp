@@ -14,8 +14,9 @@ void PackF32(const float* from, int64_t stride, int rows, int columns, int padde
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < padded; c += kLanes) {
       const int left = columns - c;
-      const __mmask16 mask =
-          left >= kLanes ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
+      const __mmask16 mask = left >= kLanes ? 0xffff
+                             : left > 0     ? static_cast<__mmask16>((1u << left) - 1)
+                                            : 0;
       _mm512_store_ps(to + r * ld + c, _mm512_maskz_loadu_ps(mask, from + r * stride + c));
     }
   }
@@ -26,8 +27,9 @@ void PackBf16(const uint16_t* from, int64_t stride, int rows, int columns, int p
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < padded; c += kLanes) {
       const int left = columns - c;
-      const __mmask16 mask =
-          left >= kLanes ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
+      const __mmask16 mask = left >= kLanes ? 0xffff
+                             : left > 0     ? static_cast<__mmask16>((1u << left) - 1)
+                                            : 0;
       const __m512i half =
           _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + r * stride + c));
       _mm512_store_si512(to + r * ld + c, _mm512_slli_epi32(half, 16));
@@ -36,16 +38,17 @@ void PackBf16(const uint16_t* from, int64_t stride, int rows, int columns, int p
 }
 
 void Transpose(const float* from, int64_t ld, int rows, int columns, float* to) {
-  const __m512i step = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(static_cast<int>(ld)));
+  const __m512i step =
+      _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                         _mm512_set1_epi32(static_cast<int>(ld)));
   for (int c = 0; c < columns; ++c) {
     for (int r = 0; r < 64; r += kLanes) {
       const int left = rows - r;
-      const __mmask16 mask =
-          left >= kLanes ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
-      const __m512 v = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, step,
-                                                from + r * ld + c, sizeof(float));
+      const __mmask16 mask = left >= kLanes ? 0xffff
+                             : left > 0     ? static_cast<__mmask16>((1u << left) - 1)
+                                            : 0;
+      const __m512 v = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, step, from + r * ld + c,
+                                                sizeof(float));
       _mm512_store_ps(to + c * 64 + r, v);
     }
   }
@@ -94,12 +97,23 @@ inline void Panel(const BlockGemm& g, int column) {
   int row = 0;
   for (; row + 6 <= g.rows; row += 6) Tile<6, kColumns>(g, row, column);
   switch (g.rows - row) {
-    case 1: Tile<1, kColumns>(g, row, column); break;
-    case 2: Tile<2, kColumns>(g, row, column); break;
-    case 3: Tile<3, kColumns>(g, row, column); break;
-    case 4: Tile<4, kColumns>(g, row, column); break;
-    case 5: Tile<5, kColumns>(g, row, column); break;
-    default: break;
+    case 1:
+      Tile<1, kColumns>(g, row, column);
+      break;
+    case 2:
+      Tile<2, kColumns>(g, row, column);
+      break;
+    case 3:
+      Tile<3, kColumns>(g, row, column);
+      break;
+    case 4:
+      Tile<4, kColumns>(g, row, column);
+      break;
+    case 5:
+      Tile<5, kColumns>(g, row, column);
+      break;
+    default:
+      break;
   }
 }
 
@@ -107,10 +121,17 @@ void Gemm(const BlockGemm& g) {
   int column = 0;
   for (; column + 64 <= g.columns; column += 64) Panel<4>(g, column);
   switch ((g.columns - column) / kLanes) {
-    case 1: Panel<1>(g, column); break;
-    case 2: Panel<2>(g, column); break;
-    case 3: Panel<3>(g, column); break;
-    default: break;
+    case 1:
+      Panel<1>(g, column);
+      break;
+    case 2:
+      Panel<2>(g, column);
+      break;
+    case 3:
+      Panel<3>(g, column);
+      break;
+    default:
+      break;
   }
 }
 

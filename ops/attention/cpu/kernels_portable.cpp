@@ -28,9 +28,8 @@ void PackF32(const float* from, int64_t stride, int rows, int columns, int padde
 
 void PackBf16(const uint16_t* from, int64_t stride, int rows, int columns, int padded, float* to,
               int64_t ld) {
-  Pack(from, stride, rows, columns, padded, to, ld, [](uint16_t x) {
-    return std::bit_cast<float>(static_cast<uint32_t>(x) << 16);
-  });
+  Pack(from, stride, rows, columns, padded, to, ld,
+       [](uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); });
 }
 
 void Transpose(const float* from, int64_t ld, int rows, int columns, float* to) {

@@ -137,9 +137,8 @@ RowState<Accumulator<T>> LoadRow(const BackwardArgs& args, int64_t row) {
   const int64_t dim = args.kv.head_dim;
   RowState<A> state;
   state.q = Row<A>(args.q.data<T>() + row * dim, dim);
-  state.d_out = args.d_out.dtype() == DTypeOf<T>()
-                    ? Row<A>(args.d_out.data<T>() + row * dim, dim)
-                    : Row<A>(args.d_out.data<A>() + row * dim, dim);
+  state.d_out = args.d_out.dtype() == DTypeOf<T>() ? Row<A>(args.d_out.data<T>() + row * dim, dim)
+                                                   : Row<A>(args.d_out.data<A>() + row * dim, dim);
   state.lse = args.lse.data<A>()[row];
   state.delta = args.delta.data<A>()[row];
   if (args.dlse.defined()) state.delta -= args.dlse.data<A>()[row];

@@ -29,10 +29,10 @@ struct Problem {
   Tensor q = Zeros({kTokens, kHeads, kDim}), d_out = Zeros({kTokens, kHeads, kDim});
   Tensor dq = Zeros({kTokens, kHeads, kDim}), lse = Zeros({kTokens, kHeads});
   Tensor delta = Zeros({kTokens, kHeads}), dlse;
-  ops::KvView kv = ops::MakeKvView(Zeros({kTokens, kKvHeads, kDim}),
-                                   Zeros({kTokens, kKvHeads, kDim}), all);
-  ops::KvGradView dkv = ops::MakeKvGradView(Zeros({kTokens, kKvHeads, kDim}),
-                                            Zeros({kTokens, kKvHeads, kDim}), all);
+  ops::KvView kv =
+      ops::MakeKvView(Zeros({kTokens, kKvHeads, kDim}), Zeros({kTokens, kKvHeads, kDim}), all);
+  ops::KvGradView dkv =
+      ops::MakeKvGradView(Zeros({kTokens, kKvHeads, kDim}), Zeros({kTokens, kKvHeads, kDim}), all);
   ops::AttentionOptions options;
 
   Tensor Zeros(Shape shape, DType dtype = DType::kF32) { return ctx.Zeros(shape, dtype); }
@@ -64,17 +64,20 @@ TEST(AttentionErrorsTest, ValidProblemRuns) {
 TEST(AttentionErrorsTest, InputsOfBothDirections) {
   for (const bool backward : {false, true}) {
     ExpectRefusal(backward, "q is undefined", [](Problem& p) { p.q = {}; });
-    ExpectRefusal(backward, "q is i32", [](Problem& p) { p.q = p.Zeros(p.q.shape(), DType::kI32); });
-    ExpectRefusal(backward, "mask.queries() has 100 tokens",
-                  [](Problem& p) { p.q = p.Zeros({kTokens - 1, kHeads, kDim}); });
-    ExpectRefusal(backward, "kv.head_dim is 16",
-                  [](Problem& p) { p.q = p.Zeros({kTokens, kHeads, kDim + 8}); });
-    ExpectRefusal(backward, "kv has 3 kv heads", [](Problem& p) { p.kv.kv_heads = 3; });
-    ExpectRefusal(backward, "not a multiple of the 2 kv heads",
-                  [](Problem& p) { p.q = p.Zeros({kTokens, 3, kDim}); });
-    ExpectRefusal(backward, "must have the dtype of q", [](Problem& p) {
-      p.kv.v = p.Zeros(p.kv.v.shape(), DType::kBF16);
+    ExpectRefusal(backward, "q is i32",
+                  [](Problem& p) { p.q = p.Zeros(p.q.shape(), DType::kI32); });
+    ExpectRefusal(backward, "mask.queries() has 100 tokens", [](Problem& p) {
+      p.q = p.Zeros({kTokens - 1, kHeads, kDim});
     });
+    ExpectRefusal(backward, "kv.head_dim is 16", [](Problem& p) {
+      p.q = p.Zeros({kTokens, kHeads, kDim + 8});
+    });
+    ExpectRefusal(backward, "kv has 3 kv heads", [](Problem& p) { p.kv.kv_heads = 3; });
+    ExpectRefusal(backward, "not a multiple of the 2 kv heads", [](Problem& p) {
+      p.q = p.Zeros({kTokens, 3, kDim});
+    });
+    ExpectRefusal(backward, "must have the dtype of q",
+                  [](Problem& p) { p.kv.v = p.Zeros(p.kv.v.shape(), DType::kBF16); });
     ExpectRefusal(backward, "kv lacks block 1 of kv head 0",
                   [](Problem& p) { p.kv.offsets[1] = -1; });
     ExpectRefusal(backward, "kv lacks block 0 of kv head 0", [](Problem& p) {
@@ -83,11 +86,11 @@ TEST(AttentionErrorsTest, InputsOfBothDirections) {
       p.kv.offsets = {64 * 32, 64 * 32 + 16};
     });
     ExpectRefusal(backward, "but the storage has 3200", [](Problem& p) { ++p.kv.offsets[3]; });
-    ExpectRefusal(backward, "kv.offsets has 3 entries", [](Problem& p) { p.kv.offsets.pop_back(); });
+    ExpectRefusal(backward, "kv.offsets has 3 entries",
+                  [](Problem& p) { p.kv.offsets.pop_back(); });
     ExpectRefusal(backward, "kv.token_stride is 15", [](Problem& p) { p.kv.token_stride = 15; });
-    ExpectRefusal(backward, "options.scale", [](Problem& p) {
-      p.options.scale = std::numeric_limits<double>::quiet_NaN();
-    });
+    ExpectRefusal(backward, "options.scale",
+                  [](Problem& p) { p.options.scale = std::numeric_limits<double>::quiet_NaN(); });
     ExpectRefusal(backward, "use one of avx512, portable, reference",
                   [](Problem& p) { p.options.implementation = "amx"; });
   }
@@ -126,8 +129,8 @@ TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
                 });
   ExpectRefusal(false, "implementation avx512 cannot run this: ", [](Problem& p) {
     p.q = p.Zeros({kTokens, kHeads, 12});  // also refused where the processor lacks AVX-512
-    p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, 12}), p.Zeros({kTokens, kKvHeads, 12}),
-                           p.all);
+    p.kv =
+        ops::MakeKvView(p.Zeros({kTokens, kKvHeads, 12}), p.Zeros({kTokens, kKvHeads, 12}), p.all);
     p.options.implementation = "avx512";
   });
 }

@@ -122,9 +122,14 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
   const auto storage = [&](const Vec& plain) {
     return FromVec(ctx, {at.elements}, c.dtype, Place(at, keys, kv_heads, c.dim, plain));
   };
-  const ops::KvView kv{.k = storage(in.k), .v = storage(in.v), .token_stride = at.token_stride,
-                       .kv_heads = kv_heads, .head_dim = c.dim, .first_block = at.first_block,
-                       .blocks = at.blocks, .offsets = at.offsets};
+  const ops::KvView kv{.k = storage(in.k),
+                       .v = storage(in.v),
+                       .token_stride = at.token_stride,
+                       .kv_heads = kv_heads,
+                       .head_dim = c.dim,
+                       .first_block = at.first_block,
+                       .blocks = at.blocks,
+                       .offsets = at.offsets};
   const ops::AttentionOptions options{.scale = c.scale, .implementation = implementation};
   const Tensor q = FromVec(ctx, {rows, c.heads(), c.dim}, c.dtype, in.q);
   const ops::AttentionResult forward = ops::AttentionForward(ctx, q, kv, *mask, options);
@@ -136,7 +141,8 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
   const ops::KvGradView dkv{.dk = FromVec(ctx, {grad_at.elements}, wide, start_kv),
                             .dv = FromVec(ctx, {grad_at.elements}, wide, start_kv),
                             .token_stride = grad_at.token_stride,
-                            .first_block = grad_at.first_block, .blocks = grad_at.blocks,
+                            .first_block = grad_at.first_block,
+                            .blocks = grad_at.blocks,
                             .offsets = grad_at.offsets};
   const Tensor dlse = c.with_dlse ? FromVec(ctx, forward.lse.shape(), wide, in.dlse) : Tensor();
   ops::AttentionBackward(ctx, d_out, q, kv, forward.lse, delta, *mask, dq, dkv, options, dlse);

@@ -14,7 +14,7 @@ struct AttentionCase {
   DType dtype = DType::kF32;
   int64_t group = 1;  // query heads per kv head
   int64_t dim = 64;
-  double scale = 0;   // as in AttentionOptions
+  double scale = 0;  // as in AttentionOptions
   bool with_dlse = true;
   uint64_t seed = 1;
 

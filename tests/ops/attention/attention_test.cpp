@@ -64,8 +64,7 @@ void Check(Context& ctx, const AttentionCase& c) {
   SCOPED_TRACE(c.Name());
   const AttentionInputs in = MakeInputs(c);
   const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
-  const NaiveGradients grads =
-      NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
+  const NaiveGradients grads = NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
   const double naive =
       c.dtype == DType::kBF16 ? WorstError(RunAttention(ctx, c, in, "reference"), out, grads) : 0;
   const double tolerance = c.dtype == DType::kF64   ? 1e-12
@@ -105,9 +104,8 @@ TEST(AttentionTest, OddLengthsAndHeadSizes) {
   Context ctx(Poisoned());
   uint64_t seed = 1;
   for (const int64_t tokens : {1, 63, 65, 150}) {
-    const auto documents = std::make_shared<ops::Documents>(
-        ops::Documents::FromEnds(tokens, {tokens > 70 ? std::vector<int64_t>{70, tokens}
-                                                      : std::vector<int64_t>{tokens}}));
+    const auto documents = std::make_shared<ops::Documents>(ops::Documents::FromEnds(
+        tokens, {tokens > 70 ? std::vector<int64_t>{70, tokens} : std::vector<int64_t>{tokens}}));
     const auto all = ops::BlockList::All(*documents);
     for (const int64_t dim : kDims) {
       for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
@@ -149,8 +147,7 @@ TEST(AttentionTest, LargeScoresStayExact) {
 
 TEST(AttentionTest, ReferenceGradientsMatchFiniteDifferences) {
   Context ctx(Poisoned());
-  const auto documents =
-      std::make_shared<ops::Documents>(ops::Documents::FromEnds(11, {{4, 11}}));
+  const auto documents = std::make_shared<ops::Documents>(ops::Documents::FromEnds(11, {{4, 11}}));
   const auto all = ops::BlockList::All(*documents);
   AttentionCase c{.mask_case = {.pattern = {"window", ops::AttentionPattern::Window(3, 1)},
                                 .documents = {"two", documents},
@@ -214,16 +211,15 @@ TEST(AttentionTest, RoundOutputRoundsOnce) {
   Context ctx(Poisoned());
   const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, 100));
   const auto all = ops::BlockList::All(*documents);
-  const auto mask =
-      ops::BlockMask::Build(ops::AttentionPattern::Causal(), 1, documents, all, all);
+  const auto mask = ops::BlockMask::Build(ops::AttentionPattern::Causal(), 1, documents, all, all);
   const Shape shape{100, 1, 16};
   const Tensor q = FromVec(ctx, shape, DType::kBF16, Normal(1600, 1, DType::kBF16));
   const auto kv = ops::MakeKvView(q, q, all);
   for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
     if (!Runs(entry.name, DType::kBF16, 16)) continue;
     const auto wide = ops::AttentionForward(ctx, q, kv, *mask, {.implementation = entry.name});
-    const auto narrow = ops::AttentionForward(
-        ctx, q, kv, *mask, {.implementation = entry.name, .round_output = true});
+    const auto narrow = ops::AttentionForward(ctx, q, kv, *mask,
+                                              {.implementation = entry.name, .round_output = true});
     ASSERT_EQ(wide.o.dtype(), DType::kF32);
     ASSERT_EQ(narrow.o.dtype(), DType::kBF16);
     for (int64_t i = 0; i < wide.o.numel(); ++i) {

@@ -128,8 +128,8 @@ void Check(const MaskCase& c) {
     ExpectAscii(c, *mask, head, brute);
     for (size_t i = 0; i < brute.rows.size(); ++i) {  // one bit mask per row keeps this quick
       if (!brute.rows[i].empty()) {
-        const auto entry = std::next(brute.rows[i].begin(),
-                                     static_cast<int64_t>(i % brute.rows[i].size()));
+        const auto entry =
+            std::next(brute.rows[i].begin(), static_cast<int64_t>(i % brute.rows[i].size()));
         ExpectBits(c, *mask, head, c.shard.queries.ids[i], entry->first);
         if (testing::Test::HasFatalFailure()) return;
       }

@@ -126,8 +126,9 @@ TEST(BlockMaskTest, BlockListsKnowShortBlocksAndRefuseBadIds) {
 TEST(BlockMaskTest, RefusesAPatternWithProblems) {
   const auto documents = OneRow(128);
   const auto all = BlockList::All(*documents);
-  EXPECT_THROW(BlockMask::Build(AttentionPattern::S2({.stride_blocks = 16}), 8, documents, all, all),
-               InvalidArgument);
+  EXPECT_THROW(
+      BlockMask::Build(AttentionPattern::S2({.stride_blocks = 16}), 8, documents, all, all),
+      InvalidArgument);
 }
 
 TEST(IdSetTest, IntersectionsOfRunsMatchEnumeration) {

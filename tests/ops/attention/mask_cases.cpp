@@ -61,19 +61,28 @@ std::vector<NamedPattern> Patterns() {
   for (const int64_t block : {16, 32, 64, 128, 256}) {
     add(AttentionPattern::S2({.block_size = block, .local_blocks = 1, .stride_blocks = 4}));
     add(AttentionPattern::S2({.block_size = block, .local_blocks = 2, .stride_blocks = 3}));
-    add(AttentionPattern::S2(Incomplete({.block_size = block, .local_blocks = 1,
-                                         .stride_blocks = 6})));
-    add(AttentionPattern::S2({.block_size = block, .local_blocks = 3, .stride_blocks = 2,
-                              .homogeneous = true, .phase = StridePhase::kRow}));
-    add(AttentionPattern::S2({.block_size = block, .local_blocks = 1, .stride_blocks = 5,
-                              .head_offset = 2, .dense_heads = 2}));
-    add(AttentionPattern::S2(Incomplete({.block_size = block, .local_blocks = 2,
-                                         .stride_blocks = 8, .head_step = 3, .head_offset = 9,
+    add(AttentionPattern::S2(
+        Incomplete({.block_size = block, .local_blocks = 1, .stride_blocks = 6})));
+    add(AttentionPattern::S2({.block_size = block,
+                              .local_blocks = 3,
+                              .stride_blocks = 2,
+                              .homogeneous = true,
+                              .phase = StridePhase::kRow}));
+    add(AttentionPattern::S2({.block_size = block,
+                              .local_blocks = 1,
+                              .stride_blocks = 5,
+                              .head_offset = 2,
+                              .dense_heads = 2}));
+    add(AttentionPattern::S2(Incomplete({.block_size = block,
+                                         .local_blocks = 2,
+                                         .stride_blocks = 8,
+                                         .head_step = 3,
+                                         .head_offset = 9,
                                          .phase = StridePhase::kRow})));
   }
   add(AttentionPattern::S2({.block_size = 64, .local_blocks = 1, .stride_blocks = 1}));
-  add(AttentionPattern::S2(Incomplete({.block_size = 16, .local_blocks = 5,
-                                       .stride_blocks = 1000000})));
+  add(AttentionPattern::S2(
+      Incomplete({.block_size = 16, .local_blocks = 5, .stride_blocks = 1000000})));
   add(AttentionPattern::S2({.block_size = 1024, .local_blocks = 1, .stride_blocks = 2}));
   return out;
 }
@@ -101,7 +110,8 @@ std::vector<NamedShard> Shards(const Documents& documents) {
   const int64_t eighth = std::max<int64_t>(1, n / 8), half = (n + 1) / 2;
   std::vector<int32_t> shuffled = Range(0, n), odd, third;
   const Philox rng(7, StreamOf("shuffle"));
-  for (size_t i = shuffled.size(); i > 1; --i) std::swap(shuffled[i - 1], shuffled[rng.Below(i, i)]);
+  for (size_t i = shuffled.size(); i > 1; --i)
+    std::swap(shuffled[i - 1], shuffled[rng.Below(i, i)]);
   for (int64_t i = 1; i < n; i += 2) odd.push_back(static_cast<int32_t>(i));
   for (int64_t i = 0; i < n; i += 3) third.push_back(static_cast<int32_t>(i));
   const auto zigzag = Concatenate(Range(eighth, std::min(n, 2 * eighth)),
@@ -112,11 +122,11 @@ std::vector<NamedShard> Shards(const Documents& documents) {
       {"ring step: later queries, earlier keys", list(Range(half, n)), list(Range(0, half))},
       {"ring step: earlier queries, later keys", list(Range(0, half)), list(Range(half, n))},
       {"zigzag pair against all", list(zigzag), BlockList::All(documents)},
-      {"zigzag pair against the rest", list(zigzag), list(Concatenate(Range(0, eighth),
-                                                     Range(std::max(eighth, n - eighth), n)))},
+      {"zigzag pair against the rest", list(zigzag),
+       list(Concatenate(Range(0, eighth), Range(std::max(eighth, n - eighth), n)))},
       {"striped", list(odd), list(third)},
-      {"shuffled", list(shuffled), list(std::vector<int32_t>(shuffled.rbegin(),
-                                                             shuffled.rend() - n / 3))},
+      {"shuffled", list(shuffled),
+       list(std::vector<int32_t>(shuffled.rbegin(), shuffled.rend() - n / 3))},
       {"no keys", BlockList::All(documents), list({})},
   };
 }

@@ -28,9 +28,7 @@ struct MaskCase {
   NamedDocuments documents;
   NamedShard shard;
   int64_t kv_heads = 4;
-  std::string Name() const {
-    return pattern.name + " | " + documents.name + " | " + shard.name;
-  }
+  std::string Name() const { return pattern.name + " | " + documents.name + " | " + shard.name; }
 };
 
 std::vector<NamedPattern> Patterns();

@@ -27,8 +27,8 @@ struct Split {
 
 Split RandomSplit(uint64_t seed) {
   Split split;
-  split.documents = std::make_shared<ops::Documents>(
-      ops::Documents::FromEnds(kTokens, {{130, 300, kTokens}}));
+  split.documents =
+      std::make_shared<ops::Documents>(ops::Documents::FromEnds(kTokens, {{130, 300, kTokens}}));
   split.all = BlockList::All(*split.documents);
   std::vector<std::vector<int32_t>> ids(3);
   const Philox rng(seed, StreamOf("split"));
@@ -60,8 +60,8 @@ void Check(DType dtype, const std::string& implementation, double tolerance, uin
   const DType wide = AccumulatorOf(dtype);
   const int64_t width = kKvHeads * kDim;
   const Vec k = Normal(kTokens * width, seed, dtype), v = Normal(kTokens * width, seed + 1, dtype);
-  const Tensor q =
-      FromVec(ctx, {kTokens, kHeads, kDim}, dtype, Normal(kTokens * kHeads * kDim, seed + 2, dtype));
+  const Tensor q = FromVec(ctx, {kTokens, kHeads, kDim}, dtype,
+                           Normal(kTokens * kHeads * kDim, seed + 2, dtype));
   const Tensor d_out = FromVec(ctx, q.shape(), dtype, Normal(q.numel(), seed + 3, dtype));
 
   // The whole key set, then its parts, all through this.
@@ -75,9 +75,9 @@ void Check(DType dtype, const std::string& implementation, double tolerance, uin
     Piece piece;
     const Shape shape{keys.tokens(), kKvHeads, kDim};
     piece.mask = BlockMask::Build(pattern, kKvHeads, split.documents, split.all, keys);
-    piece.kv = ops::MakeKvView(FromVec(ctx, shape, dtype, TakeRows(k, split.all, keys, width)),
-                               FromVec(ctx, shape, dtype, TakeRows(v, split.all, keys, width)),
-                               keys);
+    piece.kv =
+        ops::MakeKvView(FromVec(ctx, shape, dtype, TakeRows(k, split.all, keys, width)),
+                        FromVec(ctx, shape, dtype, TakeRows(v, split.all, keys, width)), keys);
     piece.dk = ctx.Zeros(shape, wide);
     piece.dv = ctx.Zeros(shape, wide);
     piece.dkv = ops::MakeKvGradView(piece.dk, piece.dv, keys);
@@ -94,8 +94,7 @@ void Check(DType dtype, const std::string& implementation, double tolerance, uin
   std::vector<Piece> pieces;
   for (const BlockList& part : split.parts) {
     pieces.push_back(piece_of(part));
-    const auto partial =
-        AttentionForward(ctx, q, pieces.back().kv, *pieces.back().mask, options);
+    const auto partial = AttentionForward(ctx, q, pieces.back().kv, *pieces.back().mask, options);
     if (!o.defined()) {
       o = partial.o;
       lse = partial.lse;

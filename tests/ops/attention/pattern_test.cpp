@@ -40,8 +40,7 @@ TEST(PatternTest, ProblemsNameTheField) {
   ExpectProblem(AttentionPattern::S2({.head_step = -1}), 4, "s2.head_step");
   ExpectProblem(AttentionPattern::S2({.head_offset = -1}), 4, "s2.head_offset");
   ExpectProblem(AttentionPattern::S2({.dense_heads = 5}), 4, "s2.dense_heads");
-  ExpectProblem(AttentionPattern::S2({.homogeneous = true, .dense_heads = 1}), 4,
-                "s2.dense_heads");
+  ExpectProblem(AttentionPattern::S2({.homogeneous = true, .dense_heads = 1}), 4, "s2.dense_heads");
   ExpectProblem(AttentionPattern::S2({.homogeneous = true, .head_step = 1}), 4, "s2.head_step");
   EXPECT_EQ(AttentionPattern::Window(0, -1).Problems(4).size(), 2u);
 }

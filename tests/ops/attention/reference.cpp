@@ -61,9 +61,12 @@ bool Sees(const ops::AttentionPattern& pattern, int64_t kv_heads, const ops::Doc
   if (age < 0) return false;
   switch (pattern.kind) {
     case PatternKind::kFull:
-    case PatternKind::kCausal: return true;
-    case PatternKind::kWindow: return age < pattern.window || position < pattern.sinks;
-    case PatternKind::kS2: break;
+    case PatternKind::kCausal:
+      return true;
+    case PatternKind::kWindow:
+      return age < pattern.window || position < pattern.sinks;
+    case PatternKind::kS2:
+      break;
   }
   const ops::S2Options& s2 = pattern.s2;
   if (!s2.homogeneous && kv_head >= kv_heads - s2.dense_heads) return true;
