@@ -148,6 +148,12 @@ class Run {
     writer_->Save(trainer_->Info(settings_.config_text), trainer_->State());
     saved_step_ = trainer_->step();
   }
+  StopWish Wish() const {
+    if (settings_.stop_requested && settings_.stop_requested()) return StopWish::kSignal;
+    return settings_.max_seconds > 0 && summary_.seconds >= settings_.max_seconds
+               ? StopWish::kTimeUp
+               : StopWish::kNone;
+  }
   bool Due(int64_t every) const {
     return every > 0 && (trainer_->step() % every == 0 || trainer_->step() == options_.steps);
   }
@@ -219,12 +225,14 @@ RunSummary Run::Loop() {
   bool stop = false;
   while (trainer_->step() < options_.steps && !stop) {
     const auto start = Clock::now();
-    const StepResult r =
-        trainer_->Step(settings_.stop_requested && settings_.stop_requested());
+    const StepResult r = trainer_->Step(Wish());
     Report(r, Seconds(start));
     stop = r.stop_requested;
     writer_->Poll();
-    if (Due(options_.evaluation_every_steps)) Evaluate();
+    if (Due(options_.evaluation_every_steps) ||
+        (r.time_is_up && options_.evaluation_every_steps > 0)) {
+      Evaluate();
+    }
     if (Due(options_.checkpoint_every_steps)) Save();
   }
   if (saved_step_ != trainer_->step() && resumed_step_ != trainer_->step()) Save();

@@ -18,6 +18,7 @@ struct RunSettings {
   std::string init_from;    // a checkpoint or run directory whose weights a new run starts from
   std::string config_text;  // resolved configuration, saved with the run
   std::function<bool()> stop_requested;  // polled once a step
+  double max_seconds = 0;   // stop, validate and save after this time in steps; 0: no limit
   // For tests that interrupt a save: limits the writer. 0: no limit.
   uint64_t checkpoint_bytes_per_second = 0;
   double peak_flops = 0;  // of all ranks together; 0: unknown, mfu is null

@@ -9,7 +9,7 @@ namespace longspan::trainer {
 namespace {
 
 // What ranks add up once a step.
-enum Sum { kLoss, kZLoss, kValid, kTokens, kPairs, kStop, kSums };
+enum Sum { kLoss, kZLoss, kValid, kTokens, kPairs, kSignals, kTimeUp, kSums };
 
 }  // namespace
 
@@ -21,7 +21,7 @@ TrainStep::TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOption
       store_(store),
       matmul_flops_per_token_(6.0 * static_cast<double>(CountMatmulParameters(options.model))) {}
 
-StepResult TrainStep::Run(data::Loader& loader, int64_t step, bool stop) {
+StepResult TrainStep::Run(data::Loader& loader, int64_t step, StopWish wish) {
   auto& buckets = store_.buckets();
   std::vector<Tensor> grads;
   for (Bucket& b : buckets) grads.push_back(b.grad);
@@ -45,7 +45,8 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step, bool stop) {
     s[kPairs] += prepared->attention_pairs;
     tape.Backward();
   }
-  s[kStop] = stop ? 1 : 0;
+  s[kSignals] = wish == StopWish::kSignal ? 1 : 0;
+  s[kTimeUp] = wish == StopWish::kTimeUp ? 1 : 0;
   {
     TraceScope scope(ctx_.trace(), "gradient reduction wait");
     reducer.Finish();
@@ -55,7 +56,8 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step, bool stop) {
   StepResult result;
   result.valid_tokens = std::llround(s[kValid]);
   result.tokens = std::llround(s[kTokens]);
-  result.stop_requested = s[kStop] > 0;
+  result.time_is_up = s[kTimeUp] > 0;
+  result.stop_requested = result.time_is_up || s[kSignals] > 0;
   result.flops = matmul_flops_per_token_ * s[kTokens] +
                  12.0 * static_cast<double>(options_.model.head_dim) * s[kPairs];
   result.lr = LearningRate(options_.schedule, options_.adamw.lr, step, options_.steps);

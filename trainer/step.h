@@ -17,8 +17,12 @@ struct StepResult {
   int64_t valid_tokens = 0;  // those with a label
   double flops = 0;          // of the MFU formula: matmuls and visible attention pairs
   bool skipped = false;      // not finite, weights untouched
-  bool stop_requested = false;  // by any rank
+  bool stop_requested = false;  // by any rank, for whatever reason
+  bool time_is_up = false;      // some rank's reason was the time limit
 };
+
+// Why this rank wants to stop after the step.
+enum class StopWish { kNone, kSignal, kTimeUp };
 
 // One optimizer step: accumulates gradients of the summed loss over micro-batches, reduces them over
 // all ranks while the last backward pass runs, divides once by the global number of valid tokens,
@@ -31,9 +35,8 @@ class TrainStep {
   TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options,
             ParameterStore& store);
 
-  // `step` counts from 0 and decides learning rate and bias correction. `stop` is this rank's wish
-  // to stop after the step.
-  StepResult Run(data::Loader& loader, int64_t step, bool stop);
+  // `step` counts from 0 and decides learning rate and bias correction.
+  StepResult Run(data::Loader& loader, int64_t step, StopWish wish);
 
  private:
   void Update(int64_t step, double lr, double grad_scale);

@@ -138,9 +138,9 @@ void Trainer::StartLoader() {
   loader_ = std::make_unique<data::Loader>(std::move(o));
 }
 
-StepResult Trainer::Step(bool stop) {
+StepResult Trainer::Step(StopWish wish) {
   if (loader_ == nullptr) StartLoader();
-  const StepResult result = train_step_.Run(*loader_, step_, stop);
+  const StepResult result = train_step_.Run(*loader_, step_, wish);
   ++step_;
   if (result.skipped && ++skipped_steps_ > options_.max_skipped_steps) {
     throw Error(Str("step ", step_, ": ", skipped_steps_,

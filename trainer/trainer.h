@@ -28,9 +28,8 @@ class Trainer {
   ParameterStore& parameters() { return store_; }
   const TrainOptions& options() const { return options_; }
 
-  // `stop`: this rank has been asked to stop. Throws Error when more steps have been skipped than
-  // the policy allows.
-  StepResult Step(bool stop = false);
+  // Throws Error when more steps have been skipped than the policy allows.
+  StepResult Step(StopWish wish = StopWish::kNone);
   // Mean validation loss; only with validation data.
   EvaluationLoss Evaluate();
 

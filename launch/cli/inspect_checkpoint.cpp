@@ -14,6 +14,8 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
+constexpr const char* kManifest = "manifest.binpb";
+
 // "2024-05-01 12:00:00 UTC"
 std::string TimeOf(const fs::path& file) {
   const auto time = fs::last_write_time(file);
@@ -72,8 +74,7 @@ void DescribeTensors(const std::vector<trainer::TensorEntry>& tensors, InspectRe
   report.json["totals"] = std::move(totals);
 }
 
-// Returns the bytes of all files.
-int64_t DescribeFiles(const fs::path& path, InspectReport& report) {
+void DescribeFiles(const fs::path& path, InspectReport& report) {
   std::map<std::string, int64_t> files;
   for (const auto& entry : fs::directory_iterator(path)) {
     if (entry.is_regular_file()) {
@@ -90,7 +91,6 @@ int64_t DescribeFiles(const fs::path& path, InspectReport& report) {
   }
   report.json["files"] = std::move(list);
   report.json["file_bytes"] = sum;
-  return sum;
 }
 
 void DescribeInfo(const trainer::CheckpointReader& reader, InspectReport& report) {
@@ -99,7 +99,7 @@ void DescribeInfo(const trainer::CheckpointReader& reader, InspectReport& report
   json = {{"kind", "checkpoint"},
           {"path", reader.path().string()},
           {"step", info.step},
-          {"written", TimeOf(reader.path() / "manifest.binpb")},
+          {"written", TimeOf(reader.path() / kManifest)},
           {"dp", info.dp},
           {"cp", info.cp},
           {"seed", info.seed},
@@ -159,9 +159,11 @@ InspectReport InspectCheckpoint(const InspectOptions& options) {
   InspectReport report;
   DescribeInfo(reader, report);
   DescribeTensors(reader.tensors(), report);
-  const int64_t bytes = DescribeFiles(reader.path(), report);
+  DescribeFiles(reader.path(), report);
   DescribeIdentity(reader.info(), report);
   DescribeSavedConfig(reader, options, report);
+  const int64_t bytes =
+      reader.file_bytes() + static_cast<int64_t>(fs::file_size(reader.path() / kManifest));
   report.json["verified_bytes"] = options.verify ? Json(bytes) : Json();
   report.text += options.verify ? Str("\nverified ", bytes, " bytes: every checksum is right\n")
                                 : "\nnot verified (--no-verify)\n";

@@ -79,11 +79,10 @@ void DescribeBatch(const configs::Config& c, InspectReport& report) {
   report.json["ranks"] = replicas * c.parallel().cp();
   report.json["steps"] = c.run().steps();
   report.json["tokens_total"] = c.run().steps() * c.run().global_batch_tokens();
-  report.text +=
-      ReportLine("tokens per step",
-                 Str(Grouped(c.run().global_batch_tokens()), ": ", rows, " rows of ",
-                     Grouped(c.run().context_length()), " tokens, ", rows / (replicas * micro_rows),
-                     " micro-batches on each of ", replicas, " data-parallel replicas"));
+  report.text += ReportLine("tokens per step",
+                            Str(Grouped(c.run().global_batch_tokens()), ": ", rows, " rows of ",
+                                Grouped(c.run().context_length()), " tokens, ",
+                                rows / (replicas * micro_rows), " micro-batches a replica"));
   report.text += ReportLine("ranks", Str(replicas * c.parallel().cp(), " (dp ", replicas, " x cp ",
                                          c.parallel().cp(), ")"));
   report.text +=
@@ -126,9 +125,9 @@ void DescribeHeads(const ops::BlockMask& mask, const ops::AttentionPattern& patt
                               {"block_density", facts.block_fraction},
                               {"picture", picture}});
     text += Str(
-        "\n  kv heads ", Ranges(heads), " of ", mask.kv_heads(), ", density ",
-        Fraction(facts.visible_fraction), "; ", shown == length ? "" : "the first ", Grouped(shown),
-        " tokens, a cell is ",
+        heads.size() == 1 ? "\n  kv head " : "\n  kv heads ", Ranges(heads), " of ",
+        mask.kv_heads(), ", density ", Fraction(facts.visible_fraction), "; ",
+        shown == length ? "" : "the first ", Grouped(shown), " tokens, a cell is ",
         cells == blocks ? Str(ops::kMaskBlock, " tokens") : Str("about ", shown / cells, " tokens"),
         "\n");
     for (size_t begin = 0; begin < picture.size();) {
@@ -146,6 +145,7 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
   const std::vector<int64_t> layers = LayersOf(model, index);
   const auto mask = WholeRowMask(mixer.pattern, model.num_kv_heads, length);
   const MaskFacts facts = FactsOf(*mask);
+  const bool is_s2 = mixer.pattern.kind == ops::PatternKind::kS2;
   const double coverage = mixer.pattern.Coverage(model.num_kv_heads);
   Json json = {{"name", mixer.name},
                {"pattern", mixer.pattern.ToString()},
@@ -153,7 +153,7 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
                {"length", length},
                {"density", facts.visible_fraction},
                {"block_density", facts.block_fraction},
-               {"coverage", coverage},
+               {"coverage", is_s2 ? Json(coverage) : Json()},
                {"visible_pairs", facts.visible_pairs},
                {"mask_bytes", mask->bytes()}};
   std::string& text = report.text;
@@ -165,9 +165,10 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
                      mixer.pattern.kind == ops::PatternKind::kFull ? "attention in both directions"
                                                                    : "causal attention",
                      ", one document of ", Grouped(length), " tokens"));
-  text += ReportLine("coverage", Str(Fraction(coverage),
-                                     " of the distant blocks, all kv heads "
-                                     "together"));
+  if (is_s2) {
+    text += ReportLine("coverage",
+                       Fraction(coverage) + " of the distant blocks, all kv heads together");
+  }
   text += ReportLine("mask", FormatBytes(static_cast<int64_t>(mask->bytes())));
   DescribeHeads(*mask, mixer.pattern, length, json, text);
   report.json["mixers"].push_back(std::move(json));

@@ -76,8 +76,8 @@ void RunPrepare(const PrepareArguments& arguments) {
   data::PrepareResult result;
   {
     ProgressLine line;
-    result = data::Prepare(arguments.options,
-                           [&](const data::PrepareProgress& now) { line.Show(now); });
+    result =
+        data::Prepare(arguments.options, [&](const data::PrepareProgress& now) { line.Show(now); });
   }
   if (arguments.json) {
     std::fputs(data::ToJson(result).c_str(), stdout);
@@ -109,14 +109,16 @@ void AddPrepareCommand(CLI::App& root, int* exit_code) {
       ->required()
       ->type_name("P");
   command
-      ->add_option("--validation-fraction", o.validation_fraction,
-                   "Share of the documents that go to P/validation, 0 <= F < 1; 0 writes one dataset")
+      ->add_option(
+          "--validation-fraction", o.validation_fraction,
+          "Share of the documents that go to P/validation, 0 <= F < 1; 0 writes one dataset")
       ->capture_default_str()
       ->type_name("F");
   command
-      ->add_option("--include", o.include,
-                   "Take only files in folders that fit this shell pattern (quote it): compared with "
-                   "the name, or with the path below the input if it has a /; may be repeated")
+      ->add_option(
+          "--include", o.include,
+          "Take only files in folders that fit this shell pattern (quote it): compared with "
+          "the name, or with the path below the input if it has a /; may be repeated")
       ->allow_extra_args(false)
       ->type_name("GLOB");
   command->add_option("--field", o.field, "Field of a .jsonl line that holds the text")

@@ -22,6 +22,7 @@ struct TrainArguments {
   std::string config;
   std::vector<std::string> sets;
   trainer::RunSettings run;
+  double max_minutes = 0;
   bool json = false;
 };
 
@@ -85,6 +86,7 @@ void Train(parallel::Bootstrap& job, TrainArguments a) {
   }
   a.run.config_text = loaded.resolved_text();
   a.run.stop_requested = StopRequested;
+  a.run.max_seconds = 60 * a.max_minutes;
   if (a.json) a.run.quiet = true;
 
   parallel::CountingCommunicator world(job.world());
@@ -123,6 +125,10 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
                       "refuse if it has; or a checkpoint's path or step number");
   command->add_option("--init-from", a->run.init_from,
                       "Start a new run from the weights of this checkpoint or run directory");
+  command
+      ->add_option("--max-minutes", a->max_minutes,
+                   "Stop, validate and save after this much time in steps (0 = no limit)")
+      ->check(CLI::NonNegativeNumber);
   command->add_flag("--json", a->json, "Print one JSON object at the end and no progress");
   command
       ->add_option("--checkpoint-bytes-per-second", a->run.checkpoint_bytes_per_second,
