@@ -83,14 +83,18 @@ EncodedUnit UnitEncoder::Encode(const Unit& unit) {
     case Unit::Kind::kFiles:
       for (size_t f = unit.first_file; f < unit.end_file; ++f) EncodeFile(options_.files[f], out);
       break;
-    case Unit::Kind::kPiece: EncodePiece(first, unit, out); break;
-    case Unit::Kind::kLines: EncodeLines(first, unit.begin, unit.end, out); break;
+    case Unit::Kind::kPiece:
+      EncodePiece(first, unit, out);
+      break;
+    case Unit::Kind::kLines:
+      EncodeLines(first, unit.begin, unit.end, out);
+      break;
   }
   return out;
 }
 
-// An estimate of its text in bytes, which is an estimate of its tokens for a byte tokenizer and more
-// than enough for others.
+// An estimate of its text in bytes, which is an estimate of its tokens for a byte tokenizer and
+// more than enough for others.
 int64_t UnitEncoder::UnitBytes(const Unit& unit) const {
   if (unit.kind != Unit::Kind::kFiles) return unit.end - unit.begin;
   int64_t bytes = 0;
@@ -115,8 +119,7 @@ void UnitEncoder::AddPart(std::string_view text, uint64_t hash, bool last, Encod
       options_.tokenizer.Encode(text.substr(0, cut), ids_);
       text.remove_prefix(cut);
       if (text.empty() && last) ids_.push_back(options_.tokenizer.eot_id());
-      part.max_token_id =
-          std::max(part.max_token_id, PackTokens(ids_, options_.dtype, out.packed));
+      part.max_token_id = std::max(part.max_token_id, PackTokens(ids_, options_.dtype, out.packed));
     } while (!text.empty());
     part.packed_bytes = static_cast<int64_t>(out.packed.size() - before);
   }

@@ -45,8 +45,8 @@ class UnitPlanner {
 };
 
 struct DocumentPart {
-  uint64_t hash = 0;          // decides between train and validation; the same for all parts
-  int64_t packed_bytes = 0;   // of EncodedUnit::packed; a last part includes the end-of-text token
+  uint64_t hash = 0;         // decides between train and validation; the same for all parts
+  int64_t packed_bytes = 0;  // of EncodedUnit::packed; a last part includes the end-of-text token
   int64_t max_token_id = -1;
   TextKind kind = TextKind::kText;  // otherwise the whole document is left out
   bool last = true;                 // of its document
@@ -60,8 +60,8 @@ struct EncodedUnit {
   std::shared_ptr<std::atomic<bool>> rejected;  // of a piece, for the consumer to set
 };
 
-// What every worker knows. hash = XXH3 with `seed` of TextFile::key, or of the text of a .jsonl line
-// (so a line keeps its side wherever it stands, and equal lines are on the same side).
+// What every worker knows. hash = XXH3 with `seed` of TextFile::key, or of the text of a .jsonl
+// line (so a line keeps its side wherever it stands, and equal lines are on the same side).
 struct EncodeOptions {
   const std::vector<TextFile>& files;
   const Tokenizer& tokenizer;
@@ -88,7 +88,7 @@ class UnitEncoder {
   void AddPart(std::string_view text, uint64_t hash, bool last, EncodedUnit& out);
 
   EncodeOptions options_;
-  std::string text_;           // scratch
+  std::string text_;  // scratch
   std::vector<int32_t> ids_;
 };
 

@@ -45,8 +45,8 @@ int64_t InputFile::ReadAt(int64_t offset, int64_t count, std::string& out) const
   out.resize(base + static_cast<size_t>(count));
   int64_t done = 0;
   while (done < count) {
-    const ssize_t n = ::pread(fd_, out.data() + base + done, static_cast<size_t>(count - done),
-                              offset + done);
+    const ssize_t n =
+        ::pread(fd_, out.data() + base + done, static_cast<size_t>(count - done), offset + done);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) throw DataError(Str("cannot read ", path_, ": ", SystemReason()));
     if (n == 0) break;

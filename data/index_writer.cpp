@@ -70,8 +70,8 @@ void IndexWriter::AddSequence(int64_t tokens) {
 }
 
 void IndexWriter::EndDocument() {
-  LONGSPAN_CHECK(open_tokens_ > 0) << "document " << num_documents_ << " of " << prefix_
-                                   << " is empty";
+  LONGSPAN_CHECK(open_tokens_ > 0)
+      << "document " << num_documents_ << " of " << prefix_ << " is empty";
   int64_t sequences = 0;
   for (int64_t rest = open_tokens_; rest > 0; rest -= max_sequence_tokens_, ++sequences) {
     AddSequence(std::min(rest, max_sequence_tokens_));

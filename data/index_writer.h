@@ -40,14 +40,15 @@ class IndexWriter {
   // Completes both temporary files, which IndexedDataset(temporary_prefix()) can then open.
   // Nothing may be appended afterwards. An unfinished document is an InvalidArgument.
   void Finish();
-  // Finishes if that is still to be done, then moves the files to <prefix>.bin and .idx, and `sidecar`
-  // to <prefix>.json (an existing one is removed if `sidecar` is empty). An old .idx is taken away
-  // first and the new one arrives last, so no mixture of old and new files ever looks complete.
+  // Finishes if that is still to be done, then moves the files to <prefix>.bin and .idx, and
+  // `sidecar` to <prefix>.json (an existing one is removed if `sidecar` is empty). An old .idx is
+  // taken away first and the new one arrives last, so no mixture of old and new files ever looks
+  // complete.
   void Commit(const std::string& sidecar = "");
 
   int64_t num_tokens() const { return num_tokens_; }        // of ended documents
   int64_t num_documents() const { return num_documents_; }  // ended
-  uint64_t tokens_hash() const;                             // XXH3 of .bin up to the last EndDocument
+  uint64_t tokens_hash() const;  // XXH3 of .bin up to the last EndDocument
   const std::string& temporary_prefix() const { return temporary_prefix_; }
 
  private:
@@ -61,7 +62,7 @@ class IndexWriter {
   std::unique_ptr<Hash> hash_;
   std::vector<uint8_t> packed_;
   int64_t num_tokens_ = 0, num_documents_ = 0, num_sequences_ = 0;
-  int64_t open_tokens_ = 0;  // of the document being written
+  int64_t open_tokens_ = 0;                                  // of the document being written
   std::vector<std::pair<int64_t, int64_t>> long_documents_;  // document, sequences (if not 1)
   bool finished_ = false;
 };

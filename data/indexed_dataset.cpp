@@ -73,8 +73,9 @@ void IndexedDataset::CheckHeader() {
   const auto size = static_cast<int64_t>(bytes.size());
   const size_t common = std::min(bytes.size(), sizeof kMagic);
   if (common > 0 && std::memcmp(bytes.data(), kMagic, common) != 0) {
-    throw DataError(Str(path, " is not a Megatron index: it does not begin with MMIDIDX; make it "
-                              "with 'longspan prepare'"));
+    throw DataError(Str(path,
+                        " is not a Megatron index: it does not begin with MMIDIDX; make it "
+                        "with 'longspan prepare'"));
   }
   if (size < kHeaderBytes) {
     throw DataError(Str(path, " is truncated: it has ", size, " bytes and its header alone has ",
@@ -100,7 +101,9 @@ void IndexedDataset::CheckHeader() {
                         " sequences and ", entries,
                         " document entries of its header; prepare the corpus again"));
   }
-  if (entries == 0) throw DataError(Str(path, " has an empty document index; it must begin with 0"));
+  if (entries == 0) {
+    throw DataError(Str(path, " has an empty document index; it must begin with 0"));
+  }
   const uint64_t extra = room - 12 * sequences - 8 * entries;
   if (extra != 0) {
     throw DataError(Str(path, " is ", extra, " bytes longer than its header says",
@@ -203,8 +206,8 @@ uint64_t IndexedDataset::Fingerprint() const {
     if (size <= kSampledPages * kPageBytes) {
       hasher.AddRange(file, 0, size);
     } else {
-      for (int64_t page = 0; page < kSampledPages; ++page) {  // the first and the last page included
-        const __int128 span = size - kPageBytes;
+      const __int128 span = size - kPageBytes;  // the first and the last page are in the sample
+      for (int64_t page = 0; page < kSampledPages; ++page) {
         hasher.AddRange(file, static_cast<int64_t>(span * page / (kSampledPages - 1)), kPageBytes);
       }
     }

@@ -23,8 +23,8 @@ Loader::~Loader() {
 
 MicroBatch Loader::Build(int64_t n) const {
   if (options_.end_index && n >= *options_.end_index) {
-    throw InvalidArgument(Str("micro-batch ", n, " does not exist: the last one is ",
-                              *options_.end_index - 1));
+    throw InvalidArgument(
+        Str("micro-batch ", n, " does not exist: the last one is ", *options_.end_index - 1));
   }
   const std::vector<int64_t> samples = options_.sample_indices(n);
   LONGSPAN_CHECK(static_cast<int64_t>(samples.size()) == options_.rows)
@@ -37,8 +37,8 @@ MicroBatch Loader::Build(int64_t n) const {
     Row row = options_.row(sample);
     const auto length = static_cast<int64_t>(row.tokens.size());
     if (batch.doc_ends.empty()) batch.row_length = length;
-    LONGSPAN_CHECK(length == batch.row_length) << "sample " << sample << " has " << length
-                                               << " tokens and not " << batch.row_length;
+    LONGSPAN_CHECK(length == batch.row_length)
+        << "sample " << sample << " has " << length << " tokens and not " << batch.row_length;
     batch.tokens.insert(batch.tokens.end(), row.tokens.begin(), row.tokens.end());
     batch.labels.insert(batch.labels.end(), row.labels.begin(), row.labels.end());
     batch.positions.insert(batch.positions.end(), row.positions.begin(), row.positions.end());
@@ -52,9 +52,8 @@ void Loader::Run() {
   for (int64_t n = options_.first_index;; ++n) {
     {
       std::unique_lock lock(mutex_);
-      room_.wait(lock, [&] {
-        return stop_ || static_cast<int64_t>(queue_.size()) < options_.depth;
-      });
+      room_.wait(lock,
+                 [&] { return stop_ || static_cast<int64_t>(queue_.size()) < options_.depth; });
       if (stop_) return;
     }
     try {

@@ -68,8 +68,8 @@ class NewFolder {
     if (!folder.empty()) fs::create_directories(folder, error);
     if (error || (!folder.empty() && !fs::is_directory(folder, error))) {
       Remove();
-      throw DataError(Str("cannot create folder ", folder.string(), " for --out: ",
-                          error ? error.message() : "a file of that name exists"));
+      throw DataError(Str("cannot create folder ", folder.string(),
+                          " for --out: ", error ? error.message() : "a file of that name exists"));
     }
   }
   ~NewFolder() {
@@ -243,13 +243,12 @@ class Preparation {
     const PrepareResult& r = pass.result;
     const int64_t documents = pass.documents(), needed = prefixes_.size() > 1 ? 2 : 1;
     if (documents >= needed && (needed == 1 || pass.min_hash() < pass.max_hash())) return;
-    throw DataError(Str("the input ", options_.inputs.front(),
-                        options_.inputs.size() > 1 ? " and the other inputs hold " : " holds ",
-                        documents, documents >= 2 ? " equal" : "", " document(s) of text (",
-                        r.skipped_binary, " binary, ", r.skipped_invalid_utf8,
-                        " not UTF-8 and ", r.skipped_empty, " empty ones skipped)",
-                        needed == 2 ? "; --validation-fraction needs two different ones"
-                                    : "; give at least one"));
+    throw DataError(Str(
+        "the input ", options_.inputs.front(),
+        options_.inputs.size() > 1 ? " and the other inputs hold " : " holds ", documents,
+        documents >= 2 ? " equal" : "", " document(s) of text (", r.skipped_binary, " binary, ",
+        r.skipped_invalid_utf8, " not UTF-8 and ", r.skipped_empty, " empty ones skipped)",
+        needed == 2 ? "; --validation-fraction needs two different ones" : "; give at least one"));
   }
 
   PrepareResult Finish(Pass& pass) {

@@ -14,12 +14,12 @@ struct PrepareOptions {
   std::vector<std::string> include;  // shell patterns, see ListTextFiles
   std::string field = "text";        // of .jsonl lines
   std::string tokenizer = "byte";
-  std::string out;                   // prefix P
-  double validation_fraction = 0;    // 0: one dataset P; in (0, 1): P/train and P/validation
-  uint64_t seed = 1;                 // of the split
-  int threads = 0;                   // workers; 0: one per available core
+  std::string out;                 // prefix P
+  double validation_fraction = 0;  // 0: one dataset P; in (0, 1): P/train and P/validation
+  uint64_t seed = 1;               // of the split
+  int threads = 0;                 // workers; 0: one per available core
   bool overwrite = false;
-  int64_t unit_bytes = 1 << 20;      // size of a worker's task; the output does not depend on it
+  int64_t unit_bytes = 1 << 20;  // size of a worker's task; the output does not depend on it
 };
 
 struct PrepareProgress {
@@ -46,16 +46,16 @@ struct PrepareResult {
   double seconds = 0;
 };
 
-// Turns text into datasets of tokens, every document followed by the end-of-text token, in the order
-// of the inputs. Beside each dataset lies its sidecar <prefix>.json.
+// Turns text into datasets of tokens, every document followed by the end-of-text token, in the
+// order of the inputs. Beside each dataset lies its sidecar <prefix>.json.
 //
 // Split    a document goes to validation if the hash of (seed, its key) falls below the fraction of
 //          the hash range, so adding documents does not move others. The key is the path below
 //          the input (with the input's name) for a file and the text for a .jsonl line. If a side
 //          would be empty, the document with the outermost hash is moved there.
 // Output   the same bytes for any number of threads and any unit_bytes
-// Memory   a few units a thread (at most about 8 x unit_bytes each) plus the list of files; lines of
-//          .jsonl files are held whole
+// Memory   a few units a thread (at most about 8 x unit_bytes each) plus the list of files; a line
+//          of a .jsonl file is held whole
 // Errors   DataError naming the file (missing, unreadable, existing output without `overwrite`, no
 //          document), InvalidArgument naming the option, Unsupported for a tokenizer. Whatever
 //          fails, no new file or folder stays, and existing outputs are as they were.

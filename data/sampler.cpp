@@ -51,9 +51,9 @@ class RowSampler::Stream {
     const int64_t tokens = dataset_.num_tokens(), length = options.context_length;
     if (tokens < length + 1) {
       throw DataError(Str(dataset_.prefix(), ".bin has ", tokens, " tokens in ",
-                          dataset_.num_documents(), " documents, and one row of run.context_length ",
-                          length, " needs ", length + 1,
-                          "; give more text or a shorter context_length"));
+                          dataset_.num_documents(),
+                          " documents, and one row of run.context_length ", length, " needs ",
+                          length + 1, "; give more text or a shorter context_length"));
     }
     rows_ = (tokens - 1) / length;
   }
@@ -69,7 +69,8 @@ class RowSampler::Stream {
     }
     const std::shared_ptr<const Epoch> table = options_.shuffle ? TableOf(epoch) : nullptr;
     std::vector<int64_t> ends;
-    const std::vector<int32_t> tokens = ReadStream(table.get(), row * options_.context_length, ends);
+    const std::vector<int32_t> tokens =
+        ReadStream(table.get(), row * options_.context_length, ends);
     CheckIds(tokens);
     return PackRow(tokens, ends, options_.document_mask);
   }
@@ -99,12 +100,12 @@ class RowSampler::Stream {
       if (table && table->epoch == epoch) return table;
     }
     std::swap(tables_[0], tables_[1]);  // the older one goes
-    tables_[0] = std::make_shared<const Epoch>(
-        epoch, dataset_, document_keys_.Bits(static_cast<uint64_t>(epoch)));
+    tables_[0] = std::make_shared<const Epoch>(epoch, dataset_,
+                                               document_keys_.Bits(static_cast<uint64_t>(epoch)));
     return tables_[0];
   }
 
-  // Place in the stream and in the file of the k-th document of the epoch; no table means file order.
+  // Place of the epoch's k-th document in its stream and in the file; no table means file order.
   int64_t StreamBegin(const Epoch* table, int64_t k) const {
     return table ? table->begins[static_cast<size_t>(k)] : dataset_.DocumentBegin(k);
   }
@@ -126,12 +127,13 @@ class RowSampler::Stream {
     }
     int64_t at = begin;
     for (int64_t k = low; at < end; ++k) {
-      const int64_t document_begin = StreamBegin(table, k), document_end = StreamBegin(table, k + 1);
+      const int64_t document_begin = StreamBegin(table, k);
+      const int64_t document_end = StreamBegin(table, k + 1);
       const int64_t count = std::min(document_end, end) - at;
       if (count <= 0) continue;  // an empty document
-      dataset_.Read(FileBegin(table, k) + (at - document_begin),
-                    std::span(tokens).subspan(static_cast<size_t>(at - begin),
-                                              static_cast<size_t>(count)));
+      dataset_.Read(
+          FileBegin(table, k) + (at - document_begin),
+          std::span(tokens).subspan(static_cast<size_t>(at - begin), static_cast<size_t>(count)));
       at += count;
       if (at == document_end) ends.push_back(at - begin);
     }

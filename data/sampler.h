@@ -18,23 +18,23 @@ struct RowSamplerOptions {
   std::vector<Source> sources;
   int64_t context_length = 0;  // L, tokens of a row
   uint64_t seed = 1;
-  bool shuffle = true;         // false for validation
+  bool shuffle = true;  // false for validation
   bool document_mask = true;
-  int64_t vocab_size = 0;      // model.vocab_size: larger ids are an error; 0: not checked
+  int64_t vocab_size = 0;  // model.vocab_size: larger ids are an error; 0: not checked
 };
 
 // Maps a global sample index to a training row: a pure function of (options, datasets, index), so
 // the order does not depend on ranks, and a resumed run asks for its next index without replaying.
 //
 // Stream   An epoch of a source is all its documents one after another, shuffled by (seed, source,
-//          epoch). Row r takes the L + 1 tokens from r L on, so consecutive rows share one token and
-//          floor((tokens - 1) / L) rows fit; the fewer than L tokens behind them are left out of
-//          this epoch (other ones in each epoch). The rows are then shuffled too. Epochs go on
+//          epoch). Row r takes the L + 1 tokens from r L on, so consecutive rows share one token
+//          and floor((tokens - 1) / L) rows fit; the fewer than L tokens behind them are left out
+//          of this epoch (other ones in each epoch). The rows are then shuffled too. Epochs go on
 //          without end. How a row is labelled: PackRow.
 // Mixture  Sample i belongs to the source, and is its n-th sample, that Mixture::Find(i) says.
 // Unshuffled  Documents and rows stay in order, the sources follow one another, and there is one
 //          pass: sample RowsAvailable() is an InvalidArgument. Unequal weights are refused.
-// Cost     Get reads L + 1 tokens after two binary searches. The first row of an epoch builds a table
+// Cost     Get reads L + 1 tokens after a binary search. The first row of an epoch builds a table
 //          of 8 bytes a document; the tables of two epochs a source are kept.
 // Errors   the constructor: DataError for a bad dataset (IndexedDataset) or one with fewer than
 //          L + 1 tokens, InvalidArgument naming the option

@@ -22,9 +22,9 @@ struct TextInputs {
 };
 
 // Lists the files below `inputs` (files or folders), in the order of `inputs` and, within a folder,
-// of the names' bytes, whatever the file system's order is. Links are followed; each file and folder
-// is taken once however often it is reached, so loops of links end. Hidden entries are left out.
-// A file named as an input is always taken.
+// of the names' bytes, whatever the file system's order is. Links are followed; each file and
+// folder is taken once however often it is reached, so loops of links end. Hidden entries are left
+// out. A file named as an input is always taken.
 //
 // include   shell patterns; a file in a folder is taken if any fits (all are, if there are none). A
 //           pattern with a '/' is compared with the path below the input ('*' also stands for '/'),

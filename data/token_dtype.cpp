@@ -16,12 +16,18 @@ static_assert(std::endian::native == std::endian::little, "the file formats are 
 template <class F>
 decltype(auto) Dispatch(TokenDType dtype, F&& f) {
   switch (dtype) {
-    case TokenDType::kU8: return f(uint8_t{});
-    case TokenDType::kI8: return f(int8_t{});
-    case TokenDType::kI16: return f(int16_t{});
-    case TokenDType::kI32: return f(int32_t{});
-    case TokenDType::kI64: return f(int64_t{});
-    case TokenDType::kU16: return f(uint16_t{});
+    case TokenDType::kU8:
+      return f(uint8_t{});
+    case TokenDType::kI8:
+      return f(int8_t{});
+    case TokenDType::kI16:
+      return f(int16_t{});
+    case TokenDType::kI32:
+      return f(int32_t{});
+    case TokenDType::kI64:
+      return f(int64_t{});
+    case TokenDType::kU16:
+      return f(uint16_t{});
   }
   throw InvalidArgument(Str("token dtype code ", static_cast<int>(dtype), " does not exist"));
 }

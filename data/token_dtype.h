@@ -14,23 +14,33 @@ constexpr bool IsTokenDType(uint8_t code) { return (code >= 1 && code <= 5) || c
 constexpr int64_t SizeOf(TokenDType dtype) {
   switch (dtype) {
     case TokenDType::kU8:
-    case TokenDType::kI8: return 1;
+    case TokenDType::kI8:
+      return 1;
     case TokenDType::kU16:
-    case TokenDType::kI16: return 2;
-    case TokenDType::kI32: return 4;
-    case TokenDType::kI64: return 8;
+    case TokenDType::kI16:
+      return 2;
+    case TokenDType::kI32:
+      return 4;
+    case TokenDType::kI64:
+      return 8;
   }
   return 0;
 }
 
 constexpr const char* ToString(TokenDType dtype) {
   switch (dtype) {
-    case TokenDType::kU8: return "u8";
-    case TokenDType::kI8: return "i8";
-    case TokenDType::kI16: return "i16";
-    case TokenDType::kI32: return "i32";
-    case TokenDType::kI64: return "i64";
-    case TokenDType::kU16: return "u16";
+    case TokenDType::kU8:
+      return "u8";
+    case TokenDType::kI8:
+      return "i8";
+    case TokenDType::kI16:
+      return "i16";
+    case TokenDType::kI32:
+      return "i32";
+    case TokenDType::kI64:
+      return "i64";
+    case TokenDType::kU16:
+      return "u16";
   }
   return "?";
 }
@@ -44,8 +54,8 @@ constexpr TokenDType TokenDTypeForVocabulary(int64_t vocab_size) {
 // InvalidArgument if an id does not fit the type.
 int64_t PackTokens(std::span<const int32_t> ids, TokenDType dtype, std::vector<uint8_t>& out);
 
-// Reads out.size() tokens from `bytes`, which need not be aligned. Returns false if a value does not
-// fit an i32 (i64 files only); `out` is then unspecified.
+// Reads out.size() tokens from `bytes`, which need not be aligned. Returns false if a value does
+// not fit an i32 (i64 files only); `out` is then unspecified.
 bool UnpackTokens(const uint8_t* bytes, TokenDType dtype, std::span<int32_t> out);
 
 }  // namespace longspan::data

@@ -7,8 +7,8 @@ namespace longspan::data {
 
 std::unique_ptr<Tokenizer> MakeTokenizer(const std::string& spec) {
   if (spec == "byte") return std::make_unique<ByteTokenizer>();
-  throw Unsupported(Str("--tokenizer ", spec,
-                        ": tokenizer files are not supported yet; use --tokenizer byte"));
+  throw Unsupported(
+      Str("--tokenizer ", spec, ": tokenizer files are not supported yet; use --tokenizer byte"));
 }
 
 }  // namespace longspan::data

@@ -5,9 +5,10 @@
 namespace longspan::data {
 
 enum class TextKind : uint8_t {
-  kText,         // well-formed UTF-8 without a NUL byte
-  kBinary,       // a NUL byte comes first
-  kInvalidUtf8,  // a malformed sequence comes first (overlong, surrogate, above U+10FFFF, cut short)
+  kText,    // well-formed UTF-8 without a NUL byte
+  kBinary,  // a NUL byte comes first
+  // A malformed sequence comes first: overlong, a surrogate, above U+10FFFF or cut short.
+  kInvalidUtf8,
 };
 
 // Judges a whole text by its first defect. An empty text is kText.

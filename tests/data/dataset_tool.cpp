@@ -1,6 +1,7 @@
 // Lets tests in other languages use the reader and the writer:
 //   dataset_tool read PREFIX               prints one line of token ids a document
-//   dataset_tool write PREFIX VOCAB SPLIT  reads such lines from standard input; SPLIT is the longest
+//   dataset_tool write PREFIX VOCAB SPLIT  reads such lines from standard input; SPLIT is the
+//   longest
 //                                          sequence
 #include <cstdio>
 #include <iostream>

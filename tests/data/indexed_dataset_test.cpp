@@ -98,7 +98,9 @@ TEST_F(IndexedDatasetTest, ReadsEveryIntegerType) {
   EXPECT_EQ(read(4, 4, Raw<int32_t>({1, 2147483647, -3})), (Documents{{1, 2147483647}, {-3}}));
   EXPECT_EQ(read(5, 8, Raw<int64_t>({1, 2147483647, 5})), (Documents{{1, 2147483647}, {5}}));
   EXPECT_EQ(read(8, 2, Raw<uint16_t>({1, 65535, 5})), (Documents{{1, 65535}, {5}}));
-  ExpectContains(MessageOf<DataError>([&] { read(5, 8, Raw<int64_t>({1, 1ll << 31, 5})); }),
+  ExpectContains(MessageOf<DataError>([&] {
+                   read(5, 8, Raw<int64_t>({1, 1ll << 31, 5}));
+                 }),
                  "outside 32 bits");
   for (const uint8_t dtype : {0, 6, 7, 9, 255}) {
     ExpectContains(MessageOf<DataError>([&] { read(dtype, 4, std::string(12, 'x')); }),

@@ -195,8 +195,7 @@ class ReplicaTest : public testing::Test {
     options.sample_indices = [=](int64_t n) {
       const int64_t step = n / micro_batches, part = n % micro_batches;
       std::vector<int64_t> samples(static_cast<size_t>(rows));
-      std::iota(samples.begin(), samples.end(),
-                step * kStepRows + (part * dp + replica) * rows);
+      std::iota(samples.begin(), samples.end(), step * kStepRows + (part * dp + replica) * rows);
       return samples;
     };
     Loader loader(options);

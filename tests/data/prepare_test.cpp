@@ -32,8 +32,8 @@ std::vector<int32_t> Bytes(const std::string& text, bool eot = true) {
 // Text of characters of 1 to 4 bytes.
 std::string RandomText(size_t characters, uint64_t seed) {
   const Philox rng(seed, StreamOf("prepare test"));
-  const char* const alphabet[] = {"a", " ", "\n", "Z", "\xC3\xA4", "\xE2\x82\xAC",
-                                  "\xF0\x9F\x99\x82"};
+  const char* const alphabet[] = {
+      "a", " ", "\n", "Z", "\xC3\xA4", "\xE2\x82\xAC", "\xF0\x9F\x99\x82"};
   std::string text;
   for (size_t i = 0; i < characters; ++i) text += alphabet[rng.Below(i, 7)];
   return text;
@@ -45,7 +45,9 @@ class PairTokenizer : public data::Tokenizer {
  public:
   void Encode(std::string_view document, std::vector<int32_t>& out) const override {
     for (size_t i = 0; i < document.size();) {
-      const auto byte = [&](size_t k) { return static_cast<int32_t>(static_cast<uint8_t>(document[k])); };
+      const auto byte = [&](size_t k) {
+        return static_cast<int32_t>(static_cast<uint8_t>(document[k]));
+      };
       if (document[i] != ' ' && i + 1 < document.size() && document[i + 1] != ' ') {
         out.push_back(256 + byte(i) * 256 + byte(i + 1));
         i += 2;
@@ -91,8 +93,8 @@ TEST_F(PrepareTest, DocumentsAreBytesAndEndOfTextInOrder) {
   WriteText(in("a.txt"), "first \xC3\xA4");
   WriteText(in("c.jsonl"), "{\"text\":\"third\"}\n{\"text\":\"fourth\"}");
   const PrepareResult result = Prepare(Options({in()}));
-  EXPECT_EQ(ReadDataset(out()), (Documents{Bytes("first \xC3\xA4"), Bytes("second"),
-                                           Bytes("third"), Bytes("fourth")}));
+  EXPECT_EQ(ReadDataset(out()),
+            (Documents{Bytes("first \xC3\xA4"), Bytes("second"), Bytes("third"), Bytes("fourth")}));
   EXPECT_EQ(ListBelow(temp_ / "out"), (Strings{"set.bin", "set.idx", "set.json"}));
   ASSERT_EQ(result.datasets.size(), 1u);
   const data::Sidecar& info = result.datasets[0].info;
@@ -118,7 +120,8 @@ TEST_F(PrepareTest, OutputDoesNotDependOnThreadsOrUnits) {
   std::string lines;
   for (int l = 0; l < 60; ++l) {
     const std::string text(static_cast<size_t>(l * 7 % 90), static_cast<char>('a' + l % 26));
-    lines += "{\"id\":" + std::to_string(l) + ",\"text\":\"" + text + "\"}" + (l % 2 ? "\n" : "\r\n\n");
+    lines +=
+        "{\"id\":" + std::to_string(l) + ",\"text\":\"" + text + "\"}" + (l % 2 ? "\n" : "\r\n\n");
   }
   WriteText(in("lines.jsonl"), lines);
   const auto run = [&](int threads, int64_t unit_bytes) {
@@ -219,7 +222,8 @@ TEST_F(PrepareTest, JsonLinesTakeTheirFieldAndNameBadLines) {
     late.overwrite = true;
     late.unit_bytes = unit_bytes;
     late.threads = 4;
-    ExpectContains(FailureOf(late), "b.jsonl:501: the line has a field \"text\" that is not a string");
+    ExpectContains(FailureOf(late),
+                   "b.jsonl:501: the line has a field \"text\" that is not a string");
   }
 }
 

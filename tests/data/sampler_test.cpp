@@ -64,8 +64,12 @@ TEST(PermutationTest, EveryElementReachesEveryPlaceEquallyOften) {
 }
 
 TEST(MixtureTest, ProportionsHoldAtEveryPrefix) {
-  for (const std::vector<double>& weights :
-       {std::vector<double>{1}, {1, 1}, {3, 1}, {0.7, 0.2, 0.1}, {1e-3, 1, 1e-2}, {5, 5, 5, 5, 1}}) {
+  for (const std::vector<double>& weights : {std::vector<double>{1},
+                                             {1, 1},
+                                             {3, 1},
+                                             {0.7, 0.2, 0.1},
+                                             {1e-3, 1, 1e-2},
+                                             {5, 5, 5, 5, 1}}) {
     const Mixture mixture(weights);
     const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
     const double bound = weights.size() == 2 ? 0.5 : static_cast<double>(weights.size()) / 2;
@@ -288,8 +292,8 @@ TEST_F(RowSamplerTest, OrderIsAFunctionOfSeedAndEpoch) {
   EXPECT_NE(std::set(first.begin(), first.end()), std::set(second.begin(), second.end()));
   // Random access, backwards and after other epochs, gives what reading in order gave.
   for (int64_t i = 2 * rows - 1; i >= 0; --i) {
-    const auto& expected = i < rows ? first[static_cast<size_t>(i)]
-                                    : second[static_cast<size_t>(i - rows)];
+    const auto& expected =
+        i < rows ? first[static_cast<size_t>(i)] : second[static_cast<size_t>(i - rows)];
     ASSERT_EQ(again.Get(i).tokens, expected);
     if (i % 7 == 0) again.Get(i * 1000);
   }

@@ -107,10 +107,10 @@ TEST(TokenizerTest, FilesAreRefusedAsUnsupported) {
 TEST(JsonFieldTest, TakesTheTopLevelStringOnly) {
   EXPECT_EQ(data::ExtractJsonField(R"({"id":1,"text":"a\n\u00e4\ud83d\ude42"})", "text"),
             "a\n\xC3\xA4\xF0\x9F\x99\x82");
-  EXPECT_EQ(data::ExtractJsonField(
-                R"( {"meta":{"text":"no"},"list":[{"text":"no"}],"text":"yes","z":{"text":1}} )",
-                "text"),
-            "yes");
+  EXPECT_EQ(
+      data::ExtractJsonField(
+          R"( {"meta":{"text":"no"},"list":[{"text":"no"}],"text":"yes","z":{"text":1}} )", "text"),
+      "yes");
   EXPECT_EQ(data::ExtractJsonField(R"({"body":"b","text":"t"})", "body"), "b");
   EXPECT_EQ(data::ExtractJsonField(R"({"text":"a","text":"b"})", "text"), "b");
   EXPECT_EQ(data::ExtractJsonField(R"({"text":""})", "text"), "");
