@@ -158,7 +158,6 @@ class Sweep {
         return;
       }
       int64_t first = (from - rule.residue() * wide) / period * period + rule.residue() * wide;
-      if (first > from) first -= period;
       for (; first < to; first += period) {
         const int64_t a = std::max(from, first), b = std::min(to, first + wide);
         if (a < b) out_.Emit(row_id_, {a, b - a, 1}, kind);

@@ -33,9 +33,8 @@ IdRun Intersect(const IdRun& a, const IdRun& b) {
     if ((b.first - a.first) % g != 0) return {};
     step = a.step / g * b.step;
     const int64_t m = b.step / g;
-    int64_t t = (b.first - a.first) / g % m * (InverseModulo(a.step / g, m) % m) % m;
-    if (t < 0) t += m;
-    first = a.first + t * a.step;  // least common element at or after a.first
+    const int64_t t = (b.first - a.first) / g % m * (InverseModulo(a.step / g, m) % m) % m;
+    first = a.first + t * a.step;  // a common element less than one step away from a.first
     if (first < low) first += (low - first + step - 1) / step * step;
   }
   if (first > high) return {};

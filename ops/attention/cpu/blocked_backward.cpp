@@ -20,18 +20,19 @@ struct Backward {
 
   float scale() const { return static_cast<float>(args.scale * kLog2E); }
 
-  // lse in units of log2 and delta - dlse of one head's `tokens` rows. Rows that see nothing, and
-  // the lanes after the last row, get lse = +inf, so that their probabilities are 0.
+  // lse in units of log2 and delta - dlse of one head's `tokens` rows. The lanes after the last row
+  // get lse = +inf, so that their probabilities are 0.
   void LoadRows(int64_t first_token, int64_t tokens, int64_t head, float* lse, float* delta) const {
     const float* lse_in = args.lse.data<float>();
     const float* delta_in = args.delta.data<float>();
     const float* dlse = args.dlse.defined() ? args.dlse.data<float>() : nullptr;
-    for (int64_t i = 0; i < 64; ++i) {
+    for (int64_t i = 0; i < tokens; ++i) {
       const int64_t row = (first_token + i) * shape.heads + head;
-      const bool seen = i < tokens && lse_in[row] != -kInfinity;
-      lse[i] = seen ? static_cast<float>(kLog2E * static_cast<double>(lse_in[row])) : kInfinity;
-      delta[i] = seen ? delta_in[row] - (dlse != nullptr ? dlse[row] : 0.0f) : 0.0f;
+      lse[i] = static_cast<float>(kLog2E * static_cast<double>(lse_in[row]));
+      delta[i] = delta_in[row] - (dlse != nullptr ? dlse[row] : 0.0f);
     }
+    std::fill(lse + tokens, lse + 64, kInfinity);
+    std::fill(delta + tokens, delta + 64, 0.0f);
   }
   void PackRows(const Tensor& from, int64_t first_token, int64_t tokens, int64_t head,
                 float* to) const {
