@@ -14,8 +14,8 @@ void CheckSame(const char* op, const Tensor& a, const Tensor& b) {
       << op << ": operands " << a.Describe() << " and " << b.Describe();
 }
 
-// dup = dy silu(g),  dgate = dy up silu'(g) with silu'(g) = s + g s (1 - s), s = sigmoid(g): one pass
-// over both, because the exponential is most of the work.
+// dup = dy silu(g),  dgate = dy up silu'(g) with silu'(g) = s + g s (1 - s), s = sigmoid(g): one
+// pass over both, because the exponential is most of the work.
 template <class T>
 void Gradients(Context& ctx, int64_t n, const T* dy, const T* gate, const T* up, T* dgate, T* dup) {
   using Acc = Accumulator<T>;
@@ -48,8 +48,8 @@ Tensor SwiGluForward(Context& ctx, const Tensor& gate, const Tensor& up) {
   DispatchFloat(gate.dtype(), "SwiGluForward", [&]<class T>() {
     using Acc = Accumulator<T>;
     internal::Map(
-        ctx, gate.numel(), y.data<T>(),
-        [](Acc g, Acc u) { return g * internal::Sigmoid(g) * u; }, gate.data<T>(), up.data<T>());
+        ctx, gate.numel(), y.data<T>(), [](Acc g, Acc u) { return g * internal::Sigmoid(g) * u; },
+        gate.data<T>(), up.data<T>());
   });
   return y;
 }
@@ -60,8 +60,8 @@ SwiGluGradients SwiGluBackward(Context& ctx, const Tensor& dy, const Tensor& gat
   CheckSame("SwiGluBackward", gate, dy);
   SwiGluGradients out{ctx.Empty(gate.shape(), gate.dtype()), ctx.Empty(up.shape(), up.dtype())};
   DispatchFloat(gate.dtype(), "SwiGluBackward", [&]<class T>() {
-    Gradients<T>(ctx, gate.numel(), dy.data<T>(), gate.data<T>(), up.data<T>(),
-                 out.dgate.data<T>(), out.dup.data<T>());
+    Gradients<T>(ctx, gate.numel(), dy.data<T>(), gate.data<T>(), up.data<T>(), out.dgate.data<T>(),
+                 out.dup.data<T>());
   });
   return out;
 }

@@ -6,11 +6,11 @@
 namespace longspan::ops::internal {
 
 // e^x for loops that the compiler should vectorise (the library's expf is one call an element).
-// f32: relative error below 2e-7 on [-87, 88]; below -87.33 the result is 0, above 88.37 it stays at
-// 2.4e38 instead of becoming infinite; NaN gives NaN. f64: std::exp.
+// f32: relative error below 2e-7 on [-87, 88]; below -87.33 the result is 0, above 88.37 it stays
+// at 2.4e38 instead of becoming infinite; NaN gives NaN. f64: std::exp.
 inline float Exp(float x) {
   constexpr float kLow = -87.33f, kHigh = 88.37f;  // 2^-126 to 2^127
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kRound = 12582912.0f;            // 1.5 * 2^23: adding it rounds to an integer
   float clamped = x < kLow ? kLow : x;
   clamped = clamped > kHigh ? kHigh : clamped;
   const float shifted = clamped * 1.44269504f + kRound;

@@ -21,7 +21,8 @@ void CheckIds(const char* op, const Tensor& ids, const Tensor& table) {
   for (int64_t t = 0; t < ids.dim(0); ++t) {
     if (id[t] < 0 || id[t] >= table.dim(0)) {
       throw InvalidArgument(Str("token ", t, " has id ", id[t], ", outside the vocabulary of ",
-                                table.dim(0), " entries; raise model.vocab_size or prepare the "
+                                table.dim(0),
+                                " entries; raise model.vocab_size or prepare the "
                                 "data with the model's tokenizer"));
     }
   }
@@ -36,7 +37,8 @@ Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DT
   const int64_t tokens = ids.dim(0), width = table.dim(1);
   Tensor y = ctx.Empty({tokens, width}, out);
   const int32_t* id = ids.data<int32_t>();
-  const int64_t tokens_per_task = std::max<int64_t>(1, internal::kTaskElements / std::max<int64_t>(1, width));
+  const int64_t tokens_per_task =
+      std::max<int64_t>(1, internal::kTaskElements / std::max<int64_t>(1, width));
   DispatchFloat(table.dtype(), "EmbeddingForward", [&]<class From>() {
     DispatchFloat(out, "EmbeddingForward", [&]<class To>() {
       if constexpr (std::is_same_v<Accumulator<From>, Accumulator<To>>) {

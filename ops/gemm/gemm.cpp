@@ -101,8 +101,8 @@ GemmTiling ChooseTiling(int64_t m, int64_t n, int64_t k, int64_t max_rows, int64
     return ceil(ceil(size, ceil(size, tile)), 16) * 16;
   };
   GemmTiling t{even(m, max_rows), even(n, max_columns)};
-  while (ceil(m, t.rows) * ceil(n, t.columns) < kTiles && t.rows * t.columns * k > 2 * kWorthATask &&
-         std::max(t.rows, t.columns) > kSmallest) {
+  while (ceil(m, t.rows) * ceil(n, t.columns) < kTiles &&
+         t.rows * t.columns * k > 2 * kWorthATask && std::max(t.rows, t.columns) > kSmallest) {
     int64_t& larger = t.columns >= t.rows ? t.columns : t.rows;
     larger = even(larger, (larger + 1) / 2);
   }

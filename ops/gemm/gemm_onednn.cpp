@@ -138,7 +138,9 @@ void RunOneDnn(Context& ctx, const GemmCall& call) {
   const int64_t down = (call.m + tiling.rows - 1) / tiling.rows;
   const int64_t across = (call.n + tiling.columns - 1) / tiling.columns;
   const auto height = [&](int64_t i) { return std::min(tiling.rows, call.m - i * tiling.rows); };
-  const auto width = [&](int64_t j) { return std::min(tiling.columns, call.n - j * tiling.columns); };
+  const auto width = [&](int64_t j) {
+    return std::min(tiling.columns, call.n - j * tiling.columns);
+  };
 
   // Four shapes at most: inner, last row of tiles, last column, corner.
   std::array<std::array<std::shared_ptr<const TileKernel>, 2>, 2> kernels;
@@ -173,8 +175,8 @@ void RunOneDnnWidened(Context& ctx, const GemmCall& call) {
   Tensor c = direct            ? call.c
              : call.accumulate ? Cast(ctx, call.c, DType::kF32)
                                : ctx.Empty(call.c.shape(), DType::kF32);
-  RunOneDnn(ctx, {a, b, c, call.transpose_a, call.transpose_b, call.accumulate, call.m, call.n,
-                  call.k});
+  RunOneDnn(ctx,
+            {a, b, c, call.transpose_a, call.transpose_b, call.accumulate, call.m, call.n, call.k});
   if (!direct) CastInto(ctx, c, call.c);
 }
 

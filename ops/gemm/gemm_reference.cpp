@@ -55,9 +55,8 @@ void RunTile(const GemmCall& call, int64_t row, int64_t column) {
   for (int64_t k = 0; k < call.k; k += kPanel) {
     const int64_t depth = std::min(kPanel, call.k - k);
     const int64_t padded_depth = (depth + kStepK - 1) / kStepK * kStepK;
-    Pack(a.data(), kPanel, rows, depth, kTileRows, padded_depth, [&](int64_t i, int64_t p) {
-      return static_cast<Acc>(a_data[i * a_row + (k + p) * a_k]);
-    });
+    Pack(a.data(), kPanel, rows, depth, kTileRows, padded_depth,
+         [&](int64_t i, int64_t p) { return static_cast<Acc>(a_data[i * a_row + (k + p) * a_k]); });
     Pack(b.data(), kTileColumns, depth, columns, padded_depth, columns, [&](int64_t p, int64_t j) {
       return static_cast<Acc>(b_data[(k + p) * b_k + j * b_column]);
     });

@@ -15,7 +15,8 @@ struct GemmCall {
   bool transpose_a, transpose_b, accumulate;
   int64_t m, n, k;
 
-  // Leading dimensions of the stored matrices, and where a row of op(A) or a column of op(B) starts.
+  // Leading dimensions of the stored matrices, and where a row of op(A) or a column of op(B)
+  // starts.
   int64_t lda() const { return transpose_a ? m : k; }
   int64_t ldb() const { return transpose_b ? k : n; }
   int64_t AOffset(int64_t row) const { return transpose_a ? row : row * k; }

@@ -28,8 +28,9 @@ void CheckOperands(const char* op, const Tensor& x, const Tensor& w, const Tenso
   const int32_t* label = labels.data<int32_t>();
   for (int64_t t = 0; t < labels.dim(0); ++t) {
     if (label[t] != kNoLabel && (label[t] < 0 || label[t] >= w.dim(0))) {
-      throw InvalidArgument(Str("token ", t, " has label ", label[t], ", outside the vocabulary of ",
-                                w.dim(0), " entries (-1 means no label)"));
+      throw InvalidArgument(Str("token ", t, " has label ", label[t],
+                                ", outside the vocabulary of ", w.dim(0),
+                                " entries (-1 means no label)"));
     }
   }
 }
@@ -56,9 +57,7 @@ Tensor ChunkBuffer(Context& ctx, int64_t tokens, int64_t vocab,
   return ctx.Empty({std::min(chunk, tokens), vocab}, dtype);
 }
 
-int64_t RowsPerTask(int64_t vocab) {
-  return std::max<int64_t>(1, internal::kTaskElements / vocab);
-}
+int64_t RowsPerTask(int64_t vocab) { return std::max<int64_t>(1, internal::kTaskElements / vocab); }
 
 template <class Acc>
 Acc RowMax(const Acc* row, int64_t n) {
@@ -143,8 +142,7 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
   const Acc* lse = saved.lse.data<Acc>();
   const Tensor logit_buffer = ChunkBuffer(ctx, x.dim(0), vocab, options, DTypeOf<Acc>());
   const Tensor gradient_buffer =
-      std::is_same_v<T, Acc> ? logit_buffer
-                             : ChunkBuffer(ctx, x.dim(0), vocab, options, x.dtype());
+      std::is_same_v<T, Acc> ? logit_buffer : ChunkBuffer(ctx, x.dim(0), vocab, options, x.dtype());
   ForChunks(labels, vocab, options, [&](int64_t begin, int64_t end) {
     const Tensor x_chunk = x.Rows(begin, end), gradient = gradient_buffer.Rows(0, end - begin);
     Tensor logits = logit_buffer.Rows(0, end - begin), dx_chunk = dx.Rows(begin, end);
@@ -198,9 +196,8 @@ Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& 
   LONGSPAN_CHECK(dw.shape() == w.shape() && dw.dtype() == wide)
       << "LinearCrossEntropyBackward: dw " << dw.Describe() << " for w " << w.Describe();
   Tensor dx = ctx.Zeros(x.shape(), x.dtype());  // chunks without a label are skipped
-  DispatchFloat(x.dtype(), "LinearCrossEntropyBackward", [&]<class T>() {
-    Backward<T>(ctx, saved, x, w, labels, options, scale, dx, dw);
-  });
+  DispatchFloat(x.dtype(), "LinearCrossEntropyBackward",
+                [&]<class T>() { Backward<T>(ctx, saved, x, w, labels, options, scale, dx, dw); });
   return dx;
 }
 

@@ -68,8 +68,7 @@ Tensor Backward(Context& ctx, const Tensor& d_out, const Tensor& x, const Tensor
       const Acc* row = Widen(in + t * width, width, wide_x.data());
       const Acc* drow = Widen(dy + t * width, width, wide_dy.data());
       const Acc r = rstd[t];
-      const Acc dot =
-          RunSum<Acc>(width, [&](int64_t d) { return drow[d] * w[d] * (row[d] * r); });
+      const Acc dot = RunSum<Acc>(width, [&](int64_t d) { return drow[d] * w[d] * (row[d] * r); });
       const Acc mean = dot / static_cast<Acc>(width);
       Acc* __restrict to = Staging(out + t * width, staged.data());
       for (int64_t d = 0; d < width; ++d) {

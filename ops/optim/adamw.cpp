@@ -19,7 +19,8 @@ void Step(Context& ctx, const AdamWOptions& o, Tensor& master, const Tensor& gra
   const auto eps = static_cast<Real>(o.eps), lr = static_cast<Real>(o.lr);
   const auto decay = static_cast<Real>(o.weight_decay), scale = static_cast<Real>(o.grad_scale);
   const Real* gradient = grad.data<Real>();
-  Real *param = master.data<Real>(), *first = m_tensor.data<Real>(), *second = v_tensor.data<Real>();
+  Real *param = master.data<Real>(), *first = m_tensor.data<Real>(),
+       *second = v_tensor.data<Real>();
   BF16* rounded = copy.defined() ? copy.data<BF16>() : nullptr;
   ParallelRanges(ctx, master.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
     const Real* __restrict g_run = gradient + begin;

@@ -13,8 +13,8 @@ namespace {
 template <class Term>
 double SumOf(Context& ctx, const char* op, const Tensor& t, Term term) {
   const int64_t n = t.numel();
-  std::vector<double> sums(static_cast<size_t>((n + internal::kTaskElements - 1) /
-                                               internal::kTaskElements));
+  std::vector<double> sums(
+      static_cast<size_t>((n + internal::kTaskElements - 1) / internal::kTaskElements));
   DispatchFloat(t.dtype(), op, [&]<class T>() {
     const T* data = t.data<T>();
     ParallelRanges(ctx, n, internal::kTaskElements, [&](int64_t begin, int64_t end) {

@@ -81,8 +81,8 @@ std::vector<double> RopeFrequencies(const RopeOptions& options) {
   LONGSPAN_CHECK(options.theta > 0) << "RopeFrequencies: theta " << options.theta;
   std::vector<double> frequencies(static_cast<size_t>(options.head_dim / 2));
   for (size_t i = 0; i < frequencies.size(); ++i) {
-    frequencies[i] = std::pow(options.theta, -2.0 * static_cast<double>(i) /
-                                                 static_cast<double>(options.head_dim));
+    frequencies[i] = std::pow(
+        options.theta, -2.0 * static_cast<double>(i) / static_cast<double>(options.head_dim));
   }
   return frequencies;
 }

@@ -37,9 +37,12 @@ inline Vec RoundedTo(DType dtype, Vec values) {
 // rounding the exact result makes.
 inline double Bound(DType dtype, const Vec& reference) {
   switch (dtype) {
-    case DType::kF64: return 1e-13;
-    case DType::kBF16: return 2 * RelRms(RoundedTo(dtype, reference), reference);
-    default: return 1e-6;
+    case DType::kF64:
+      return 1e-13;
+    case DType::kBF16:
+      return 2 * RelRms(RoundedTo(dtype, reference), reference);
+    default:
+      return 1e-6;
   }
 }
 

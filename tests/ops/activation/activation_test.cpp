@@ -40,8 +40,7 @@ TEST(SwiGluTest, MatchesReferenceAndFiniteDifferences) {
     const Tensor tg = FromVec(ctx, {kT, kD}, dtype, gate), tu = FromVec(ctx, {kT, kD}, dtype, up);
     const Vec expected = SwiGlu(gate, up);
     EXPECT_LE(RelRms(ToVec(ops::SwiGluForward(ctx, tg, tu)), expected), Bound(dtype, expected));
-    const auto [dgate, dup] =
-        ops::SwiGluBackward(ctx, FromVec(ctx, {kT, kD}, dtype, dy), tg, tu);
+    const auto [dgate, dup] = ops::SwiGluBackward(ctx, FromVec(ctx, {kT, kD}, dtype, dy), tg, tu);
     const auto f = [&] { return Dot(SwiGlu(gate, up), dy); };
     ExpectGradient(dgate, NumericGradient(gate, f));
     ExpectGradient(dup, NumericGradient(up, f));
@@ -68,13 +67,15 @@ TEST(ActivationTest, LargeInputs) {
     const Vec x = {-1e30, -3000, -90, -40, 40, 90, 3000, 1e30};
     const Tensor tx = FromVec(ctx, {8}, dtype, x), ones = FromVec(ctx, {8}, dtype, Vec(8, 1.0));
     const Vec values = ToVec(tx);
-    const Vec results[] = {ToVec(ops::SwiGluForward(ctx, tx, ones)), ToVec(ops::GeluForward(ctx, tx))};
+    const Vec results[] = {ToVec(ops::SwiGluForward(ctx, tx, ones)),
+                           ToVec(ops::GeluForward(ctx, tx))};
     const Vec slopes[] = {ToVec(ops::SwiGluBackward(ctx, ones, tx, ones).dgate),
                           ToVec(ops::GeluBackward(ctx, ones, tx))};
     for (size_t i = 0; i < values.size(); ++i) {
       for (const Vec& y : results) {
         // The saturated f32 exponential leaves 3e-39 instead of 0, times the input.
-        EXPECT_NEAR(y[i], std::max(values[i], 0.0), 1e-7 * std::max(1.0, std::abs(values[i]) * 1e-30))
+        EXPECT_NEAR(y[i], std::max(values[i], 0.0),
+                    1e-7 * std::max(1.0, std::abs(values[i]) * 1e-30))
             << values[i];
       }
       for (const Vec& d : slopes) EXPECT_NEAR(d[i], values[i] > 0 ? 1.0 : 0.0, 1e-7) << values[i];

@@ -5,9 +5,11 @@
 namespace longspan::test {
 namespace {
 
-constexpr std::pair<DType, DType> kPairs[] = {
-    {DType::kF32, DType::kF32},  {DType::kF32, DType::kBF16}, {DType::kBF16, DType::kF32},
-    {DType::kBF16, DType::kBF16}, {DType::kF64, DType::kF64}};
+constexpr std::pair<DType, DType> kPairs[] = {{DType::kF32, DType::kF32},
+                                              {DType::kF32, DType::kBF16},
+                                              {DType::kBF16, DType::kF32},
+                                              {DType::kBF16, DType::kBF16},
+                                              {DType::kF64, DType::kF64}};
 
 TEST(ElementwiseTest, AddsMixedDtypesWithOneRounding) {
   for (const auto& [da, db] : kPairs) {

@@ -9,9 +9,11 @@ constexpr int64_t kV = 11, kD = 133;  // D: two tasks of 64 columns and a rest
 const std::vector<int32_t> kIds = {3, 0, 10, 3, 3, 7, 0};
 
 TEST(EmbeddingTest, LooksUpAndAddsBack) {
-  for (const auto& [table_dtype, out] :
-       {std::pair{DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kF32, DType::kBF16},
-        {DType::kBF16, DType::kF32}, {DType::kF64, DType::kF64}}) {
+  for (const auto& [table_dtype, out] : {std::pair{DType::kF32, DType::kF32},
+                                         {DType::kBF16, DType::kBF16},
+                                         {DType::kF32, DType::kBF16},
+                                         {DType::kBF16, DType::kF32},
+                                         {DType::kF64, DType::kF64}}) {
     Context ctx = OpContext();
     const Vec table = Normal(kV * kD, 1, table_dtype), before = Normal(kV * kD, 2);
     const Vec dy = Normal(static_cast<int64_t>(kIds.size()) * kD, 3, out);
@@ -19,8 +21,8 @@ TEST(EmbeddingTest, LooksUpAndAddsBack) {
     const Tensor y =
         ops::EmbeddingForward(ctx, ids, FromVec(ctx, {kV, kD}, table_dtype, table), out);
     Tensor dtable = FromVec(ctx, {kV, kD}, AccumulatorOf(out), before);
-    ops::EmbeddingBackward(
-        ctx, ids, FromVec(ctx, {static_cast<int64_t>(kIds.size()), kD}, out, dy), dtable);
+    ops::EmbeddingBackward(ctx, ids, FromVec(ctx, {static_cast<int64_t>(kIds.size()), kD}, out, dy),
+                           dtable);
     Vec expected, expected_table = before;
     for (size_t t = 0; t < kIds.size(); ++t) {
       for (size_t d = 0; d < kD; ++d) {
@@ -72,7 +74,8 @@ TEST(EmbeddingTest, NamesTheIdThatIsOutOfRange) {
                  InvalidArgument);
     EXPECT_EQ(ToVec(table), before);
   }
-  EXPECT_THROW(ops::EmbeddingForward(ctx, IntTensor(ctx, {0}), table, DType::kF64), InvalidArgument);
+  EXPECT_THROW(ops::EmbeddingForward(ctx, IntTensor(ctx, {0}), table, DType::kF64),
+               InvalidArgument);
 }
 
 }  // namespace

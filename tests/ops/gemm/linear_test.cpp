@@ -28,8 +28,7 @@ TEST(LinearTest, MatchesReferenceAndFiniteDifferences) {
     const Tensor tx = FromVec(ctx, {kT, kK}, dtype, x), tw = FromVec(ctx, {kN, kK}, dtype, w);
     Tensor dw = FromVec(ctx, {kN, kK}, AccumulatorOf(dtype), dw_before);
     const Tensor y = ops::LinearForward(ctx, tx, tw);
-    const Tensor dx =
-        ops::LinearBackward(ctx, FromVec(ctx, {kT, kN}, dtype, dy), tx, tw, dw, true);
+    const Tensor dx = ops::LinearBackward(ctx, FromVec(ctx, {kT, kN}, dtype, dy), tx, tw, dw, true);
     EXPECT_EQ(dx.dtype(), dtype);
     const Vec expected = Product(x, w);
     EXPECT_LE(RelRms(ToVec(y), expected), Bound(dtype, expected));
@@ -53,9 +52,8 @@ TEST(LinearTest, WithoutInputGradientAndWithoutTokens) {
       ops::LinearBackward(ctx, ctx.Empty({0, kN}, DType::kF32), none, w, dw, false).defined());
   EXPECT_EQ(ToVec(dw), before);
   Tensor narrow = ctx.Zeros({kN, kK}, DType::kBF16);
-  EXPECT_THROW(
-      ops::LinearBackward(ctx, ctx.Empty({0, kN}, DType::kF32), none, w, narrow, false),
-      InvalidArgument);
+  EXPECT_THROW(ops::LinearBackward(ctx, ctx.Empty({0, kN}, DType::kF32), none, w, narrow, false),
+               InvalidArgument);
 }
 
 }  // namespace

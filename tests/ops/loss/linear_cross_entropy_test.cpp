@@ -149,15 +149,15 @@ TEST(LinearCrossEntropyTest, LargeLogitsDoNotOverflow) {
   Context ctx = OpContext();
   Problem p = Make(ctx, DType::kF32);
   for (double& v : p.x) v *= 1000;
-  const auto result = ops::LinearCrossEntropyForward(
-      ctx, FromVec(ctx, {kT, kD}, DType::kF32, p.x), p.tw, p.labels, {});
+  const auto result = ops::LinearCrossEntropyForward(ctx, FromVec(ctx, {kT, kD}, DType::kF32, p.x),
+                                                     p.tw, p.labels, {});
   EXPECT_TRUE(std::isfinite(result.loss_sum));
   EXPECT_GT(result.loss_sum, 100);
 }
 
 TEST(LinearCrossEntropyTest, ALogitThatIsNotFiniteShowsInTheLoss) {
-  for (const double bad : {std::numeric_limits<double>::quiet_NaN(),
-                           std::numeric_limits<double>::infinity()}) {
+  for (const double bad :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
     Context ctx = OpContext();
     Problem p = Make(ctx, DType::kF32);
     p.x[6 * kD + 4] = bad;

@@ -30,12 +30,18 @@ TEST(AdamWTest, FollowsTheTextbookForSeveralSteps) {
   for (const DType dtype : {DType::kF32, DType::kF64}) {
     Context ctx = OpContext();
     State s{Normal(kN, 1), Vec(kN), Vec(kN)};
-    Tensor p = FromVec(ctx, {kN}, dtype, s.p), m = ctx.Zeros({kN}, dtype), v = ctx.Zeros({kN}, dtype);
+    Tensor p = FromVec(ctx, {kN}, dtype, s.p), m = ctx.Zeros({kN}, dtype),
+           v = ctx.Zeros({kN}, dtype);
     const Tensor copy = ctx.Empty({kN}, DType::kBF16);
     for (int64_t step = 1; step <= 5; ++step) {
       // eps is as large as the gradients, so that its place in the formula matters.
-      const ops::AdamWOptions o{.lr = 0.05, .beta1 = 0.9, .beta2 = 0.95, .eps = 0.2,
-                                .weight_decay = 0.3, .step = step, .grad_scale = 0.25};
+      const ops::AdamWOptions o{.lr = 0.05,
+                                .beta1 = 0.9,
+                                .beta2 = 0.95,
+                                .eps = 0.2,
+                                .weight_decay = 0.3,
+                                .step = step,
+                                .grad_scale = 0.25};
       const Vec grad = Normal(kN, 10 + static_cast<uint64_t>(step));
       ReferenceStep(o, grad, s);
       ops::AdamWStep(ctx, o, p, FromVec(ctx, {kN}, dtype, grad), m, v, copy);
@@ -48,13 +54,14 @@ TEST(AdamWTest, FollowsTheTextbookForSeveralSteps) {
   }
 }
 
-// With a gradient far above eps the first step moves by lr whatever its size, and decay comes on top.
+// With a gradient far above eps the first step moves by lr whatever its size, and decay comes on
+// top.
 TEST(AdamWTest, FirstStepMovesByTheLearningRate) {
   Context ctx = OpContext();
   Tensor p = FromVec(ctx, {2}, DType::kF64, {2, 2});
   Tensor m = ctx.Zeros({2}, DType::kF64), v = ctx.Zeros({2}, DType::kF64);
-  ops::AdamWStep(ctx, {.lr = 0.1, .weight_decay = 0.5}, p, FromVec(ctx, {2}, DType::kF64, {1e-3, -7}),
-                 m, v);
+  ops::AdamWStep(ctx, {.lr = 0.1, .weight_decay = 0.5}, p,
+                 FromVec(ctx, {2}, DType::kF64, {1e-3, -7}), m, v);
   EXPECT_NEAR(ToVec(p)[0], 2 - 0.1 - 0.1, 1e-5);
   EXPECT_NEAR(ToVec(p)[1], 2 + 0.1 - 0.1, 1e-5);
 }
@@ -93,7 +100,8 @@ TEST(AdamWTest, SameBitsForAnyThreadsAndCut) {
 
 TEST(AdamWTest, RefusesWhatDoesNotFit) {
   Context ctx = OpContext();
-  Tensor p = ctx.Zeros({4}, DType::kF32), m = ctx.Zeros({4}, DType::kF32), v = ctx.Zeros({4}, DType::kF32);
+  Tensor p = ctx.Zeros({4}, DType::kF32), m = ctx.Zeros({4}, DType::kF32),
+         v = ctx.Zeros({4}, DType::kF32);
   Tensor wrong = ctx.Zeros({4}, DType::kF64), half = ctx.Zeros({4}, DType::kBF16);
   EXPECT_THROW(ops::AdamWStep(ctx, {}, p, wrong, m, v), InvalidArgument);
   EXPECT_THROW(ops::AdamWStep(ctx, {}, p, p, m, v, p), InvalidArgument);

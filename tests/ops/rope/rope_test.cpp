@@ -82,8 +82,8 @@ TEST(RopeTest, SameBitsForAnyThreads) {
     ExpectSameBitsForAnyThreads([&](Context& ctx) -> std::vector<Tensor> {
       std::vector<int64_t> positions(200);
       for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int64_t>(i * i);
-      const auto table =
-          ops::MakeRopeTable(ctx, Positions(ctx, positions), {.theta = kTheta, .head_dim = kD}, dtype);
+      const auto table = ops::MakeRopeTable(ctx, Positions(ctx, positions),
+                                            {.theta = kTheta, .head_dim = kD}, dtype);
       const Tensor x = FromVec(ctx, {200, kH, kD}, dtype, Normal(200 * kH * kD, 1, dtype));
       return {ops::RopeForward(ctx, x, table), ops::RopeBackward(ctx, x, table)};
     });
@@ -92,8 +92,8 @@ TEST(RopeTest, SameBitsForAnyThreads) {
 
 TEST(RopeTest, NoTokensAndWrongShapes) {
   Context ctx = OpContext();
-  const auto table = ops::MakeRopeTable(ctx, Positions(ctx, {}), {.theta = kTheta, .head_dim = kD},
-                                        DType::kF32);
+  const auto table =
+      ops::MakeRopeTable(ctx, Positions(ctx, {}), {.theta = kTheta, .head_dim = kD}, DType::kF32);
   EXPECT_EQ(ops::RopeForward(ctx, ctx.Empty({0, kH, kD}, DType::kF32), table).numel(), 0);
   EXPECT_THROW(ops::RopeForward(ctx, ctx.Zeros({1, kH, kD}, DType::kF32), table), InvalidArgument);
   EXPECT_THROW(ops::RopeForward(ctx, ctx.Zeros({0, kH, kD}, DType::kF64), table), InvalidArgument);
