@@ -158,7 +158,7 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
                {"mask_bytes", mask->bytes()}};
   std::string& text = report.text;
   text += Str("\nmixer ", mixer.name, ": ", mixer.pattern.ToString(), "\n");
-  text += ReportLine("layers", layers.empty() ? "none" : Ranges(layers));
+  text += ReportLine("layers", Ranges(layers));
   text += ReportLine(
       "density", Str(Fraction(facts.visible_fraction), " of the pairs and ",
                      Fraction(facts.block_fraction), " of the 64 x 64 blocks of ",

@@ -72,11 +72,17 @@ void DescribeText(const std::optional<data::Sidecar>& sidecar, const data::Index
   if (!sidecar.has_value() || sidecar->tokenizer != tokenizer.name()) return;
   std::vector<int32_t> ids(static_cast<size_t>(std::min(kSampleTokens, dataset.num_tokens())));
   dataset.Read(0, ids);
-  const std::string text = tokenizer.Decode(ids);
-  report.json["text"] = text;
-  // Quoted, so that control characters do not reach the terminal.
-  report.text +=
-      ReportLine("begins with", Json(text).dump(-1, ' ', false, Json::error_handler_t::replace));
+  std::string line;
+  try {
+    const std::string text = tokenizer.Decode(ids);
+    report.json["text"] = text;
+    // Quoted, so that control characters do not reach the terminal.
+    line = Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
+  } catch (const InvalidArgument& error) {  // damaged data that --no-verify lets through
+    report.json["text"] = nullptr;
+    line = Str("text that cannot be decoded: ", error.what());
+  }
+  report.text += ReportLine("begins with", line);
 }
 
 }  // namespace

@@ -1,0 +1,155 @@
+#include "launch/bench/cases.h"
+
+#include <gtest/gtest.h>
+
+#include "launch/picture/mask_facts.h"
+#include "ops/core/error.h"
+
+namespace longspan::launch {
+namespace {
+
+// The message of the InvalidArgument that `parse` throws for `name`.
+template <class Case>
+std::string Complaint(Case (*parse)(const std::string&), const std::string& name) {
+  try {
+    parse(name);
+  } catch (const InvalidArgument& error) {
+    return error.what();
+  }
+  ADD_FAILURE() << name << " was accepted";
+  return "";
+}
+
+void ExpectMentions(const std::string& text, const std::string& part) {
+  EXPECT_NE(text.find(part), std::string::npos) << "no \"" << part << "\" in: " << text;
+}
+
+TEST(BenchCasesTest, ReadsEveryPattern) {
+  const AttentionCase causal = ParseAttentionCase("causal_f32_T4096_Hq8_Hkv2_D64");
+  EXPECT_EQ(causal.dtype, DType::kF32);
+  EXPECT_EQ(causal.tokens, 4096);
+  EXPECT_EQ(causal.heads, 8);
+  EXPECT_EQ(causal.kv_heads, 2);
+  EXPECT_EQ(causal.head_dim, 64);
+  EXPECT_EQ(causal.document_tokens, 0);
+  EXPECT_EQ(causal.pattern, ops::AttentionPattern::Causal());
+
+  EXPECT_EQ(ParseAttentionCase("full_f64_T9_Hq1_Hkv1_D3").pattern, ops::AttentionPattern::Full());
+  EXPECT_EQ(ParseAttentionCase("window_f32_T8192_Hq4_Hkv4_D64_W1024_S64").pattern,
+            ops::AttentionPattern::Window(1024, 64));
+  EXPECT_EQ(ParseAttentionCase("window_f32_T8192_Hq4_Hkv4_D64_W7").pattern,
+            ops::AttentionPattern::Window(7, 0));
+  const AttentionCase s2 = ParseAttentionCase("s2_bf16_T8192_Hq8_Hkv4_D64_B32_L5_V4_N1_P1000");
+  EXPECT_EQ(s2.dtype, DType::kBF16);
+  EXPECT_EQ(s2.document_tokens, 1000);
+  EXPECT_EQ(s2.pattern,
+            ops::AttentionPattern::S2(
+                {.block_size = 32, .local_blocks = 5, .stride_blocks = 4, .dense_heads = 1}));
+}
+
+TEST(BenchCasesTest, SizesMayComeInAnyOrder) {
+  const AttentionCase c = ParseAttentionCase("window_f32_W9_D64_Hkv4_Hq8_S3_T100");
+  EXPECT_EQ(c.tokens, 100);
+  EXPECT_EQ(c.heads, 8);
+  EXPECT_EQ(c.kv_heads, 4);
+  EXPECT_EQ(c.pattern.window, 9);
+  EXPECT_EQ(c.pattern.sinks, 3);
+}
+
+TEST(BenchCasesTest, AttentionErrorsNameTheToken) {
+  const auto complaint = [](const std::string& name) {
+    const std::string text = Complaint(ParseAttentionCase, name);
+    ExpectMentions(text, name);
+    return text;
+  };
+  ExpectMentions(complaint("cousal_f32_T64_Hq1_Hkv1_D8"), "\"cousal\"");
+  ExpectMentions(complaint("causal_f16_T64_Hq1_Hkv1_D8"), "\"f16\"");
+  ExpectMentions(complaint("causal_f32_T64_Hq1_Hkv1"), "D is missing");
+  ExpectMentions(complaint("causal_f32_T64_T65_Hq1_Hkv1_D8"), "\"T65\" gives T a second time");
+  ExpectMentions(complaint("causal_f32_T64_Hq1_Hkv1_D8_W9"), "\"W9\" does not belong");
+  ExpectMentions(complaint("window_f32_T64_Hq1_Hkv1_D8"), "W is missing");
+  ExpectMentions(complaint("causal_f32_T64x_Hq1_Hkv1_D8"), "\"T64x\"");
+  ExpectMentions(complaint("causal_f32_64_Hq1_Hkv1_D8"), "\"64\"");
+  ExpectMentions(complaint("causal_f32_T0_Hq1_Hkv1_D8"), "\"T0\" is less than 1");
+  ExpectMentions(complaint("causal_f32_T99999999999999999999_Hq1_Hkv1_D8"), "T9999");
+  ExpectMentions(complaint("causal_f32_T64_Hq3_Hkv2_D8"), "Hq3 is not a multiple of Hkv2");
+  ExpectMentions(complaint("causal_f32_T64_Hq2_Hkv2_D8_"), "\"\"");
+  // The pattern's own rules: 8 residues and only 4 heads that see one each; a block that is no
+  // power of two.
+  ExpectMentions(complaint("s2_f32_T64_Hq4_Hkv4_D8_B64_L1_V8"), "s2.stride_blocks");
+  ExpectMentions(complaint("s2_f32_T64_Hq4_Hkv4_D8_B48_L1_V4"), "s2.block_size");
+}
+
+TEST(BenchCasesTest, ReadsEveryGemmRole) {
+  const GemmCase plain = ParseGemmCase("gemm_bf16_M1024_N512_K256");
+  EXPECT_EQ(plain.dtype, DType::kBF16);
+  EXPECT_EQ(plain.role, GemmRole::kPlain);
+  EXPECT_EQ(plain.m, 1024);
+  EXPECT_EQ(plain.n, 512);
+  EXPECT_EQ(plain.k, 256);
+  EXPECT_EQ(ParseGemmCase("gemm_f32_forward_M1_N2_K3").role, GemmRole::kForward);
+  EXPECT_EQ(ParseGemmCase("gemm_f32_dx_M1_N2_K3").role, GemmRole::kDx);
+  EXPECT_EQ(ParseGemmCase("gemm_f32_dw_M1_N2_K3").role, GemmRole::kDw);
+  ExpectMentions(Complaint(ParseGemmCase, "gemv_f32_M1_N2_K3"), "\"gemv\"");
+  ExpectMentions(Complaint(ParseGemmCase, "gemm_i8_M1_N2_K3"), "\"i8\"");
+  ExpectMentions(Complaint(ParseGemmCase, "gemm_f32_backward_M1_N2_K3"), "\"backward\"");
+  ExpectMentions(Complaint(ParseGemmCase, "gemm_f32_M1_K3"), "N is missing");
+}
+
+TEST(BenchCasesTest, ListsSkipCommentsAndBlankLines) {
+  EXPECT_EQ(ReadProblemList("# head\n\n  a_b \t\r\nc # d\n#e\nf"),
+            (std::vector<std::string>{"a_b", "c", "f"}));
+  EXPECT_TRUE(ReadProblemList("").empty());
+  EXPECT_TRUE(ReadProblemList("# only this").empty());
+}
+
+TEST(BenchCasesTest, EveryBuiltInCaseParses) {
+  for (const char* list : {"attention_default", "attention_long"}) {
+    const auto names = ReadProblemList(BuiltInProblems(list));
+    EXPECT_GE(names.size(), 5u) << list;
+    for (const std::string& name : names) EXPECT_NO_THROW(ParseAttentionCase(name)) << name;
+  }
+  for (const char* list : {"gemm_default", "gemm_long"}) {
+    const auto names = ReadProblemList(BuiltInProblems(list));
+    EXPECT_GE(names.size(), 5u) << list;
+    for (const std::string& name : names) EXPECT_NO_THROW(ParseGemmCase(name)) << name;
+  }
+  EXPECT_THROW(BuiltInProblems("attention"), InvalidArgument);
+}
+
+// A check on a small version proves nothing about blocks that the small version does not have.
+TEST(BenchCasesTest, SmallVersionsKeepTheKindsOfBlocks) {
+  for (const char* list : {"attention_default", "attention_long"}) {
+    for (const std::string& name : ReadProblemList(BuiltInProblems(list))) {
+      const AttentionCase c = SmallVersion(ParseAttentionCase(name));
+      EXPECT_LT(c.tokens, 800) << name;
+      EXPECT_NE(c.tokens % 64, 0) << name;
+      EXPECT_TRUE(c.pattern.Problems(c.kv_heads).empty()) << name;
+      const auto mask = WholeRowMask(c.pattern, c.kv_heads, c.tokens);
+      const std::string picture = mask->Ascii(c.kv_heads - 1);
+      EXPECT_NE(picture.find('#'), std::string::npos) << name << "\n" << picture;
+      const std::string last_row = picture.substr(picture.size() - 1 - picture.find('\n'));
+      if (c.pattern.kind == ops::PatternKind::kWindow || c.pattern.kind == ops::PatternKind::kS2) {
+        EXPECT_NE(picture.find('+'), std::string::npos) << name << "\n" << picture;
+        EXPECT_NE(last_row.find('.'), std::string::npos) << name << "\n" << picture;
+      }
+      if (c.document_tokens > 0) {
+        EXPECT_LT(c.document_tokens, c.tokens / 2) << name;
+      }
+    }
+  }
+}
+
+TEST(BenchCasesTest, SmallVersionNeverGrows) {
+  const AttentionCase c = SmallVersion(ParseAttentionCase("s2_f32_T70_Hq2_Hkv2_D8_B16_L1_V2_P3"));
+  EXPECT_EQ(c.tokens, 70);
+  EXPECT_EQ(c.pattern.s2.block_size, 16);
+  EXPECT_EQ(c.document_tokens, 3);
+  const GemmCase g = SmallVersion(ParseGemmCase("gemm_f32_M3_N2_K5000"));
+  EXPECT_EQ(g.m, 3);
+  EXPECT_EQ(g.n, 2);
+  EXPECT_LT(g.k, 500);
+}
+
+}  // namespace
+}  // namespace longspan::launch

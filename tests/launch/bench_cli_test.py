@@ -1,0 +1,136 @@
+"""`longspan bench` and its peer script. usage: bench_cli_test.py PROGRAM REPOSITORY"""
+
+import json
+import os
+import subprocess
+
+import cli_support
+from cli_support import CliTest
+
+KEYS = ["op", "case", "pass", "impl", "device", "threads", "ms_median", "ms_p90", "flops", "bytes",
+        "visible_fraction", "block_fraction", "peak_gflops", "peak_gbps", "floor_ms",
+        "fraction_of_floor", "peer", "peer_ms_median"]
+
+
+def problems(name):
+    return os.path.join(cli_support.REPOSITORY, "tests", "bench", "problems", name)
+
+
+class BenchTest(CliTest):
+    def records(self, *arguments):
+        text = self.succeed("bench", *arguments, "--seconds", "0", "--json")
+        records = [json.loads(line) for line in text.splitlines()]
+        for record in records:
+            self.assertEqual(list(record), KEYS)
+            self.assertGreater(record["ms_median"], 0)
+            self.assertGreaterEqual(record["ms_p90"], record["ms_median"])
+            self.assertGreater(record["peak_gflops"], 0)
+            floor = max(record["flops"] / record["peak_gflops"],
+                        record["bytes"] / record["peak_gbps"]) * 1e-6
+            self.assertAlmostEqual(record["floor_ms"] / floor, 1)
+            self.assertAlmostEqual(record["fraction_of_floor"] * record["ms_median"] / floor, 1)
+            self.assertIsNone(record["peer"])
+            self.assertIsNone(record["peer_ms_median"])
+            self.assertEqual(record["device"], "cpu")
+        return records
+
+    def test_attention_smoke(self):
+        records = self.records("attention", "--problem", problems("attention_smoke.txt"))
+        cases = {r["case"] for r in records}
+        self.assertEqual(len(cases), 4)
+        for case in cases:
+            passes = [r["pass"] for r in records if r["case"] == case]
+            self.assertEqual(passes.count("forward"), passes.count("backward"), case)
+            self.assertGreater(len(passes), 0)
+        # The reference runs only where nothing else accepts the case.
+        self.assertEqual({r["case"] for r in records if r["impl"] == "reference"},
+                         {c for c in cases if "_f64_" in c})
+
+    def test_work_agrees_with_the_peer_script(self):
+        script = os.path.join(cli_support.REPOSITORY, "tests", "bench", "peers",
+                              "attention_torch.py")
+        arguments = ["--problem", problems("attention_smoke.txt")]
+        listed = subprocess.run(["/usr/bin/python3", script, *arguments, "--list"], text=True,
+                                capture_output=True, check=True, timeout=100)
+        peers = {(p["case"], p["pass"]): p for p in map(json.loads, listed.stdout.splitlines())}
+        records = self.records("attention", *arguments)
+        self.assertEqual({(r["case"], r["pass"]) for r in records}, set(peers))
+        for record in records:
+            peer = peers[record["case"], record["pass"]]
+            self.assertEqual(list(peer), KEYS)
+            for key in ("flops", "visible_fraction", "block_fraction"):
+                self.assertAlmostEqual(record[key] / peer[key], 1, msg=record["case"])
+
+    def test_peer_script_without_torch(self):
+        script = os.path.join(cli_support.REPOSITORY, "tests", "bench", "peers",
+                              "attention_torch.py")
+        # -S and -I: no installed packages, so that PyTorch is certainly absent.
+        done = subprocess.run(["/usr/bin/python3", "-I", "-S", script], text=True,
+                              capture_output=True, check=False, timeout=100)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout, "peer not run: PyTorch is not installed\n")
+
+    def test_gemm_smoke(self):
+        records = self.records("gemm", "--problem", problems("gemm_smoke.txt"), "--threads", "1")
+        self.assertEqual({r["case"].split("_M")[0] for r in records},
+                         {"gemm_f32", "gemm_bf16_forward", "gemm_bf16_dw", "gemm_f64_dx"})
+        for record in records:
+            self.assertEqual(record["threads"], 1)
+            self.assertIsNone(record["visible_fraction"])
+            backward = "_d" in record["case"]
+            self.assertEqual(record["pass"], "backward" if backward else "forward")
+
+    def test_choices(self):
+        case = "causal_f32_T130_Hq2_Hkv2_D16"
+        records = self.records("attention", "--problem", case, "--pass", "forward", "--impl",
+                               "reference")
+        self.assertEqual([(r["case"], r["pass"], r["impl"]) for r in records],
+                         [(case, "forward", "reference")])
+        records = self.records("attention", "--problem", problems("attention_smoke.txt"),
+                               "--filter", "window", "--pass", "backward")
+        self.assertEqual({(r["case"].split("_")[0], r["pass"]) for r in records},
+                         {("window", "backward")})
+
+    def test_table(self):
+        text = self.succeed("bench", "attention", "--problem", "causal_f32_T130_Hq2_Hkv2_D16",
+                            "--seconds", "0", "--pass", "forward")
+        lines = text.splitlines()
+        self.assertIn("peaks of", lines[0])
+        self.assertIn("GFLOP/s", lines[0])
+        for column in ("case", "pass", "impl", "ms median", "GFLOP/s", "per thread", "floor ms"):
+            self.assertIn(column, lines[2])
+        self.assertTrue(lines[3].startswith("causal_f32_T130_Hq2_Hkv2_D16  forward"), lines[3])
+        self.assertEqual({len(line) for line in lines[2:]}, {len(lines[2])})
+
+    def test_machine(self):
+        machine = json.loads(self.succeed("bench", "machine", "--json", "--threads", "1",
+                                          "--seconds", "0.01"))
+        self.assertEqual(machine["op"], "machine")
+        self.assertEqual(machine["threads"], 1)
+        for key in ("f32_gflops", "bf16_gflops", "copy_gbps"):
+            self.assertGreater(machine[key], 0.1, key)
+        self.fail("bench", "machine", "--problem", "x", mentions=["--problem", "machine"])
+
+    def test_bad_names(self):
+        self.fail("bench", "attention", "--problem", "causal_f16_T64_Hq1_Hkv1_D8",
+                  mentions=["causal_f16_T64_Hq1_Hkv1_D8", '"f16"', "bf16"])
+        self.fail("bench", "gemm", "--problem", "gemm_f32_M4_N4", mentions=["K is missing"])
+        # The second of two; nothing may be timed before it is found.
+        self.fail("bench", "gemm", "--problem", "gemm_f32_M4_N4_K4", "--problem", "gemm_f32_M4_Q4",
+                  "--json", mentions=['"gemm_f32_M4_Q4"'])
+        self.fail("bench", "attention", "--filter", "no-such-case", mentions=["no-such-case"])
+        self.fail("bench", "gemm", "--problem", "gemm_f32_M4_N4_K4", "--impl", "quick", "--json",
+                  mentions=["quick", "onednn", "reference"])
+        with open(os.path.join(self.folder, "empty.txt"), "w", encoding="utf-8") as file:
+            file.write("# nothing\n")
+        self.fail("bench", "gemm", "--problem", "empty.txt", mentions=["empty.txt"])
+
+    def test_usage_errors(self):
+        for arguments in (["bench", "nothing"], ["bench"], ["bench", "gemm", "--pass", "sideways"],
+                          ["bench", "gemm", "--threads", "-1"],
+                          ["bench", "gemm", "--long", "--problem", "gemm_f32_M4_N4_K4"]):
+            self.assertEqual(cli_support.run(*arguments).returncode, 2, arguments)
+
+
+if __name__ == "__main__":
+    cli_support.main()

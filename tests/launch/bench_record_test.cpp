@@ -1,0 +1,163 @@
+#include "launch/bench/record.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "launch/bench/attention_bench.h"
+#include "launch/bench/gemm_bench.h"
+#include "launch/bench/operands.h"
+#include "tests/support/numeric.h"
+
+namespace longspan::launch {
+namespace {
+
+TEST(BenchTimingTest, MedianAndNinetiethPercentile) {
+  const Timing odd = Summarize({5, 1, 3});
+  EXPECT_EQ(odd.median_ms, 3);
+  EXPECT_EQ(odd.p90_ms, 5);
+  EXPECT_EQ(odd.repeats, 3);
+  EXPECT_EQ(Summarize({4, 1, 2, 9}).median_ms, 3);
+  EXPECT_EQ(Summarize({10, 9, 8, 7, 6, 5, 4, 3, 2, 1}).p90_ms, 9);
+  EXPECT_EQ(Summarize({11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1}).p90_ms, 10);
+}
+
+TEST(BenchTimingTest, RunsTakeTurnsAfterOneWarmUp) {
+  std::string order;
+  const auto timings =
+      TimeInterleaved({[&] { order += 'a'; }, [&] { order += 'b'; }}, /*seconds=*/0);
+  EXPECT_EQ(order, "abababababab");
+  ASSERT_EQ(timings.size(), 2u);
+  EXPECT_EQ(timings[0].repeats, 5);
+  EXPECT_EQ(timings[1].repeats, 5);
+}
+
+TEST(BenchRecordTest, FloorIsTheSlowerOfArithmeticAndMemory) {
+  BenchRecord r;
+  r.timing.median_ms = 8;
+  r.flops = 4e9;
+  r.bytes = 1e8;
+  r.peak_gflops = 1000;  // 4 ms
+  r.peak_gbps = 100;     // 1 ms
+  EXPECT_DOUBLE_EQ(r.floor_ms(), 4);
+  EXPECT_DOUBLE_EQ(r.fraction_of_floor(), 0.5);
+  EXPECT_DOUBLE_EQ(r.gflops(), 500);
+  r.bytes = 6e8;
+  EXPECT_DOUBLE_EQ(r.floor_ms(), 6);
+}
+
+TEST(BenchRecordTest, JsonHasNullWhereNothingApplies) {
+  BenchRecord r;
+  r.op = "gemm";
+  r.timing.median_ms = 1;
+  r.peak_gflops = r.peak_gbps = 1;
+  const auto json = nlohmann::json::parse(ToJsonLine(r));
+  EXPECT_TRUE(json.at("visible_fraction").is_null());
+  EXPECT_TRUE(json.at("block_fraction").is_null());
+  EXPECT_TRUE(json.at("peer").is_null());
+  EXPECT_TRUE(json.at("peer_ms_median").is_null());
+}
+
+TEST(BenchRecordTest, PeaksFollowTheDtype) {
+  const MachinePeaks peaks{.f32_gflops = 100, .bf16_gflops = 300};
+  EXPECT_EQ(PeakGflops(peaks, DType::kF32), 100);
+  EXPECT_EQ(PeakGflops(peaks, DType::kBF16), 300);
+  EXPECT_EQ(PeakGflops(peaks, DType::kF64), 50);
+}
+
+TEST(BenchRecordTest, ReferenceIsTimedOnlyWhenWantedOrAlone) {
+  const std::vector<Candidate> all = {{"a", ""}, {"b", "no such unit here"}, {"reference", ""}};
+  EXPECT_EQ(ChooseImplementations("x", all, ""), std::vector<std::string>{"a"});
+  EXPECT_EQ(ChooseImplementations("x", all, "reference"), std::vector<std::string>{"reference"});
+  const std::vector<Candidate> few = {{"a", "f64"}, {"reference", ""}};
+  EXPECT_EQ(ChooseImplementations("x", few, ""), std::vector<std::string>{"reference"});
+  const auto complaint = [&](const std::string& wanted) -> std::string {
+    try {
+      ChooseImplementations("case_x", all, wanted);
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_NE(complaint("b").find("case_x: no such unit here"), std::string::npos) << complaint("b");
+  EXPECT_NE(complaint("c").find("a, b, reference"), std::string::npos) << complaint("c");
+}
+
+TEST(BenchOperandsTest, DifferenceSeesOneWrongRowAndNan) {
+  Context ctx;
+  const Tensor a = RandomTensor(ctx, {200, 8}, DType::kF32, 1);
+  const Tensor b = RandomTensor(ctx, {200, 8}, DType::kF32, 1);
+  EXPECT_EQ(RelativeDifference(a, b), 0);
+  for (int i = 0; i < 8; ++i) b.data<float>()[8 * 77 + i] *= -1;
+  EXPECT_GT(RelativeDifference(a, b), AllowedDifference(DType::kBF16));
+  EXPECT_THROW(RequireAgreement("case_x", "fast", "o", RelativeDifference(a, b), DType::kF32),
+               Error);
+  b.data<float>()[0] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(RequireAgreement("case_x", "fast", "o", RelativeDifference(a, b), DType::kF64),
+               Error);
+}
+
+TEST(BenchOperandsTest, RandomOperandsAreNormalAndNeverConstant) {
+  Context ctx;
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
+    const test::Vec x = test::ToVec(RandomTensor(ctx, {100000}, dtype, 7));
+    const test::Vec y = test::ToVec(RandomTensor(ctx, {100000}, dtype, 8));
+    EXPECT_NEAR(test::Dot(x, x) / 1e5, 1, 0.03) << ToString(dtype);
+    EXPECT_NEAR(test::Dot(x, y) / 1e5, 0, 0.03) << ToString(dtype);
+  }
+}
+
+// Effective FLOPs and bytes by hand for a row of 100 causal tokens: 5050 pairs.
+TEST(BenchAttentionTest, CountsWorkOfBothPasses) {
+  Context ctx;
+  const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
+  const auto records = BenchAttention(ctx, ParseAttentionCase("causal_bf16_T100_Hq4_Hkv2_D16"),
+                                      {.implementation = "reference", .seconds = 0}, peaks);
+  ASSERT_EQ(records.size(), 2u);
+  EXPECT_EQ(records[0].pass, "forward");
+  EXPECT_EQ(records[0].flops, 4.0 * 5050 * 4 * 16);
+  EXPECT_EQ(records[0].bytes, 2.0 * (2 * 100 * 4 * 16 + 2 * 100 * 2 * 16));
+  EXPECT_EQ(records[0].visible_fraction, 1);
+  EXPECT_EQ(records[0].implementation, "reference");
+  EXPECT_GT(records[0].timing.median_ms, 0);
+  EXPECT_EQ(records[1].pass, "backward");
+  EXPECT_EQ(records[1].flops, 10.0 * 5050 * 4 * 16);
+  // q, o, do in bf16, k, v in bf16; dq, dk, dv in f32.
+  EXPECT_EQ(records[1].bytes, 2.0 * (3 * 6400 + 2 * 3200) + 4.0 * (6400 + 2 * 3200));
+}
+
+TEST(BenchAttentionTest, PassesCanBeChosen) {
+  Context ctx;
+  const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
+  const AttentionCase c = ParseAttentionCase("full_f64_T20_Hq1_Hkv1_D4");
+  const auto forward = BenchAttention(ctx, c, {.backward = false, .seconds = 0}, peaks);
+  ASSERT_EQ(forward.size(), 1u);
+  EXPECT_EQ(forward[0].pass, "forward");
+  const auto backward = BenchAttention(ctx, c, {.forward = false, .seconds = 0}, peaks);
+  ASSERT_EQ(backward.size(), 1u);
+  EXPECT_EQ(backward[0].pass, "backward");
+}
+
+TEST(BenchGemmTest, CountsWorkOfEveryRole) {
+  Context ctx;
+  const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
+  const BenchOptions options{.implementation = "reference", .seconds = 0};
+  const auto run = [&](const char* name) {
+    return BenchGemm(ctx, ParseGemmCase(name), options, peaks).at(0);
+  };
+  EXPECT_EQ(run("gemm_f32_M10_N20_K30").flops, 12000);
+  EXPECT_EQ(run("gemm_f32_M10_N20_K30").bytes, 4 * (300 + 600 + 200));
+  EXPECT_EQ(run("gemm_f32_M10_N20_K30").pass, "forward");
+  EXPECT_EQ(run("gemm_bf16_forward_M10_N20_K30").bytes, 2 * (300 + 600 + 200));
+  EXPECT_EQ(run("gemm_bf16_forward_M10_N20_K30").pass, "forward");
+  EXPECT_EQ(run("gemm_bf16_dx_M10_N20_K30").pass, "backward");
+  // Added to an f32 result: read and written.
+  EXPECT_EQ(run("gemm_bf16_dw_M10_N20_K30").bytes, 2 * (300 + 600) + 2 * 4 * 200);
+  EXPECT_TRUE(BenchGemm(ctx, ParseGemmCase("gemm_f32_dw_M1_N2_K3"),
+                        {.backward = false, .seconds = 0}, peaks)
+                  .empty());
+}
+
+}  // namespace
+}  // namespace longspan::launch

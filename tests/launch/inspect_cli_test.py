@@ -1,0 +1,270 @@
+"""`longspan inspect` on each kind of target. usage: inspect_cli_test.py PROGRAM REPOSITORY"""
+
+import os
+import struct
+
+import cli_support
+from cli_support import CliTest
+
+TINY = """
+run { steps: 2 context_length: 256 global_batch_tokens: 512 precision: F32 }
+model {
+  vocab_size: 320 hidden_size: 32 num_layers: 4 num_heads: 4 num_kv_heads: 2 ffn_hidden_size: 48
+  mixer { name: "dense" softmax { causal {} } }
+  mixer { name: "both" softmax { full {} } }
+  mixer { name: "w" softmax { window { window: 100 sinks: 4 } } }
+  mixer { name: "s2" softmax { s2 { block_size: 16 local_blocks: 2 stride_blocks: 2 } } }
+  layers: "dense both w s2"
+}
+data { train { path: "corpus" } }
+optimizer { adamw { lr: 1e-3 } }
+schedule { constant {} }
+checkpoint { every_steps: 1 keep_last: 2 }
+"""
+
+
+def preset(name):
+    return os.path.join(cli_support.REPOSITORY, "configs", name)
+
+
+class ConfigTest(CliTest):
+    def write_tiny(self):
+        with open(os.path.join(self.folder, "tiny.textproto"), "w", encoding="utf-8") as file:
+            file.write(TINY)
+
+    def test_preset(self):
+        report = self.succeed_json("inspect", preset("quickstart.textproto"))
+        self.assertEqual(report["kind"], "config")
+        self.assertEqual(report["layers"], ["dense", "s2", "s2", "s2"])
+        self.assertEqual(report["tokens_per_step"], 8192)
+        # Per layer: q, o 256 x 256, k, v 128 x 256; three of 704 x 256; two norms of 256.
+        layer = {"attention": 2 * 256 * 256 + 2 * 128 * 256, "feed_forward": 3 * 704 * 256}
+        parts = report["parameters_by_part"]
+        self.assertEqual(parts["attention"], 4 * layer["attention"])
+        self.assertEqual(parts["feed_forward"], 4 * layer["feed_forward"])
+        self.assertEqual(parts["norms"], 9 * 256)
+        self.assertEqual(parts["embedding"], 320 * 256)
+        self.assertEqual(parts["output"], 320 * 256)
+        self.assertEqual(report["parameters"], sum(parts.values()))
+        dense, s2 = report["mixers"]
+        self.assertEqual(dense["density"], 1.0)
+        self.assertEqual(dense["block_density"], 1.0)
+        self.assertEqual(s2["coverage"], 1.0)
+        self.assertEqual(s2["layers"], [1, 2, 3])
+        self.assertEqual([head["kv_heads"] for head in s2["heads"]], [[0], [1], [2], [3]])
+        self.assertAlmostEqual(report["mean_density"], (1 + 3 * s2["density"]) / 4)
+
+    def test_every_preset(self):
+        for folder in ("", "presets"):
+            for name in os.listdir(preset(folder)):
+                if name.endswith(".textproto"):
+                    report = self.succeed_json("inspect", preset(os.path.join(folder, name)))
+                    self.assertGreater(report["parameters"], 10**6, name)
+
+    def visible(self, kind, head, q, k):
+        """The patterns of TINY, written down again."""
+        if kind == "both":
+            return True
+        if k > q or kind == "dense":
+            return k <= q
+        if kind == "w":
+            return q - k < 100 or k < 4
+        return q // 16 - k // 16 < 2 or (k // 16 + head) % 2 == 0
+
+    def test_densities_and_pictures_against_every_pair(self):
+        self.write_tiny()
+        length = 200
+        report = self.succeed_json("inspect", "tiny.textproto", "--length", str(length))
+        self.assertEqual([m["name"] for m in report["mixers"]], ["dense", "both", "w", "s2"])
+        for mixer in report["mixers"]:
+            kind, pairs = mixer["name"], 0
+            for head in (0, 1):
+                seen = [[self.visible(kind, head, q, k) for k in range(length)]
+                        for q in range(length)]
+                pairs += sum(map(sum, seen))
+                picture = next(h["picture"] for h in mixer["heads"] if head in h["kv_heads"])
+                self.assertEqual(picture, self.draw(seen), f"{kind} {head}")
+            whole = length**2 if kind == "both" else length * (length + 1) // 2
+            self.assertAlmostEqual(mixer["density"], pairs / 2 / whole, msg=kind)
+            self.assertEqual(mixer["visible_pairs"], pairs, kind)
+            self.assertEqual(mixer["coverage"], 1.0 if kind == "s2" else None, kind)
+
+    def draw(self, seen):
+        text, n = "", len(seen)
+        for q in range(0, n, 64):
+            for k in range(0, n, 64):
+                cell = [v for row in seen[q:q + 64] for v in row[k:k + 64]]
+                text += "#" if all(cell) else "+" if any(cell) else "."
+            text += "\n"
+        return text
+
+    def test_text_has_density_coverage_and_picture(self):
+        text = self.succeed("inspect", preset("quickstart.textproto"))
+        self.assertIn("stride_blocks: 4", text)  # the resolved configuration
+        self.assertIn("phase: DOCUMENT", text)  # with its defaults
+        self.assertIn("density         1.0000", text)
+        self.assertIn("coverage        1.0000", text)
+        self.assertIn("    #...#...#...#.###+", text)
+
+    def test_set_changes_the_pattern(self):
+        change = "model.mixer[s2].softmax.s2.stride_blocks=2"
+        before = self.succeed_json("inspect", preset("quickstart.textproto"))
+        after = self.succeed_json("inspect", preset("quickstart.textproto"), "--set", change)
+        self.assertIn("stride 2", after["mixers"][1]["pattern"])
+        self.assertGreater(after["mixers"][1]["density"], before["mixers"][1]["density"] + 0.1)
+        self.assertIn("stride_blocks: 2", after["resolved"])
+        self.fail("inspect", preset("quickstart.textproto"), "--set",
+                  "model.mixer[s2].softmax.s2.stride_blocks=5", mentions=["stride_blocks", "5"])
+
+    def test_long_s2_rows_are_labelled(self):
+        text = self.succeed("inspect", preset("quickstart.textproto"), "--length", "131072")
+        self.assertIn("the first 3,072 tokens, a cell is 64 tokens", text)
+        self.assertIn("131,072 tokens, a cell is about 2730 tokens", text)
+        for line in text.splitlines():
+            if set(line) <= set(" #+.") and line.strip():
+                self.assertLessEqual(len(line.strip()), 48)
+
+    def test_png(self):
+        self.succeed("inspect", preset("quickstart.textproto"), "--png", "p.png")
+        with open(os.path.join(self.folder, "p.png"), "rb") as file:
+            data = file.read()
+        self.assertEqual(data[:8], b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", data[16:24])
+        # Four heads side by side, two mixers, 32 cells of 12 pixels, frames of 1, margins of 12.
+        self.assertEqual((width, height), (4 * (32 * 12 + 2 + 12) + 12, 2 * (32 * 12 + 2 + 12) + 12))
+        self.fail("inspect", preset("quickstart.textproto"), "--png", "none/p.png",
+                  mentions=["none/p.png"])
+
+    def test_bad_target(self):
+        self.fail("inspect", "nothing-here",
+                  mentions=["nothing-here", "checkpoint directory", "run directory",
+                            "dataset prefix", "configuration file"])
+        self.fail("inspect", self.folder, mentions=[self.folder, "dataset prefix"])
+        self.fail("inspect", "missing.textproto", mentions=["missing.textproto"])
+
+    def test_useless_options_are_refused(self):
+        self.fail("inspect", preset("quickstart.textproto"), "--no-verify",
+                  mentions=["--no-verify"])
+        self.assertEqual(
+            cli_support.run("inspect", preset("quickstart.textproto"), "--length", "0").returncode,
+            2)
+
+
+class TrainedTest(CliTest):
+    """A dataset and a run of two steps."""
+
+    def setUp(self):
+        super().setUp()
+        self.texts = ["naïve text\n", "x" * 300, "third document\t"]
+        os.mkdir(os.path.join(self.folder, "text"))
+        for i, text in enumerate(self.texts):
+            with open(os.path.join(self.folder, "text", f"{i}.txt"), "w",
+                      encoding="utf-8", newline="") as file:
+                file.write(text)
+        self.succeed("prepare", "text", "--tokenizer", "byte", "--out", "corpus")
+
+    def damage(self, name, offset):
+        with open(os.path.join(self.folder, name), "r+b") as file:
+            file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+
+    def test_dataset(self):
+        lengths = [len(text.encode()) + 1 for text in self.texts]  # and the end-of-text id
+        report = self.succeed_json("inspect", "corpus")
+        self.assertEqual(report["kind"], "dataset")
+        self.assertEqual(report["documents"], 3)
+        self.assertEqual(report["sequences"], 3)
+        self.assertEqual(report["tokens"], sum(lengths))
+        self.assertEqual(report["dtype"], "u16")
+        self.assertEqual(report["shortest_document"], min(lengths))
+        self.assertEqual(report["longest_document"], max(lengths))
+        self.assertAlmostEqual(report["mean_document"], sum(lengths) / 3)
+        self.assertEqual(report["sidecar"]["tokenizer"], "byte")
+        self.assertEqual(report["sidecar"]["fingerprint"], report["fingerprint"])
+        self.assertTrue(report["sidecar_fits"])
+        self.assertTrue(report["text"].startswith(self.texts[0] + "<|eot|>xxx"), report["text"])
+        size = sum(os.path.getsize(os.path.join(self.folder, "corpus" + end))
+                   for end in (".bin", ".idx"))
+        self.assertEqual(report["verified_bytes"], size)
+        text = self.succeed("inspect", "corpus")
+        self.assertIn(f"verified {size} bytes", text)
+        self.assertIn('"naïve text\\n', text)
+
+    def test_damaged_dataset(self):
+        self.damage("corpus.bin", 5)
+        self.fail("inspect", "corpus", mentions=["corpus.bin"])
+        report = self.succeed_json("inspect", "corpus", "--no-verify")
+        self.assertIsNone(report["verified_bytes"])
+        self.assertIsNone(report["text"])  # the flipped bit left the byte tokenizer's ids
+        self.assertIn("cannot be decoded", self.succeed("inspect", "corpus", "--no-verify"))
+        os.remove(os.path.join(self.folder, "corpus.idx"))
+        self.fail("inspect", "corpus", mentions=["corpus.idx"])
+
+    def test_dataset_without_sidecar(self):
+        os.remove(os.path.join(self.folder, "corpus.json"))
+        report = self.succeed_json("inspect", "corpus")
+        self.assertIsNone(report["sidecar"])
+        self.assertIsNone(report["verified_bytes"])
+        self.assertIn("no sidecar", self.succeed("inspect", "corpus"))
+
+    def test_sidecar_of_other_data(self):
+        with open(os.path.join(self.folder, "text", "0.txt"), "a", encoding="utf-8") as file:
+            file.write("more")
+        self.succeed("prepare", "text", "--tokenizer", "byte", "--out", "other")
+        os.replace(os.path.join(self.folder, "other.json"),
+                   os.path.join(self.folder, "corpus.json"))
+        self.fail("inspect", "corpus", mentions=["corpus.bin", "sidecar"])
+        report = self.succeed_json("inspect", "corpus", "--no-verify")
+        self.assertFalse(report["sidecar_fits"])
+
+    def test_options_that_mean_nothing_for_a_dataset(self):
+        for option in (["--png", "p.png"], ["--length", "64"], ["--set", "run.steps=1"]):
+            self.fail("inspect", "corpus", *option, mentions=[option[0], "corpus"])
+
+    def test_checkpoint(self):
+        with open(os.path.join(self.folder, "tiny.textproto"), "w", encoding="utf-8") as file:
+            file.write(TINY)
+        self.succeed("train", "tiny.textproto", "--run-dir", "run")
+        step = os.path.join("run", "checkpoints", "step_00000002")
+        size = sum(os.path.getsize(os.path.join(self.folder, step, name))
+                   for name in os.listdir(os.path.join(self.folder, step)))
+        for target in ("run", os.path.join("run", "checkpoints"), step):
+            report = self.succeed_json("inspect", target)
+            self.assertEqual(report["kind"], "checkpoint")
+            self.assertEqual(report["step"], 2, target)
+            self.assertEqual(report["verified_bytes"], size)
+            self.assertEqual((report["dp"], report["cp"]), (1, 1))
+        self.assertEqual(report["identity"]["run.context_length"], "256")
+        self.assertEqual(report["samples_consumed"], 4)
+        tensors = {t["name"]: t for t in report["tensors"]}
+        embedding = tensors["weights/model.embed_tokens.weight"]
+        self.assertEqual(embedding["shape"], [320, 32])
+        self.assertEqual(embedding["dtype"], "f32")
+        self.assertEqual(embedding["bytes"], 320 * 32 * 4)
+        weights = report["totals"]["weights"]
+        self.assertEqual(weights["elements"], report["config"]["parameters"])
+        self.assertEqual(weights["bytes"], 4 * weights["elements"])
+        self.assertEqual(len(report["config"]["mixers"]), 4)
+        self.assertIn("steps: 2", report["config"]["resolved"])
+        self.assertEqual(self.succeed_json("inspect", os.path.join(
+            "run", "checkpoints", "step_00000001"))["step"], 1)
+        text = self.succeed("inspect", "run")
+        self.assertIn(f"verified {size} bytes", text)
+        self.assertIn("weights/model.embed_tokens.weight", text)
+        self.assertIn("f32[320, 32]", text)
+        self.fail("inspect", "run", "--set", "run.steps=9", mentions=["--set", "run"])
+
+        shard = os.path.join(step, "shard_00000.binpb")
+        self.damage(shard, -100)
+        self.fail("inspect", step, mentions=["shard_00000.binpb"])
+        self.assertIsNone(self.succeed_json("inspect", step, "--no-verify")["verified_bytes"])
+        os.remove(os.path.join(self.folder, shard))
+        self.fail("inspect", step, "--no-verify", mentions=["shard_00000.binpb"])
+        os.remove(os.path.join(self.folder, step, "manifest.binpb"))
+        self.fail("inspect", step, mentions=["step_00000002"])
+
+
+if __name__ == "__main__":
+    cli_support.main()
