@@ -46,7 +46,7 @@ ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
                                                const Tensor& k, const Tensor& v,
                                                const ops::AttentionOptions& options) {
   CheckOperands(comm, plan, q, k, v);
-  TraceScope scope(ctx.trace(), "attention");
+  TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
   if (plan.stages.size() == 1 && plan.ranks == 1) {
     ops::AttentionOptions whole = options;
     whole.round_output = true;
@@ -65,7 +65,7 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
                                                const ContextAttentionResult& saved,
                                                const ops::AttentionOptions& options) {
   CheckOperands(comm, plan, q, k, v);
-  TraceScope scope(ctx.trace(), "attention");
+  TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
   const DType sum = AccumulatorOf(q.dtype());
   Tensor dq = ctx.Zeros(q.shape(), sum);
   Tensor dkv = ctx.Zeros({2, k.dim(0), k.dim(1), k.dim(2)}, sum);
