@@ -124,6 +124,34 @@ class ConfigTest(CliTest):
             if set(line) <= set(" #+.") and line.strip():
                 self.assertLessEqual(len(line.strip()), 48)
 
+    def test_documented_pictures_and_densities(self):
+        with open(os.path.join(cli_support.REPOSITORY, "docs", "attention.md"),
+                  encoding="utf-8") as file:
+            text = file.read()
+        window = ["--set", "model.mixer[dense].softmax.window.window=200",
+                  "--set", "model.mixer[dense].softmax.window.sinks=70"]
+        local = ["--set", "model.mixer[s2].softmax.s2.local_blocks=3"]
+        for sets, mixer in (([], 0), (window, 0), (local, 1)):
+            report = self.succeed_json("inspect", preset("quickstart.textproto"), "--length",
+                                       "1024", *sets)
+            pictures = [h["picture"].splitlines() for h in report["mixers"][mixer]["heads"]]
+            rows = ["    ".join(row) for row in zip(*pictures[:2])]
+            self.assertIn("```\n" + "\n".join(rows) + "\n```", text, report["mixers"][mixer])
+            for argument in sets[1::2]:
+                self.assertIn(argument, text)
+        columns = {8192: ("0.758", "0.324"), 131072: ("0.0625", "0.138")}
+        for length, cells in columns.items():
+            report = self.succeed_json(
+                "inspect", preset("quickstart.textproto"), "--length", str(length),
+                "--set", "model.num_kv_heads=8",
+                "--set", "model.mixer[dense].softmax.window.window=4096",
+                "--set", "model.mixer[dense].softmax.window.sinks=64",
+                "--set", "model.mixer[s2].softmax.s2.local_blocks=16",
+                "--set", "model.mixer[s2].softmax.s2.stride_blocks=8")
+            for mixer, cell in zip(report["mixers"], cells):
+                self.assertIn(f"| {cell} |", text)
+                self.assertAlmostEqual(mixer["density"], float(cell), delta=6e-4)
+
     def test_png(self):
         self.succeed("inspect", preset("quickstart.textproto"), "--png", "p.png")
         with open(os.path.join(self.folder, "p.png"), "rb") as file:
