@@ -14,7 +14,7 @@ Context WithThreads(int threads) {
 
 AttentionCase SmallCase(DType dtype) {
   const auto documents =
-      std::make_shared<ops::Documents>(ops::Documents::FromEnds(400, {{150, 400}}));
+      std::make_shared<ops::Documents>(ops::Documents::FromEnds(300, {{150, 300}}));
   const auto all = ops::BlockList::All(*documents);
   return {.mask_case = {.pattern = {"causal", ops::AttentionPattern::Causal()},
                         .documents = {"two", documents},
@@ -36,7 +36,7 @@ TEST(AttentionThreadsTest, SameBitsForAnyNumberOfThreads) {
       if (!entry.rejects({dtype, c.heads(), c.mask_case.kv_heads, c.dim}).empty()) continue;
       Context one = WithThreads(1);
       const AttentionRun want = RunAttention(one, c, in, entry.name);
-      for (const int threads : {2, 3, 5}) {
+      for (const int threads : {2, 5}) {
         Context many = WithThreads(threads);
         const AttentionRun run = RunAttention(many, c, in, entry.name);
         EXPECT_EQ(run.o, want.o) << entry.name << " " << threads;
@@ -55,8 +55,8 @@ TEST(AttentionThreadsTest, ProgressRunsBetweenTasks) {
   ctx.SetProgress([&] { ++calls; });
   const AttentionCase c = SmallCase(DType::kF32);
   RunAttention(ctx, c, MakeInputs(c), "");
-  // 7 blocks x 3 kv heads: one task each in forward, in dK/dV and in dQ.
-  EXPECT_GE(calls, 3 * 7 * 3);
+  // 5 blocks x 3 kv heads: one task each in forward, in dK/dV and in dQ.
+  EXPECT_GE(calls, 3 * 5 * 3);
 }
 
 }  // namespace
