@@ -12,8 +12,9 @@ namespace longspan::parallel {
 // srun) started the process; a plain run gets the `self` communicator and makes no MPI call.
 //
 //   auto job = Bootstrap::Start();
-//   Train(job->world());
-//   job->Finish();
+//   const int status = Command(job->world());  // catches what all ranks found: message, status 2
+//   job->Finish();                             // an exception that gets here first: Abort, status 3
+//   return status;
 //
 // Errors   CommError when MPI lacks MPI_THREAD_MULTIPLE, or when the launcher announced another
 //          number of ranks than the MPI library sees (they belong to different MPIs)

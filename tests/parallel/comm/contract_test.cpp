@@ -53,7 +53,7 @@ int64_t Mismatch(const Tensor& t, F&& expected) {
 }
 
 // Lengths around the piece sizes of the implementations, and none at all. In bytes, the last is
-// several pieces of the MPI communicator under test (1 MiB there) and of the local one.
+// several pieces of the MPI communicator under test (256 KiB there) and of the local one.
 constexpr int64_t kLengths[] = {0, 1, 7, 1023, 65537, 300001};
 
 class CommContract : public testing::TestWithParam<Harness> {
@@ -149,8 +149,8 @@ TEST_P(CommContract, ReductionsGiveTheSameBitsOnAllRanksAndAgain) {
 
 template <class T>
 void CheckAllGather(Communicator& comm, Context& ctx) {
-  for (int64_t n : kLengths) {
-    SCOPED_TRACE(Str(ToString(DTypeOf<T>()), "[", n, "]"));
+  for (int64_t n : {0, 1, 7, 1023, 65537}) {
+    SCOPED_TRACE(Str(ToString(DTypeOf<T>()), "[", n, ", 3]"));
     auto fill = [&](Tensor t) {
       T* data = t.data<T>();
       for (int64_t i = 0; i < n * 3; ++i) data[i] = T(Value<float>(comm.rank(), i));

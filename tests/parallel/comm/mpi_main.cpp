@@ -33,7 +33,7 @@ int main(int argc, char** argv) {
   using longspan::test::job;
   testing::InitGoogleTest(&argc, argv);
   longspan::parallel::MpiOptions options;
-  options.piece_bytes = 1 << 20;  // so that small tests have messages of several pieces
+  options.piece_bytes = 1 << 18;  // so that small tests have messages of several pieces
   job = longspan::parallel::Bootstrap::Start(options);
   if (!job->launched()) {
     std::fprintf(stderr, "%s: run me under launch/mpirun.sh\n", argv[0]);

@@ -121,7 +121,7 @@ TEST(MpiTest, AWaitThatTakesTooLongNamesTheOperation) {
 TEST(MpiTest, ALargeReductionIsPutTogetherFromItsPieces) {
   Communicator& world = Job().world();
   Context ctx;
-  constexpr int64_t kN = (9 << 20) + 3;  // 36 pieces of 1 MiB and a rest
+  constexpr int64_t kN = (9 << 20) + 3;  // 144 pieces and a rest
   Tensor t = ctx.Empty({kN}, DType::kF32);
   float* data = t.data<float>();
   for (int64_t i = 0; i < kN; ++i) data[i] = static_cast<float>(i % 1021 + world.rank());
