@@ -194,8 +194,9 @@ TEST(EventWriterTest, WritesFramedEventsInANewFileEachTime) {
 
   second.Write(Sample(11));
   second.Write(EvalMetrics{11, "validation_loss", 2.25});
+  second.Write(EvalMetrics{11, "accuracy", 0});
   const std::vector<metrics::Event> events = ReadEvents(second.path());
-  ASSERT_EQ(events.size(), 4u);
+  ASSERT_EQ(events.size(), 5u);
   EXPECT_EQ(events[0].file_version(), "brain.Event:2");
   EXPECT_EQ(events[0].source_metadata().writer(), "longspan");
   EXPECT_EQ(events[1].session_log().status(), metrics::SessionLog::START);
@@ -210,6 +211,7 @@ TEST(EventWriterTest, WritesFramedEventsInANewFileEachTime) {
   EXPECT_EQ(scalars.size(), 8u);
   EXPECT_EQ(events[3].summary().value(0).tag(), "eval/validation_loss");
   EXPECT_EQ(events[3].summary().value(0).simple_value(), 2.25f);
+  EXPECT_TRUE(events[4].summary().value(0).has_simple_value()) << "a zero is a point, too";
 }
 
 // Everything that a stream got so far.
