@@ -133,6 +133,13 @@ TEST(BenchCasesTest, SmallVersionsKeepTheKindsOfBlocks) {
         EXPECT_NE(picture.find('+'), std::string::npos) << name << "\n" << picture;
         EXPECT_NE(last_row.find('.'), std::string::npos) << name << "\n" << picture;
       }
+      // Right of the sinks' column the window must have whole blocks of its own, in the last row of
+      // 64 queries.
+      if (c.pattern.kind == ops::PatternKind::kWindow) {
+        const size_t width = picture.find('\n') + 1;
+        const std::string row = picture.substr(picture.size() - 2 * width, width);
+        EXPECT_NE(row.find('#', 2), std::string::npos) << name << "\n" << picture;
+      }
       if (c.document_tokens > 0) {
         EXPECT_LT(c.document_tokens, c.tokens / 2) << name;
       }

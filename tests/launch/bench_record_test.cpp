@@ -94,6 +94,7 @@ TEST(BenchOperandsTest, DifferenceSeesOneWrongRowAndNan) {
   EXPECT_THROW(RequireAgreement("case_x", "fast", "o", RelativeDifference(a, b), DType::kF32),
                Error);
   b.data<float>()[0] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(RelativeDifference(a, b), std::numeric_limits<double>::infinity());
   EXPECT_THROW(RequireAgreement("case_x", "fast", "o", RelativeDifference(a, b), DType::kF64),
                Error);
 }
