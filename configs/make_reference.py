@@ -38,15 +38,15 @@ optimizer { adamw { lr: 1e-3 } }
 schedule { cosine { warmup_steps: 40 } }
 ```
 
-**Checking.** A file is checked before anything is allocated. Unknown fields, absent required values,
-values out of range and combinations that cannot work are reported together, one per line, as
-`file:line: field: what is wrong (what would be right)`. Text that does not parse reports its first
-place, as `file:line:column`.
+**Checking.** A file is checked before anything is allocated. Unknown fields, absent required
+values, values out of range and combinations that cannot work are reported together, one per line,
+as `file:line: field: what is wrong (what would be right)`. Text that does not parse reports its
+first place, as `file:line:column`.
 
-**Overriding.** `--set path.to.field=value` changes or adds a value after the file is read; it can be
-given several times. Texts need no quotes. An element of a list is addressed by its name if it has
-one, else by its position from 0. Setting a field of an alternative chooses that alternative, and an
-alternative without fields is chosen with `={}`:
+**Overriding.** `--set path.to.field=value` changes or adds a value after the file is read; it can
+be given several times. Texts need no quotes. An element of a list is addressed by its name if it
+has one, else by its position from 0. Setting a field of an alternative chooses that alternative,
+and an alternative without fields is chosen with `={}`:
 
 ```
 --set run.steps=1000
@@ -56,8 +56,8 @@ alternative without fields is chosen with `={}`:
 --set model.mixer[s2].softmax.causal={}
 ```
 
-**Saved form.** A run keeps its configuration with every default written out as `config.textproto` in
-the run directory.
+**Saved form.** A run keeps its configuration with every default written out as `config.textproto`
+in the run directory.
 
 In the tables, a default of *required* means that the file must give the value, and a group marked
 *choice* is one of several of which exactly one is given.
@@ -174,7 +174,8 @@ def render(group, path, groups, shared_enums, out):
         meaning = field["comment"].replace("|", "\\|")
         if field["type"] in enums:
             meaning += "".join(f" `{name}`: {text}" for name, text in enums[field["type"]])
-        out.append(f"| `{field['name']}` | {default(field)} | {allowed(field, enums)} | {meaning} |")
+        name = f"`{field['name']}`"
+        out.append(f"| {name} | {default(field)} | {allowed(field, enums)} | {meaning} |")
         if field["type"] in groups:
             name = field["name"] + ("[]" if field["label"] == "repeated " else "")
             below.setdefault(field["type"], []).append(f"{path}.{name}" if path else name)
