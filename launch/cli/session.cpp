@@ -64,6 +64,7 @@ int RunSession(const std::function<void(parallel::Bootstrap&)>& body) {
   std::fprintf(stderr, "longspan: error on rank %d: %s\n", job->rank(), error.c_str());
   std::fflush(stderr);
   job->world().Abort(error);
+  return kAllFailed;  // not reached: Abort ends the process
 }
 
 }  // namespace longspan::launch

@@ -10,7 +10,7 @@
 namespace longspan {
 
 struct ContextOptions {
-  Device device;
+  Device device{};
   int threads = 0;             // host threads for kernels; 0 = all cores of the process
   bool deterministic = true;   // same bits for the same layout; CPU kernels always are
   bool poison_buffers = kPoisonDefault;  // fill fresh memory with NaN bytes

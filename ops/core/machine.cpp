@@ -1,7 +1,6 @@
 #include "ops/core/machine.h"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <vector>
@@ -29,20 +28,25 @@ float PortableFmaLoop(long iterations) {
   return sum;
 }
 
-// Runs `loop` on all threads until `seconds` have passed; best rate over rounds, in GFLOP/s.
+// Runs `loop` on all threads at once for `seconds`. The sum over threads of each one's best rate, in
+// GFLOP/s: rounds in which a thread had to share its core with other processes do not count.
 double BestRate(Context& ctx, double seconds, double flops_per_iteration, float (*loop)(long)) {
-  constexpr long kIterations = 200000;
-  std::vector<float> sink(static_cast<size_t>(ctx.threads()));
-  double best = 0;
-  const auto start = Clock::now();
-  while (Seconds(start) < seconds) {
-    const auto round = Clock::now();
-    ParallelFor(ctx, ctx.threads(), [&](int64_t i, int) {
-      sink[static_cast<size_t>(i)] += loop(kIterations);
-    });
-    best = std::max(best, ctx.threads() * kIterations * flops_per_iteration / Seconds(round));
-  }
-  return best * 1e-9;
+  constexpr long kIterations = 50000;
+  const size_t threads = static_cast<size_t>(ctx.threads());
+  std::vector<float> sink(threads);
+  std::vector<double> best(threads);
+  ParallelFor(ctx, ctx.threads(), [&](int64_t i, int) {
+    const size_t t = static_cast<size_t>(i);
+    const auto start = Clock::now();
+    while (Seconds(start) < seconds) {
+      const auto round = Clock::now();
+      sink[t] += loop(kIterations);
+      best[t] = std::max(best[t], kIterations * flops_per_iteration / Seconds(round));
+    }
+  });
+  double sum = 0;
+  for (double rate : best) sum += rate;
+  return sum * 1e-9;
 }
 
 double CopyRate(Context& ctx, double seconds) {

@@ -15,7 +15,10 @@ float DotLoop(long iterations) {
   }
   __m512 sum = a[0];
   for (int i = 1; i < 24; ++i) sum = _mm512_add_ps(sum, a[i]);
-  return _mm512_reduce_add_ps(sum);
+  float lanes[16], total = 0;
+  _mm512_storeu_ps(lanes, sum);
+  for (float lane : lanes) total += lane;
+  return total;
 }
 
 }  // namespace longspan::avx512_bf16
