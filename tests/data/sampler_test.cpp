@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <numeric>
 #include <set>
@@ -218,6 +219,8 @@ void CheckEpoch(const RowSampler& sampler, int64_t epoch, int64_t length, bool m
     const Row row = sampler.Get(epoch * rows + r);
     ASSERT_EQ(static_cast<int64_t>(row.tokens.size()), length);
     ASSERT_EQ(row.doc_ends.back(), length);
+    ASSERT_TRUE(std::adjacent_find(row.doc_ends.begin(), row.doc_ends.end(),
+                                   std::greater_equal<>()) == row.doc_ends.end());
     int64_t position = 0;
     for (size_t i = 0; i < row.tokens.size(); ++i) {
       const int32_t id = row.tokens[i];
@@ -318,6 +321,8 @@ TEST_F(RowSamplerTest, SameContentInTwoSourcesIsShuffledDifferently) {
     sides[mixture.Find(i).source].push_back(sampler.Get(i).tokens);
   }
   ASSERT_EQ(sides[0].size(), sides[1].size());
+  // Not only in another order: other documents meet in a row.
+  for (auto& side : sides) std::sort(side.begin(), side.end());
   EXPECT_NE(sides[0], sides[1]);
 }
 
