@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdio>
 
+#include "parallel/comm/bootstrap.h"
 #include "trainer/checkpoint/directory.h"
 #include "trainer/checkpoint/writer.h"
 #include "trainer/metrics/event_writer.h"
@@ -27,7 +28,10 @@ class Reporter {
       : log_every_(options.log_every_steps) {
     jsonl_ = std::make_unique<JsonlSink>(directory.metrics_file(), resumed_step);
     events_ = std::make_unique<EventWriter>(directory.path(), resumed_step);
-    if (!settings.quiet) line_ = std::make_unique<TerminalLine>(stdout, options.steps);
+    if (settings.quiet) return;
+    // Under mpirun stdout is a terminal that mpirun made, whatever the person looks at.
+    line_ = std::make_unique<TerminalLine>(
+        stdout, options.steps, TerminalLine::Options{.terminal = parallel::StdoutIsTerminal()});
   }
   void Step(const StepMetrics& m) {
     jsonl_->Write(m);
@@ -71,8 +75,9 @@ class Run {
     writer.write_bytes_per_second = settings_.checkpoint_bytes_per_second;
     writer_ = std::make_unique<CheckpointWriter>(writer, world_);
     OnRoot([&] {
-      directory_.WriteConfig(settings_.config_text);
+      // First what may refuse the files that are there, then what replaces one.
       reporter_ = std::make_unique<Reporter>(directory_, settings_, options_, resumed_step_);
+      directory_.WriteConfig(settings_.config_text);
       for (const std::string& note : notes_) reporter_->Note(note);
     });
   }
@@ -91,7 +96,7 @@ class Run {
   std::string ClaimAndDecide() {
     std::string checkpoint;
     OnRoot([&] {
-      directory_.Claim();
+      directory_.Claim(settings_.lock_wait);
       CleanLeftovers(directory_.checkpoints());
       const auto decided = DecideResume(directory_, settings_.resume, &notes_);
       if (decided.has_value()) checkpoint = decided->string();
@@ -225,7 +230,7 @@ RunSummary Run::Loop() {
   bool stop = false;
   while (trainer_->step() < options_.steps && !stop) {
     const auto start = Clock::now();
-    const StepResult r = trainer_->Step(Wish());
+    const StepResult r = trainer_->Step([this] { return Wish(); });
     Report(r, Seconds(start));
     stop = r.stop_requested;
     writer_->Poll();

@@ -1,4 +1,5 @@
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -17,6 +18,8 @@ struct RunSettings {
   std::string resume = "auto";
   std::string init_from;    // a checkpoint or run directory whose weights a new run starts from
   std::string config_text;  // resolved configuration, saved with the run
+  // How long to wait for another job that holds the run directory: a killed one needs some seconds.
+  std::chrono::milliseconds lock_wait = std::chrono::seconds(30);
   std::function<bool()> stop_requested;  // polled once a step
   double max_seconds = 0;   // stop, validate and save after this time in steps; 0: no limit
   // For tests that interrupt a save: limits the writer. 0: no limit.

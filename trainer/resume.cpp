@@ -28,7 +28,8 @@ std::optional<std::filesystem::path> DecideResume(const RunDirectory& directory,
       number ? checkpoints / StepDirectoryName(std::stoll(resume)) : std::filesystem::path(resume);
   const std::filesystem::path resolved = ResolveCheckpoint(path);
   const std::string why = WhyNotCommitted(resolved);
-  if (!why.empty()) throw CheckpointError("--resume " + resume + ": " + why);
+  if (!why.empty())
+    throw CheckpointError("--resume " + resume + ": " + why + "; use another checkpoint");
   return resolved;
 }
 

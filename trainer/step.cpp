@@ -21,7 +21,8 @@ TrainStep::TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOption
       store_(store),
       matmul_flops_per_token_(6.0 * static_cast<double>(CountMatmulParameters(options.model))) {}
 
-StepResult TrainStep::Run(data::Loader& loader, int64_t step, StopWish wish) {
+StepResult TrainStep::Run(data::Loader& loader, int64_t step,
+                          const std::function<StopWish()>& wish) {
   auto& buckets = store_.buckets();
   std::vector<Tensor> grads;
   for (Bucket& b : buckets) grads.push_back(b.grad);
@@ -45,8 +46,9 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step, StopWish wish) {
     s[kPairs] += prepared->attention_pairs;
     tape.Backward();
   }
-  s[kSignals] = wish == StopWish::kSignal ? 1 : 0;
-  s[kTimeUp] = wish == StopWish::kTimeUp ? 1 : 0;
+  const StopWish mine = wish ? wish() : StopWish::kNone;
+  s[kSignals] = mine == StopWish::kSignal ? 1 : 0;
+  s[kTimeUp] = mine == StopWish::kTimeUp ? 1 : 0;
   {
     TraceScope scope(ctx_.trace(), "gradient reduction wait");
     reducer.Finish();

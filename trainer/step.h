@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "data/loader.h"
 #include "parallel/mesh/device_mesh.h"
@@ -35,8 +36,9 @@ class TrainStep {
   TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options,
             ParameterStore& store);
 
-  // `step` counts from 0 and decides learning rate and bias correction.
-  StepResult Run(data::Loader& loader, int64_t step, StopWish wish);
+  // `step` counts from 0 and decides learning rate and bias correction. `wish` is asked when the
+  // step's gradients are done, so that a long step in which the wish comes up is the last one.
+  StepResult Run(data::Loader& loader, int64_t step, const std::function<StopWish()>& wish);
 
  private:
   void Update(int64_t step, double lr, double grad_scale);

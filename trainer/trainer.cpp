@@ -138,7 +138,7 @@ void Trainer::StartLoader() {
   loader_ = std::make_unique<data::Loader>(std::move(o));
 }
 
-StepResult Trainer::Step(StopWish wish) {
+StepResult Trainer::Step(const std::function<StopWish()>& wish) {
   if (loader_ == nullptr) StartLoader();
   const StepResult result = train_step_.Run(*loader_, step_, wish);
   ++step_;

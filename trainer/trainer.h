@@ -28,8 +28,8 @@ class Trainer {
   ParameterStore& parameters() { return store_; }
   const TrainOptions& options() const { return options_; }
 
-  // Throws Error when more steps have been skipped than the policy allows.
-  StepResult Step(StopWish wish = StopWish::kNone);
+  // Throws Error when more steps have been skipped than the policy allows. `wish`: see TrainStep.
+  StepResult Step(const std::function<StopWish()>& wish = nullptr);
   // Mean validation loss; only with validation data.
   EvaluationLoss Evaluate();
 

@@ -1,3 +1,5 @@
+#include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -23,6 +25,7 @@ struct TrainArguments {
   std::vector<std::string> sets;
   trainer::RunSettings run;
   double max_minutes = 0;
+  double lock_wait_seconds = 30;
   bool json = false;
 };
 
@@ -69,9 +72,10 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
   std::printf("%s at step %lld: loss %.4f", s.stopped ? "stopped and saved" : "done",
               static_cast<long long>(s.step), s.last_loss);
   if (s.validation_loss.has_value()) std::printf(", validation loss %.4f", *s.validation_loss);
-  std::printf(" nats/token; %.0f tokens/s, %.0f %% of the time in attention, %.0f %% waiting for "
-              "other ranks",
-              s.tokens_per_s, 100 * s.attention_share, 100 * s.wait_share);
+  std::printf(
+      " nats/token; %.0f tokens/s, %.0f %% of the time in attention, %.0f %% waiting for "
+      "other ranks",
+      s.tokens_per_s, 100 * s.attention_share, 100 * s.wait_share);
   if (s.skipped_steps > 0) {
     std::printf("; %lld steps skipped", static_cast<long long>(s.skipped_steps));
   }
@@ -87,6 +91,7 @@ void Train(parallel::Bootstrap& job, TrainArguments a) {
   a.run.config_text = loaded.resolved_text();
   a.run.stop_requested = StopRequested;
   a.run.max_seconds = 60 * a.max_minutes;
+  a.run.lock_wait = std::chrono::milliseconds(std::llround(1e3 * a.lock_wait_seconds));
   if (a.json) a.run.quiet = true;
 
   parallel::CountingCommunicator world(job.world());
@@ -129,6 +134,10 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
       ->add_option("--max-minutes", a->max_minutes,
                    "Stop, validate and save after this much time in steps (0 = no limit)")
       ->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--lock-wait", a->lock_wait_seconds,
+                   "Seconds to wait for another job to leave the run directory (default 30)")
+      ->check(CLI::Range(0.0, 1e6));
   command->add_flag("--json", a->json, "Print one JSON object at the end and no progress");
   command
       ->add_option("--checkpoint-bytes-per-second", a->run.checkpoint_bytes_per_second,

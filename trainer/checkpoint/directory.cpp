@@ -120,7 +120,8 @@ std::filesystem::path ResolveCheckpoint(const std::filesystem::path& path) {
     }
   }
   throw CheckpointError(Str("there is no checkpoint at ", path.string(),
-                            known.empty() ? "" : "; these exist: " + known));
+                            known.empty() ? "; give a run directory or one of its checkpoints"
+                                          : "; these exist: " + known));
 }
 
 void CleanLeftovers(const std::filesystem::path& directory) {

@@ -109,8 +109,12 @@ CheckpointReader::~CheckpointReader() = default;
 CheckpointReader CheckpointReader::Open(const std::filesystem::path& path) {
   auto state = std::make_unique<State>();
   state->path = path;
-  state->manifest = ReadManifest(path);
-  CheckFiles(path, state->manifest);
+  try {
+    state->manifest = ReadManifest(path);
+    CheckFiles(path, state->manifest);
+  } catch (const CheckpointError& error) {
+    throw CheckpointError(Str(error.what(), "; use another checkpoint"));
+  }
   state->info = InfoOf(state->manifest);
   for (const checkpoint::Tensor& tensor : state->manifest.tensors()) {
     state->entries.push_back(EntryOf(tensor));
@@ -162,12 +166,17 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
         Str(name, " is ", Requested(*named).Describe(), " in the model and not in the checkpoint"));
   }
   if (!differences.empty()) {
+    // A model of another width differs in every tensor; a few of them say as much.
+    constexpr size_t kNamed = 5;
     std::string text;
-    for (const std::string& difference : differences) {
-      text += Str(text.empty() ? "" : "; ", difference);
+    for (size_t i = 0; i < std::min(kNamed, differences.size()); ++i) {
+      text += Str(i == 0 ? "" : "; ", differences[i]);
     }
-    throw CheckpointError(
-        Str("checkpoint ", state_->path.string(), " is of another model: ", text));
+    if (differences.size() > kNamed) {
+      text += Str("; and ", differences.size() - kNamed, " more tensors");
+    }
+    throw CheckpointError(Str("checkpoint ", state_->path.string(), " is of another model: ", text,
+                              "; change the model section or choose another checkpoint"));
   }
   ShardFiles files(state_->path, state_->manifest);
   for (const auto& [index, target] : plan) {

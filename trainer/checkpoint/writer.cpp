@@ -362,7 +362,8 @@ void CheckpointWriter::Abandon(const std::string& reason) {
     try {
       CleanLeftovers(options_.directory);
       const auto latest = FindLatest(options_.directory);
-      outcome = latest ? Str("the newest complete checkpoint is ", latest->string())
+      outcome = latest ? Str("the newest complete checkpoint is ", latest->string(),
+                             "; once the cause is gone, --resume auto continues from it")
                        : "there is no earlier checkpoint";
     } catch (const std::exception& failure) {
       outcome = failure.what();
