@@ -1,0 +1,122 @@
+"""One meaning, many layouts: the same run under mpirun in every layout equals that of one rank.
+
+Without --full: 4 steps in F64, every placement x strategy x pattern at dp x cp = 1 x 2, and 2 x 2
+and 1 x 4 once with each placement and strategy. With --full: 20 steps, F64 and F32, all of 1x1, 2x1,
+1x2, 2x2, 1x4, 4x2. Prints a table and fails when a row is outside its bound:
+
+  F64  losses within 1e-10 relative; weights max|d| <= 1e-10 max|w| for each tensor
+  F32  losses within 1e-5 relative; weights |d|_2 <= 1e-4 |w|_2 for each tensor
+"""
+
+import argparse
+import itertools
+import time
+
+import e2e
+
+PARSER = argparse.ArgumentParser()
+PARSER.add_argument("--full", action="store_true")
+PARSER.add_argument("--precision", default="F64,F32", help="of the full table")
+ARGUMENTS = argparse.Namespace()
+
+PLACEMENTS = ("CONTIGUOUS", "ZIGZAG")
+STRATEGIES = ("RING", "ALL_GATHER")
+WAYS = list(itertools.product(PLACEMENTS, STRATEGIES))
+
+# model.layers and data.document_mask of each pattern. A window that ends inside a block, with sinks;
+# S2 heads that see different blocks.
+MIXERS = """\
+  mixer { name: "dense" softmax { causal {} } }
+  mixer { name: "window" softmax { window { window: 200 sinks: 3 } } }
+  mixer { name: "s2" softmax { s2 { block_size: 64 local_blocks: 1 stride_blocks: 2 } } }
+  layers: "%s"
+"""
+PATTERNS = {
+    "causal": ("dense", "false"),
+    "window": ("window", "false"),
+    "s2": ("s2", "false"),
+    "documents": ("dense s2", "true"),
+}
+BOUNDS = {  # of losses and weights, and what is measured of the weights
+    "F64": (1e-10, 1e-10, "max_difference", "max"),
+    "F32": (1e-5, 1e-4, "norm_difference", "norm"),
+}
+
+
+class LayoutTable(e2e.TestCase):
+    def config_of(self, pattern):
+        layers, documents = PATTERNS[pattern]
+        # Mixers that no layer uses are refused.
+        mixers = "".join(line + "\n" for line in MIXERS.splitlines()
+                         if 'name: "' not in line or line.split('"')[1] in layers.split())
+        lines = [line for line in e2e.CONFIG.splitlines()
+                 if not line.strip().startswith(("mixer {", "layers:"))]
+        text = "\n".join(lines).replace("  ffn_hidden_size: 64\n",
+                                        "  ffn_hidden_size: 64\n" + mixers % layers)
+        text = text.replace("data {\n", f"data {{\n  document_mask: {documents}\n")
+        return self.write(f"{pattern}.textproto", text)
+
+    def run_layout(self, pattern, precision, steps, dp, cp, placement, strategy):
+        run = self.folder / f"{pattern}-{precision}-{dp}x{cp}-{placement}-{strategy}"
+        sets = [f"run.precision={precision}", f"run.steps={steps}", "run.global_batch_tokens=4096",
+                f"parallel.dp={dp}", f"parallel.cp={cp}", f"parallel.placement={placement}",
+                f"parallel.strategy={strategy}", "checkpoint.every_steps=0",
+                f"evaluation.every_steps={steps}"]
+        start = time.monotonic()
+        # One rank goes through mpirun too: the whole table runs the same way.
+        self.run_ok(self.train_arguments(run, sets, config=self.config_of(pattern)), dp * cp)
+        return (e2e.Metrics(run), run / "checkpoints" / f"step_{steps:08d}",
+                time.monotonic() - start)
+
+    def check(self, cases, precision, steps):
+        """cases: (pattern, dp, cp, placement, strategy)."""
+        loss_bound, weight_bound, difference, size = BOUNDS[precision]
+        print(f"\n{precision}, {steps} steps: losses within {loss_bound:g}, weights within "
+              f"{weight_bound:g} ({difference} / {size})\n"
+              f"{'pattern':10} {'dp x cp':8} {'placement':11} {'strategy':11} {'losses':>9} "
+              f"{'weights':>9} {'seconds':>8}", flush=True)
+        failures, count = [], 0
+        for pattern, group in itertools.groupby(cases, key=lambda case: case[0]):
+            one, one_checkpoint, seconds = self.run_layout(pattern, precision, steps, 1, 1,
+                                                           "CONTIGUOUS", "RING")
+            self.assertLess(one.losses()[-1], one.losses()[0], "the model does not learn")
+            print(f"{pattern:10} 1 x 1    reference: loss {one.losses()[0]:.6f} -> "
+                  f"{one.losses()[-1]:.6f} {seconds:24.1f}", flush=True)
+            for _, dp, cp, placement, strategy in group:
+                got, checkpoint, seconds = self.run_layout(pattern, precision, steps, dp, cp,
+                                                           placement, strategy)
+                losses = max(e2e.relative_difference(got.losses(), one.losses()),
+                             e2e.relative_difference(got.evaluations.values(),
+                                                     one.evaluations.values()))
+                weights = max(t[difference] / t[size] if t[size] else float(t[difference] > 0)
+                              for t in self.compare(one_checkpoint, checkpoint, "weights/"))
+                valid = [[s["valid_tokens"] for s in m.steps] for m in (got, one)]
+                good = losses <= loss_bound and weights <= weight_bound and valid[0] == valid[1]
+                row = (f"{pattern:10} {dp} x {cp}    {placement:11} {strategy:11} {losses:9.1e} "
+                       f"{weights:9.1e} {seconds:8.1f}")
+                print(row + ("" if good else "  FAILED"), flush=True)
+                count += 1
+                if not good:
+                    failures.append(row)
+        print(f"{precision}: {count - len(failures)} of {count} layouts within bounds", flush=True)
+        self.assertEqual(failures, [])
+
+    def test_layouts(self):
+        if ARGUMENTS.full:
+            layouts = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 2)]
+            cases = [(pattern, *layout, *way)
+                     for pattern in PATTERNS for layout in layouts for way in WAYS]
+            for precision in ARGUMENTS.precision.split(","):
+                self.check(cases, precision, steps=20)
+            return
+        cases = []
+        for i, pattern in enumerate(PATTERNS):
+            cases += [(pattern, 1, 2, *way) for way in WAYS]
+            # Over the four patterns, each placement and strategy once at 2 x 2 and at 1 x 4.
+            cases += [(pattern, 2, 2, *WAYS[i]), (pattern, 1, 4, *WAYS[-1 - i])]
+        self.check(cases, "F64", steps=4)
+
+
+if __name__ == "__main__":
+    PARSER.parse_known_args(namespace=ARGUMENTS)
+    e2e.main(PARSER)

@@ -1,0 +1,202 @@
+"""What a person relies on: plain runs without MPI, the same curve on two ranks, --init-from, eval,
+inspect, --json, retention, and what may change when a run is resumed."""
+
+import json
+import re
+import shutil
+
+import e2e
+
+F32_LOSS = 1e-5  # relative, between layouts
+
+
+class PlainRunTest(e2e.TestCase):
+    # MPI_Init fails when it finds no daemon to start or is told to use an unknown component.
+    NO_MPI = {"OMPI_MCA_pml": "no_such_component", "PATH": "/nonexistent"}
+
+    def test_mpi_is_left_alone(self):
+        args = self.train_arguments("run", ["run.steps=2", "parallel.cp=1"])
+        result = self.run_ok(args, env=self.NO_MPI)
+        self.assertIn("done at step 2", result.out)
+        self.run_ok(["eval", "run", "--json"], env=self.NO_MPI)
+        # The trap works: the same environment with a launcher's variables ends MPI_Init.
+        launched = {**self.NO_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+        trapped = self.start(self.train_arguments("other", ["parallel.cp=1"]), env=launched).wait()
+        self.assertNotEqual(trapped.code, 0, trapped.describe())
+        self.assertRegex(trapped.err, "MPI|ORTE")
+
+    def test_default_run_directory(self):
+        self.run_ok(["train", self.config, "--set", "parallel.cp=1", "--set", "run.steps=1"])
+        self.assertEqual(len(e2e.Metrics(self.folder / "runs" / "config").steps), 1)
+
+
+class LayoutTest(e2e.TestCase):
+    def test_one_and_two_ranks(self):
+        self.train("one", 0)
+        two = self.train("two", 2)
+        one, got = (e2e.Metrics(self.folder / run) for run in ("one", "two"))
+        self.assertEqual(len(one.steps), 6)
+        self.assertLess(one.losses()[-1], one.losses()[0] - 0.5)
+        self.assertLessEqual(e2e.relative_difference(got.losses(), one.losses()), F32_LOSS)
+        self.assertEqual([s["comm_bytes"] for s in one.steps], [0] * 6)
+        self.assertTrue(all(s["comm_bytes"] > 0 for s in got.steps))
+        # mpirun gives its ranks a terminal of their own; ours is a file.
+        self.assertNotIn("\x1b", two.out)
+        lines = re.findall(r"^step (\d)/6  loss", two.out, re.MULTILINE)
+        self.assertEqual(lines, list("123456"))
+
+
+class CommandsTest(e2e.TestCase):
+    """Commands on one finished run of two ranks."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        (cls.shared / "config.textproto").write_text(e2e.CONFIG)
+        job = e2e.Job(cls.shared, ["train", "config.textproto", "--run-dir", "run", "--json"], 2)
+        cls.trained = job.wait()
+        assert cls.trained.code == 0, cls.trained.describe()
+
+    def setUp(self):
+        super().setUp()
+        self.run_directory = self.folder / "run"
+        shutil.copytree(self.shared / "run", self.run_directory)
+        self.metrics = e2e.Metrics(self.run_directory)
+        self.last = self.run_directory / "checkpoints" / "step_00000006"
+
+    def json_of(self, args, ranks=0):
+        return json.loads(self.run_ok([*args, "--json"], ranks).out)
+
+    def test_train_json(self):
+        summary = json.loads(self.trained.out)
+        self.assertEqual(summary["step"], 6)
+        self.assertFalse(summary["stopped"])
+        self.assertEqual(summary["loss"], self.metrics.losses()[-1])
+        self.assertEqual(summary["validation_loss"], self.metrics.evaluations[6, "validation_loss"])
+        self.assertEqual(self.trained.err, "")
+
+    def test_eval_is_the_validation_of_training(self):
+        expected = self.metrics.evaluations[6, "validation_loss"]
+        args = ["eval", self.run_directory, "--tasks", "loss", "--rows", "4"]
+        two = self.json_of(args, ranks=2)
+        self.assertEqual([(e["task"], e["length"], e["step"], e["rows"]) for e in two],
+                         [("loss", 512, 6, 4)])
+        self.assertEqual(two[0]["value"], expected)
+        one = self.json_of(args)
+        self.assertLessEqual(abs(one[0]["value"] / expected - 1), F32_LOSS)
+        self.assertEqual(one[0]["valid_tokens"], two[0]["valid_tokens"])
+        # An earlier checkpoint is another model; the training set is another text.
+        earlier = self.json_of(["eval", self.last.with_name("step_00000004"), "--rows", "4"])
+        self.assertEqual(earlier[0]["step"], 4)
+        self.assertGreater(earlier[0]["value"], expected + 0.01)
+        other = self.json_of([*args, "--data", "corpus/train"])
+        self.assertNotEqual(other[0]["value"], one[0]["value"])
+
+    def test_eval_at_several_lengths(self):
+        results = self.json_of(["eval", self.last, "--lengths", "256,512", "--rows", "4"], ranks=2)
+        self.assertEqual([r["length"] for r in results], [256, 512])
+        self.assertLess(results[0]["valid_tokens"], results[1]["valid_tokens"])
+
+    def test_inspect(self):
+        report = self.json_of(["inspect", self.last])
+        self.assertEqual((report["kind"], report["step"], report["dp"], report["cp"]),
+                         ("checkpoint", 6, 1, 2))
+        size = sum(path.stat().st_size for path in self.last.iterdir())
+        self.assertEqual(report["verified_bytes"], size)
+        self.assertEqual(self.json_of(["inspect", self.run_directory])["path"], str(self.last))
+        names = [t["name"] for t in report["tensors"]]
+        self.assertIn("weights/model.embed_tokens.weight", names)
+        self.assertEqual(self.json_of(["inspect", self.config])["kind"], "config")
+        dataset = self.json_of(["inspect", "corpus/train"])
+        self.assertEqual(dataset["kind"], "dataset")
+        prepared = {d["prefix"]: d for d in self.prepared["datasets"]}["corpus/train"]
+        self.assertEqual(dataset["tokens"], prepared["tokens"])
+        self.assertIsNone(self.json_of(["inspect", self.last, "--no-verify"])["verified_bytes"])
+
+    def test_bigram(self):
+        bigram = self.json_of(["bigram", "corpus/train", "corpus/validation"])
+        self.assertTrue(1 < bigram["loss"] < 4, bigram)
+
+    def test_init_from(self):
+        """A new run that starts from the weights of another, and only from them."""
+        frozen = ["optimizer.adamw.lr=1e-30", "run.steps=1", "run.seed=8",
+                  "evaluation.every_steps=1"]
+        result = self.train("next", sets=frozen, extra=["--init-from", self.run_directory])
+        self.assertIn(f"weights from {self.last}", result.out)
+        following = self.folder / "next"
+        metrics = e2e.Metrics(following)
+        self.assertEqual([s["step"] for s in metrics.steps], [1])
+        self.assertEqual(metrics.evaluations[1, "validation_loss"],
+                         self.metrics.evaluations[6, "validation_loss"])
+        first = following / "checkpoints" / "step_00000001"
+        for tensor in self.compare(self.last, first, "weights/"):
+            self.assertEqual(tensor["max_difference"], 0, tensor)
+        moments = self.compare(self.last, first, "adamw.m/")
+        self.assertTrue(all(m["max_difference"] > 0 for m in moments))
+        # Without it the run starts anew.
+        self.train("fresh", sets=frozen)
+        self.assertGreater(e2e.Metrics(self.folder / "fresh").evaluations[1, "validation_loss"],
+                           metrics.evaluations[1, "validation_loss"] + 0.5)
+
+
+class ResumeTest(e2e.TestCase):
+    def refused(self, run, sets, says, extra=()):
+        before = e2e.digest(run)
+        result = self.start(self.train_arguments(run, sets, extra), 2).wait()
+        self.assertEqual(result.code, 2, result.describe())
+        self.assertEqual(len(result.err.splitlines()), 1, result.describe())
+        for part in says:
+            self.assertIn(part, result.err)
+        self.assertEqual(e2e.digest(run), before)
+
+    def test_what_may_change(self):
+        run = self.folder / "run"
+        self.train(run, sets=["run.steps=4"])
+        more = "run.steps=6"
+        self.refused(run, [more, "run.seed=8"], ["run.seed is 7 in the checkpoint and 8 now"])
+        self.refused(run, [more, "model.ffn_hidden_size=96", "run.global_batch_tokens=4096"],
+                     ["model.ffn_hidden_size is 64 in the checkpoint and 96 now",
+                      "run.global_batch_tokens is 2048 in the checkpoint and 4096 now"])
+        self.refused(run, [more, "model.mixer[s2].softmax.s2.local_blocks=2"], ["model.layers is"])
+        self.refused(run, [more, "data.train[0].path=corpus/validation"], ["data.train is"])
+        self.refused(run, [more], ["--resume never", "step_00000004", "--resume auto"],
+                     extra=["--resume", "never"])
+        self.refused(run, [more], ["--init-from", "--resume"],
+                     extra=["--resume", "4", "--init-from", run])
+
+        # Steps, layout, cadence, evaluation and logging may.
+        result = self.train(run, 0, [more, "parallel.placement=CONTIGUOUS", "evaluation.rows=2",
+                                     "evaluation.every_steps=1", "checkpoint.every_steps=1",
+                                     "run.log_every_steps=2", "run.recompute=LAYER"])
+        self.assertIn(f"resuming from {run}/checkpoints/step_00000004", result.out)
+        self.train("whole", sets=[more])
+        got, whole = e2e.Metrics(run), e2e.Metrics(self.folder / "whole")
+        self.assertEqual(got.losses()[:4], whole.losses()[:4])
+        self.assertLessEqual(e2e.relative_difference(got.losses(), whole.losses()), F32_LOSS)
+
+        # A run that has all its steps stays as it is.
+        before = (run / "metrics.jsonl").read_bytes()
+        self.assertIn("done at step 6", self.train(run, sets=[more]).out)
+        self.assertEqual((run / "metrics.jsonl").read_bytes(), before)
+
+    def test_an_older_step(self):
+        run = self.folder / "run"
+        self.train(run)
+        before = e2e.Metrics(run).curves()
+        result = self.train(run, extra=["--resume", "2"])
+        self.assertIn("step_00000004.superseded", result.out)
+        self.assertEqual(e2e.Metrics(run).curves(), before)
+        self.assertEqual([p.name for p in e2e.checkpoints(run)],
+                         ["step_00000002", "step_00000004", "step_00000006"])
+
+    def test_retention(self):
+        self.train("run", sets=["run.steps=14", "checkpoint.keep_last=2", "checkpoint.keep_every=6",
+                                "evaluation.every_steps=0"])
+        run = self.folder / "run"
+        self.assertEqual(sorted(p.name for p in (run / "checkpoints").iterdir()),
+                         ["step_00000006", "step_00000012", "step_00000014"])
+        self.assertEqual((run / "config.textproto").read_text().count("keep_every: 6"), 1)
+
+
+if __name__ == "__main__":
+    e2e.main()
