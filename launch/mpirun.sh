@@ -12,8 +12,9 @@ usage: mpirun.sh [-n N] [--threads K] [--no-bind] [--quiet] [--] PROGRAM [ARGUME
 Starts N ranks of PROGRAM on this machine (default 1; more ranks than cores is fine).
 
   -n N          number of ranks
-  --threads K   host threads of each rank (default: OMP_NUM_THREADS if set, else cores / N, at least 1)
-  --no-bind     leave placement to the kernel; the default binds each rank to K cores when they suffice
+  --threads K   host threads of each rank (default: OMP_NUM_THREADS, else cores / N, at least 1)
+  --no-bind     leave placement to the kernel; the default binds each rank to K cores if there are
+                enough
   --quiet       drop what mpirun itself prints; the output of PROGRAM is never touched
 
 The first INT or TERM (Ctrl-C) asks the ranks to stop: they receive SIGUSR1. A second one kills the
@@ -50,10 +51,10 @@ while (($# > 0)); do
 done
 (($# > 0)) || fail 2 "no program given (see --help)"
 
-command -v mpirun >/dev/null ||
-  fail 127 "mpirun is not installed; on Debian or Ubuntu: apt-get install openmpi-bin libopenmpi-dev"
+remedy="on Debian or Ubuntu: apt-get install openmpi-bin libopenmpi-dev"
+command -v mpirun >/dev/null || fail 127 "mpirun is not installed; $remedy"
 [[ $(mpirun --version 2>&1) == *"Open MPI"* ]] ||
-  fail 127 "$(command -v mpirun) is not Open MPI's; on Debian or Ubuntu: apt-get install openmpi-bin"
+  fail 127 "$(command -v mpirun) is not the one of Open MPI; $remedy"
 command -v "$1" >/dev/null || fail 127 "cannot run \"$1\": no such program"
 
 cores=$(nproc) # respects the affinity mask of a container
@@ -96,8 +97,8 @@ session() {
   done
 }
 
-# mpirun drops a SIGUSR1 that comes before it has started its ranks, and one that comes before it has
-# installed its handler ends it.
+# mpirun drops a SIGUSR1 that comes before it has started its ranks, and one that comes before it
+# has installed its handler ends it.
 ask_to_stop() {
   local tries
   for ((tries = 0; tries < 100; ++tries)); do

@@ -13,8 +13,8 @@ namespace longspan::parallel {
 //
 //   auto job = Bootstrap::Start();
 //   const int status = Command(job->world());  // catches what all ranks found: message, status 2
-//   job->Finish();                             // an exception that gets here first: Abort, status 3
-//   return status;
+//   job->Finish();                             // an exception that gets here first: Abort, status
+//   3 return status;
 //
 // Errors   CommError when MPI lacks MPI_THREAD_MULTIPLE, or when the launcher announced another
 //          number of ranks than the MPI library sees (they belong to different MPIs)

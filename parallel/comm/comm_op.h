@@ -3,7 +3,15 @@
 namespace longspan::parallel {
 
 // The operations of a Communicator that every rank issues in the same order.
-enum class CommOp { kAllReduce, kAllGather, kReduceScatter, kBroadcast, kExchange, kBarrier, kSplit };
+enum class CommOp {
+  kAllReduce,
+  kAllGather,
+  kReduceScatter,
+  kBroadcast,
+  kExchange,
+  kBarrier,
+  kSplit
+};
 inline constexpr int kCommOps = 7;
 
 constexpr const char* ToString(CommOp op) {

@@ -73,11 +73,11 @@ class Communicator {
 
   // In place: on every rank `t` becomes the element-wise reduction over ranks.
   virtual Work AllReduce(Tensor t, ReduceOp op) = 0;
-  // out [size * n, ...] receives in [n, ...] of rank r at rows [r * n, (r + 1) * n). `in` may be the
-  // rows of `out` that belong to this rank; any other overlap is refused.
+  // out [size * n, ...] receives in [n, ...] of rank r at rows [r * n, (r + 1) * n). `in` may be
+  // the rows of `out` that belong to this rank; any other overlap is refused.
   virtual Work AllGather(Tensor in, Tensor out) = 0;
-  // in [size * n, ...]; out [n, ...] receives the sum over ranks of rows [rank * n, (rank + 1) * n).
-  // The tensors may not overlap. `in` is only read.
+  // in [size * n, ...]; out [n, ...] receives the sum over ranks of rows [rank * n, (rank + 1) *
+  // n). The tensors may not overlap. `in` is only read.
   virtual Work ReduceScatter(Tensor in, Tensor out) = 0;
   // `t` of rank `root` is copied to every rank.
   virtual Work Broadcast(Tensor t, int root) = 0;
@@ -95,10 +95,10 @@ class Communicator {
   // A rank with a negative color belongs to none and gets nullptr.
   virtual std::unique_ptr<Communicator> Split(int color, int key) = 0;
 
-  // Ends the job of all ranks at once after a failure of this rank only; does not return. `mpi` ends
-  // the processes with exit code 3. `local` marks the group (and all groups related to it by Split)
-  // failed: every pending and later call on it throws CommError, and so does this call. `self` has
-  // nobody else to end: it only throws CommError.
+  // Ends the job of all ranks at once after a failure of this rank only; does not return. `mpi`
+  // ends the processes with exit code 3. `local` marks the group (and all groups related to it by
+  // Split) failed: every pending and later call on it throws CommError, and so does this call.
+  // `self` has nobody else to end: it only throws CommError.
   [[noreturn]] virtual void Abort(const std::string& reason) = 0;
 };
 
@@ -107,8 +107,8 @@ int64_t AllReduceValue(Communicator& comm, int64_t value, ReduceOp op);
 double AllReduceValue(Communicator& comm, double value, ReduceOp op);
 // Returns rank `root`'s bytes on every rank.
 std::string BroadcastString(Communicator& comm, const std::string& text, int root);
-// The `error` of the lowest rank whose text is not empty, on every rank; empty when no rank has one:
-// ranks that check something locally use it to leave together.
+// The `error` of the lowest rank whose text is not empty, on every rank; empty when no rank has
+// one: ranks that check something locally use it to leave together.
 std::string FirstError(Communicator& comm, const std::string& error);
 
 }  // namespace longspan::parallel

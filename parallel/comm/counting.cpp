@@ -198,8 +198,7 @@ void CountingCommunicator::Barrier() {
 }
 
 std::unique_ptr<Communicator> CountingCommunicator::Split(int color, int key) {
-  const int64_t number =
-      ledger_->Begin(CommOp::kSplit, 0, Str("color ", color, ", key ", key));
+  const int64_t number = ledger_->Begin(CommOp::kSplit, 0, Str("color ", color, ", key ", key));
   auto inner = internal::Explain(*ledger_, [&] { return inner_->Split(color, key); });
   ledger_->End(number);
   if (inner == nullptr) return nullptr;

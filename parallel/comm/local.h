@@ -10,7 +10,7 @@ namespace longspan::parallel {
 namespace internal {
 class LocalGroup;
 class LocalHub;
-}
+}  // namespace internal
 
 struct LocalOptions {
   // A wait longer than this fails the world and names the ranks that are missing; 0 = no limit.

@@ -52,10 +52,12 @@ std::string Agreement(const Posted& p) {
     case CommOp::kBroadcast:
       return Str(ToString(p.kind), " of ", p.in.Describe(), " from rank ", p.root);
     case CommOp::kAllGather:
-    case CommOp::kReduceScatter: return Str(ToString(p.kind), " of ", p.in.Describe());
+    case CommOp::kReduceScatter:
+      return Str(ToString(p.kind), " of ", p.in.Describe());
     case CommOp::kExchange:
     case CommOp::kBarrier:
-    case CommOp::kSplit: return ToString(p.kind);
+    case CommOp::kSplit:
+      return ToString(p.kind);
   }
   return "?";
 }
@@ -64,12 +66,16 @@ std::string Agreement(const Posted& p) {
 
 bool Posted::Needs(int rank, int peer) const {
   switch (kind) {
-    case CommOp::kBroadcast: return rank == root || peer == root;
+    case CommOp::kBroadcast:
+      return rank == root || peer == root;
     case CommOp::kExchange: {
-      auto names = [peer](const auto& message) { return message.peer == peer && message.bytes > 0; };
+      auto names = [peer](const auto& message) {
+        return message.peer == peer && message.bytes > 0;
+      };
       return std::ranges::any_of(sends, names) || std::ranges::any_of(recvs, names);
     }
-    default: return true;
+    default:
+      return true;
   }
 }
 
@@ -80,11 +86,16 @@ void Piece::Run() const {
     return;
   }
   switch (dtype) {
-    case DType::kF32: return ReducePiece<float>(*this);
-    case DType::kF64: return ReducePiece<double>(*this);
-    case DType::kI32: return ReducePiece<int32_t>(*this);
-    case DType::kI64: return ReducePiece<int64_t>(*this);
-    default: break;  // refused by CheckAllReduce
+    case DType::kF32:
+      return ReducePiece<float>(*this);
+    case DType::kF64:
+      return ReducePiece<double>(*this);
+    case DType::kI32:
+      return ReducePiece<int32_t>(*this);
+    case DType::kI64:
+      return ReducePiece<int64_t>(*this);
+    default:
+      break;  // refused by CheckAllReduce
   }
 }
 
@@ -167,8 +178,8 @@ void LocalHub::MatchMessages(LocalGroup::Record& record, int from, int to) {
     if (r.peer == from && r.bytes > 0) recvs.push_back(r);
   }
   if (sends.size() != recvs.size()) {
-    return FailLocked(Str("Exchange: rank ", from, " sends ", sends.size(), " messages to rank ", to,
-                          " but it receives ", recvs.size()));
+    return FailLocked(Str("Exchange: rank ", from, " sends ", sends.size(), " messages to rank ",
+                          to, " but it receives ", recvs.size()));
   }
   for (size_t i = 0; i < sends.size(); ++i) {
     if (sends[i].bytes != recvs[i].bytes) {

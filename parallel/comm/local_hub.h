@@ -31,7 +31,7 @@ struct Posted {
   int color = 0, key = 0;
 
   std::string description{};  // "AllReduce #3 of f32[7]"
-  int unmatched = 0;        // ranks whose post this one still needs
+  int unmatched = 0;          // ranks whose post this one still needs
   int64_t pieces = 0, pieces_done = 0;
   std::shared_ptr<LocalGroup> split_group{};  // result of Split, null for a negative color
   int split_rank = 0;
@@ -71,7 +71,8 @@ class LocalGroup {
 
 class LocalHub {
  public:
-  LocalHub(int ranks, double timeout_s) : left_(static_cast<size_t>(ranks)), timeout_s_(timeout_s) {}
+  LocalHub(int ranks, double timeout_s)
+      : left_(static_cast<size_t>(ranks)), timeout_s_(timeout_s) {}
 
   std::shared_ptr<LocalGroup> MakeGroup(std::vector<int> world_ranks);
   // Posts operation `sequence` of `rank` in `group`; throws CommError when it contradicts a peer's.

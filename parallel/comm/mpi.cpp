@@ -17,19 +17,27 @@ constexpr int kTagBits = 15;  // MPI promises tags up to 32767
 
 MPI_Datatype TypeOf(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return MPI_FLOAT;
-    case DType::kF64: return MPI_DOUBLE;
-    case DType::kI32: return MPI_INT32_T;
-    case DType::kI64: return MPI_INT64_T;
-    default: throw InvalidArgument(Str("MPI reduction of ", ToString(dtype)));
+    case DType::kF32:
+      return MPI_FLOAT;
+    case DType::kF64:
+      return MPI_DOUBLE;
+    case DType::kI32:
+      return MPI_INT32_T;
+    case DType::kI64:
+      return MPI_INT64_T;
+    default:
+      throw InvalidArgument(Str("MPI reduction of ", ToString(dtype)));
   }
 }
 
 MPI_Op OpOf(ReduceOp op) {
   switch (op) {
-    case ReduceOp::kSum: return MPI_SUM;
-    case ReduceOp::kMax: return MPI_MAX;
-    case ReduceOp::kMin: return MPI_MIN;
+    case ReduceOp::kSum:
+      return MPI_SUM;
+    case ReduceOp::kMax:
+      return MPI_MAX;
+    case ReduceOp::kMin:
+      return MPI_MIN;
   }
   return MPI_OP_NULL;
 }
@@ -89,8 +97,8 @@ class MpiCommunicator : public Communicator {
  private:
   std::shared_ptr<MpiState> Begin(CommOp op, const std::string& what, std::vector<Tensor> tensors) {
     return std::make_shared<MpiState>(
-        Str(ToString(op), " (operation ", sequence_++, what.empty() ? "" : " of ", what, ") on rank ",
-            rank_, " of ", size_),
+        Str(ToString(op), " (operation ", sequence_++, what.empty() ? "" : " of ", what,
+            ") on rank ", rank_, " of ", size_),
         std::move(tensors));
   }
   Work Finish(std::shared_ptr<MpiState> state) {
@@ -182,7 +190,8 @@ Work MpiCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs)
   ExchangeWithSelf(sends, recvs, rank_);
   // The tag keeps neighbouring exchanges apart even if one of them is mismatched.
   const int tag = static_cast<int>(sequence_ & ((int64_t{1} << kTagBits) - 1));
-  auto state = Begin(CommOp::kExchange, Str(sends.size(), " sends, ", recvs.size(), " receives"), {});
+  auto state =
+      Begin(CommOp::kExchange, Str(sends.size(), " sends, ", recvs.size(), " receives"), {});
   for (const Recv& r : recvs) {
     ForPieces(r.bytes, 1, [&](int64_t at, int count) {
       MPI_Request request;

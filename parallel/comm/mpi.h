@@ -6,8 +6,8 @@
 namespace longspan::parallel {
 
 struct MpiOptions {
-  // Messages are cut into pieces of at most this size. Measured with Open MPI 4.1 and 2 ranks on one
-  // node: larger pieces halve the rate of AllReduce, smaller ones bring nothing.
+  // Messages are cut into pieces of at most this size. Measured with Open MPI 4.1 and 2 ranks on
+  // one node: larger pieces halve the rate of AllReduce, smaller ones bring nothing.
   int64_t piece_bytes = int64_t{1} << 20;
   double timeout_s = 1800;  // a longer wait throws CommError; 0 = no limit
 };

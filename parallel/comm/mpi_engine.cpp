@@ -78,8 +78,7 @@ bool MpiEngine::Poll() {
   indices_.resize(requests_.size());
   statuses_.resize(requests_.size());
   int completed = 0;
-  const int code =
-      MPI_Testsome(n, requests_.data(), &completed, indices_.data(), statuses_.data());
+  const int code = MPI_Testsome(n, requests_.data(), &completed, indices_.data(), statuses_.data());
   if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
     throw CommError(Str("MPI_Testsome failed: ", MpiText(code)));
   }

@@ -32,7 +32,8 @@ class MpiEngine {
 
   // Takes over a started request of `state`. `expected_bytes` >= 0: a receive that must have
   // exactly this size.
-  void Add(const std::shared_ptr<MpiState>& state, MPI_Request request, int64_t expected_bytes = -1);
+  void Add(const std::shared_ptr<MpiState>& state, MPI_Request request,
+           int64_t expected_bytes = -1);
   void Progress() noexcept;  // one poll when something is outstanding
   bool Done(const MpiState& state);
   void Wait(const MpiState& state);

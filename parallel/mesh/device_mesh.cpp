@@ -12,8 +12,8 @@ DeviceMesh::DeviceMesh(Communicator& world, MeshShape shape) : world_(&world), s
     throw ConfigError(Str("parallel.dp = ", shape.dp, " times parallel.cp = ", shape.cp, " needs ",
                           product, product == 1 ? " rank" : " ranks", " but ", world.size(),
                           world.size() == 1 ? " was" : " were", " launched: start ", product,
-                          " (launch/mpirun.sh -n ", product, ") or set dp and cp so that dp * cp = ",
-                          world.size()));
+                          " (launch/mpirun.sh -n ", product,
+                          ") or set dp and cp so that dp * cp = ", world.size()));
   }
   dp_index_ = world.rank() / shape.cp;
   cp_index_ = world.rank() % shape.cp;

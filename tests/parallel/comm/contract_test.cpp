@@ -165,7 +165,8 @@ void CheckAllGather(Communicator& comm, Context& ctx) {
       }
       EXPECT_EQ(wrong, 0);
     };
-    Tensor in = ctx.Empty({n, 3}, DTypeOf<T>()), out = ctx.Empty({n * comm.size(), 3}, DTypeOf<T>());
+    Tensor in = ctx.Empty({n, 3}, DTypeOf<T>()),
+           out = ctx.Empty({n * comm.size(), 3}, DTypeOf<T>());
     fill(in);
     comm.AllGather(in, out).Wait();
     check(out);
@@ -260,7 +261,8 @@ TEST_P(CommContract, MessagesOfAPairArriveInOrder) {
     for (int64_t size : kSizes) {
       outgoing.push_back(ctx.Empty({size}, DType::kU8));
       incoming.push_back(ctx.Empty({size}, DType::kU8));
-      std::memset(outgoing.back().raw(), static_cast<int>(outgoing.size()), outgoing.back().bytes());
+      std::memset(outgoing.back().raw(), static_cast<int>(outgoing.size()),
+                  outgoing.back().bytes());
       sends.push_back({next, outgoing.back().raw(), size});
       recvs.push_back({previous, incoming.back().raw(), size});
     }
@@ -325,9 +327,9 @@ TEST_P(CommContract, PendingOperationsOverlapAndFinishInAnyOrder) {
       };
       const auto at = static_cast<size_t>(k);
       EXPECT_EQ(Mismatch<double>(sums[at], sum), -1);
-      EXPECT_EQ(Mismatch<double>(ins[at],
-                                 [&](int64_t i) { return Value<double>(previous + 10 * k, i); }),
-                -1);
+      EXPECT_EQ(
+          Mismatch<double>(ins[at], [&](int64_t i) { return Value<double>(previous + 10 * k, i); }),
+          -1);
       EXPECT_EQ(Mismatch<double>(gathered[at],
                                  [&](int64_t i) {
                                    return Value<double>(static_cast<int>(i / kN) + 10 * k, i % kN);
@@ -451,9 +453,9 @@ TEST_P(CommContract, BadArgumentsAreRefusedBeforeAnythingIsIssued) {
     EXPECT_THROW(comm.ReduceScatter(out, undefined), InvalidArgument);
     EXPECT_THROW(comm.ReduceScatter(out, out.Rows(0, 4)), InvalidArgument) << "overlap";
     Tensor big = ctx.Zeros({4 * p + 4}, DType::kF32);
-    EXPECT_THROW(comm.AllGather(big.Rows(comm.rank() * 4 + 1, comm.rank() * 4 + 5),
-                                big.Rows(0, 4 * p)),
-                 InvalidArgument)
+    EXPECT_THROW(
+        comm.AllGather(big.Rows(comm.rank() * 4 + 1, comm.rank() * 4 + 5), big.Rows(0, 4 * p)),
+        InvalidArgument)
         << "overlap outside of the own rows";
     EXPECT_THROW(comm.Broadcast(undefined, 0), InvalidArgument);
     EXPECT_THROW(comm.Broadcast(f32, p), InvalidArgument);

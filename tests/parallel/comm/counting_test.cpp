@@ -24,8 +24,9 @@ TEST(CountingTest, BytesFollowTheStatedConvention) {
     counting.ReduceScatter(fifteen, five).Wait();
     counting.Broadcast(five, 1).Wait();
     const int next = (comm.rank() + 1) % 3, previous = (comm.rank() + 2) % 3;
-    counting.Exchange({{next, fifteen.raw(), 8}, {comm.rank(), fifteen.raw() + 8, 4}},
-                      {{previous, five.raw(), 8}, {comm.rank(), five.raw() + 8, 4}})
+    counting
+        .Exchange({{next, fifteen.raw(), 8}, {comm.rank(), fifteen.raw() + 8, 4}},
+                  {{previous, five.raw(), 8}, {comm.rank(), five.raw() + 8, 4}})
         .Wait();
     counting.Barrier();
     const auto counts = counting.counts();

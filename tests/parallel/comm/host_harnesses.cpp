@@ -12,8 +12,8 @@ std::vector<Harness> Harnesses() {
                    body(self);
                  }});
   for (int ranks = 1; ranks <= 5; ++ranks) {
-    all.push_back({Str("local_", ranks),
-                   [ranks](const auto& body) { parallel::RunLocal(ranks, body); }});
+    all.push_back(
+        {Str("local_", ranks), [ranks](const auto& body) { parallel::RunLocal(ranks, body); }});
   }
   const size_t plain = all.size();
   for (size_t i = 0; i < plain; ++i) all.push_back(Counted(all[i]));

@@ -63,7 +63,8 @@ TEST(LocalTest, ProgressMovesABoundedAmount) {
   const auto a = world.Rank(0), b = world.Rank(1);
   constexpr int64_t kBytes = 64 << 20;
   Tensor out = Ones(kBytes / 4), in = Ones(kBytes / 4);
-  Work sent = a->Exchange({{1, out.raw(), kBytes}}, {}), received = b->Exchange({}, {{0, in.raw(), kBytes}});
+  Work sent = a->Exchange({{1, out.raw(), kBytes}}, {}),
+       received = b->Exchange({}, {{0, in.raw(), kBytes}});
   b->Progress();
   EXPECT_GT(received.CompletedFraction(), 0.0);
   EXPECT_LT(received.CompletedFraction(), 0.5);
@@ -88,10 +89,11 @@ TEST(LocalTest, FirstExceptionIsRethrownAndReleasesTheOthers) {
   };
   EXPECT_THROW(RunLocal(4, body), DataError);
   EXPECT_EQ(released, 3);
-  EXPECT_THROW(RunLocal(2, [](Communicator& comm) {
-                 if (comm.rank() == 0) throw 5;
-                 comm.Barrier();
-               }),
+  EXPECT_THROW(RunLocal(2,
+                        [](Communicator& comm) {
+                          if (comm.rank() == 0) throw 5;
+                          comm.Barrier();
+                        }),
                int);
 }
 
@@ -201,21 +203,21 @@ TEST(LocalTest, ADroppedPendingWorkIsAnError) {
 
 TEST(LocalTest, TimeoutNamesWhoIsMissing) {
   std::atomic<bool> over{false};
-  const std::string error = ErrorOf(
-      3,
-      [&](Communicator& comm) {
-        if (comm.rank() == 1) {
-          while (!over) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-          return;
-        }
-        try {
-          comm.Barrier();
-        } catch (...) {
-          over = true;
-          throw;
-        }
-      },
-      {.timeout_s = 0.05});
+  const std::string error = ErrorOf(3,
+                                    [&](Communicator& comm) {
+                                      if (comm.rank() == 1) {
+                                        while (!over)
+                                          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                                        return;
+                                      }
+                                      try {
+                                        comm.Barrier();
+                                      } catch (...) {
+                                        over = true;
+                                        throw;
+                                      }
+                                    },
+                                    {.timeout_s = 0.05});
   EXPECT_NE(error.find("not issued by rank 1"), std::string::npos) << error;
 }
 

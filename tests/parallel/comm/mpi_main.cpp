@@ -1,9 +1,11 @@
-// main() of tests that run under mpirun: every rank runs every test, any failing rank fails the run.
+// main() of tests that run under mpirun: every rank runs every test, any failing rank fails the
+// run.
 #include "tests/parallel/comm/mpi_main.h"
 
 #include <gtest/gtest.h>
 
 #include <cstdio>
+#include <string>
 
 namespace longspan::test {
 namespace {
@@ -13,14 +15,16 @@ std::unique_ptr<parallel::Bootstrap> job;
 // Prints failures of the ranks that do not run gtest's own printer. A rank that leaves a test early
 // would keep the others waiting, so it ends the job.
 class FailureListener : public testing::EmptyTestEventListener {
+  void OnTestStart(const testing::TestInfo& test) override { test_ = test.name(); }
+  // gtest holds its lock here: no calls into it.
   void OnTestPartResult(const testing::TestPartResult& result) override {
     if (result.failed() && Job().rank() != 0) {
-      const auto* test = testing::UnitTest::GetInstance()->current_test_info();
       std::fprintf(stderr, "rank %d: %s:%d: %s\n%s\n", Job().rank(), result.file_name(),
-                   result.line_number(), test == nullptr ? "" : test->name(), result.message());
+                   result.line_number(), test_.c_str(), result.message());
     }
     if (result.fatally_failed()) Job().world().Abort(result.message());
   }
+  std::string test_;
 };
 
 }  // namespace

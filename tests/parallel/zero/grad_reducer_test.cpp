@@ -35,8 +35,8 @@ void ExpectSums(const std::vector<Tensor>& buckets, int ranks) {
   for (size_t i = 0; i < buckets.size(); ++i) {
     DispatchFloat(buckets[i].dtype(), "test", [&]<class T>() {
       for (int64_t j = 0; j < buckets[i].numel(); ++j) {
-        const double expected = ranks * static_cast<double>(i + 1) * static_cast<double>(j) +
-                                ranks * (ranks - 1) / 2.0;
+        const double expected =
+            ranks * static_cast<double>(i + 1) * static_cast<double>(j) + ranks * (ranks - 1) / 2.0;
         ASSERT_EQ(static_cast<double>(buckets[i].data<T>()[j]), expected) << i << " " << j;
       }
     });
