@@ -105,7 +105,6 @@ void Train(parallel::Bootstrap& job, TrainArguments a) {
   });
   a.run.peak_flops = PeakFlops(ctx, world, options.model.compute);
   if (job.rank() == 0 && !a.run.quiet) PrintStart(options, a, ctx.threads());
-  CatchStopSignals();
   const trainer::RunSummary summary = trainer::RunTraining(ctx, mesh, world, options, a.run);
   if (job.rank() == 0) PrintSummary(summary, a);
 }
@@ -144,6 +143,7 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
                    "Slow checkpoint writing down, to test interruptions (0 = full speed)")
       ->group("Testing");
   command->callback([a, exit_code] {
+    CatchStopSignals();  // before the start: a signal that comes early ends the run after one step
     *exit_code = RunSession([&](parallel::Bootstrap& job) { Train(job, *a); });
   });
 }
