@@ -6,7 +6,6 @@ FullDiskTest mounts small file systems, so it runs in a mount namespace of its o
 """
 
 import os
-import pathlib
 import platform
 import shutil
 import signal
