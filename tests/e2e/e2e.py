@@ -64,7 +64,7 @@ parallel { dp: 1 cp: 2 placement: ZIGZAG strategy: RING }
 optimizer { adamw { lr: 1e-2 } clip_norm: 1.0 }
 schedule { constant {} }
 checkpoint { every_steps: 2 keep_last: 3 }
-evaluation { every_steps: 3 rows: 4 }
+evaluation { every_steps: 3 rows: 5 }
 """
 
 

@@ -236,6 +236,22 @@ class SignalTest(e2e.TestCase):
         self.assertEqual(e2e.Metrics(run).curves(), expected.curves())
         print(f"stopped at steps {stopped_at}, shortest step {shortest:.1f} s", flush=True)
 
+    def test_stop_while_starting(self):
+        """A signal during MPI's own start, long before the first step, is not lost and kills
+        nobody."""
+        def in_mpi():  # MPI has threads of its own
+            ranks = [p.pid for p in job.processes() if p.kind == "rank"]
+            return len(ranks) == 2 and all(len(os.listdir(f"/proc/{r}/task")) > 1 for r in ranks)
+        run = self.folder / "run"
+        job = self.start(self.train_arguments(run), 2)
+        e2e.wait_until(in_mpi, "both ranks to start MPI")
+        self.assertEqual(e2e.last_logged_step(run), 0)
+        job.process.send_signal(signal.SIGINT)
+        result = job.wait()
+        self.assertEqual(result.code, 0, result.describe())
+        self.assertIn("stopped and saved at step 1", result.out)
+        self.assertEqual([p.name for p in e2e.checkpoints(run)], ["step_00000001"])
+
 
 if __name__ == "__main__":
     PARSER.parse_known_args(namespace=ARGUMENTS)

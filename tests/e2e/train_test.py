@@ -77,23 +77,23 @@ class CommandsTest(e2e.TestCase):
 
     def test_eval_is_the_validation_of_training(self):
         expected = self.metrics.evaluations[6, "validation_loss"]
-        args = ["eval", self.run_directory, "--tasks", "loss", "--rows", "4"]
+        args = ["eval", self.run_directory, "--tasks", "loss", "--rows", "5"]
         two = self.json_of(args, ranks=2)
         self.assertEqual([(e["task"], e["length"], e["step"], e["rows"]) for e in two],
-                         [("loss", 512, 6, 4)])
+                         [("loss", 512, 6, 5)])
         self.assertEqual(two[0]["value"], expected)
         one = self.json_of(args)
         self.assertLessEqual(abs(one[0]["value"] / expected - 1), F32_LOSS)
         self.assertEqual(one[0]["valid_tokens"], two[0]["valid_tokens"])
         # An earlier checkpoint is another model; the training set is another text.
-        earlier = self.json_of(["eval", self.last.with_name("step_00000004"), "--rows", "4"])
+        earlier = self.json_of(["eval", self.last.with_name("step_00000004"), "--rows", "5"])
         self.assertEqual(earlier[0]["step"], 4)
         self.assertGreater(earlier[0]["value"], expected + 0.01)
         other = self.json_of([*args, "--data", "corpus/train"])
         self.assertNotEqual(other[0]["value"], one[0]["value"])
 
     def test_eval_at_several_lengths(self):
-        results = self.json_of(["eval", self.last, "--lengths", "256,512", "--rows", "4"], ranks=2)
+        results = self.json_of(["eval", self.last, "--lengths", "256,512", "--rows", "5"], ranks=2)
         self.assertEqual([r["length"] for r in results], [256, 512])
         self.assertLess(results[0]["valid_tokens"], results[1]["valid_tokens"])
 
