@@ -41,7 +41,7 @@ prepare() {
 train() {
   launch/mpirun.sh -n 2 --quiet "$kBinary" train configs/quickstart.textproto \
     --set "data.train[0].path=$kCorpus/train" --set "data.validation[0].path=$kCorpus/validation" \
-    --run-dir "$kRunDirectory"
+    --run-dir "$kRunDirectory" --max-minutes 4
 }
 
 # The last value of an evaluation in the run's metrics.
