@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdio>
+#include <map>
 
 #include "parallel/comm/bootstrap.h"
 #include "trainer/checkpoint/directory.h"
@@ -177,6 +178,7 @@ class Run {
   std::string report_error_;
   int64_t resumed_step_ = -1, saved_step_ = -1;
   int64_t seen_bytes_ = 0, tokens_ = 0;
+  std::map<std::string, double> traced_;  // seconds in steps by category
   RunSummary summary_;
 };
 
@@ -226,12 +228,13 @@ void Run::Evaluate() {
 }
 
 RunSummary Run::Loop() {
-  ctx_.trace().Reset();
   bool stop = false;
   while (trainer_->step() < options_.steps && !stop) {
+    ctx_.trace().Reset();  // what evaluations added does not count
     const auto start = Clock::now();
     const StepResult r = trainer_->Step([this] { return Wish(); });
     Report(r, Seconds(start));
+    for (const auto& [category, seconds] : ctx_.trace().Totals()) traced_[category] += seconds;
     stop = r.stop_requested;
     writer_->Poll();
     if (Due(options_.evaluation_every_steps) ||
@@ -250,10 +253,9 @@ RunSummary Run::Loop() {
   summary_.skipped_steps = trainer_->skipped_steps();
   if (summary_.seconds > 0) {
     summary_.tokens_per_s = static_cast<double>(tokens_) / summary_.seconds;
-    const auto totals = ctx_.trace().Totals();
     auto share = [&](const char* category) {
-      const auto it = totals.find(category);
-      return it == totals.end() ? 0.0 : it->second / summary_.seconds;
+      const auto it = traced_.find(category);
+      return it == traced_.end() ? 0.0 : it->second / summary_.seconds;
     };
     summary_.attention_share = share("attention");
     summary_.wait_share = share("communication wait") + share("gradient reduction wait");
