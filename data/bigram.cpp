@@ -16,7 +16,8 @@ constexpr int64_t kPieceTokens = 1 << 20;
 
 // Calls visit(previous, token) for each adjacent pair of a document, and visit(-1, token) for its
 // first token.
-void ForEachPair(const IndexedDataset& dataset, const std::function<void(int32_t, int32_t)>& visit) {
+void ForEachPair(const IndexedDataset& dataset,
+                 const std::function<void(int32_t, int32_t)>& visit) {
   std::vector<int32_t> piece;
   for (int64_t d = 0; d < dataset.num_documents(); ++d) {
     const int64_t end = dataset.DocumentBegin(d + 1);

@@ -9,8 +9,9 @@ struct BigramLoss {
   int64_t tokens = 0;  // predicted: every token of a document but its first
 };
 
-// The baseline a language model must beat: a bigram model counted on dataset `train` predicts dataset
-// `validation`, inside documents only, which are the labels that training with document_mask uses.
+// The baseline a language model must beat: a bigram model counted on dataset `train` predicts
+// dataset `validation`, inside documents only, which are the labels that training with
+// document_mask uses.
 //
 //   P(b | a) = (count(a b) + T(a) P(b)) / (count(a .) + T(a))      (Witten-Bell)
 //   P(b)     = (count(b) + 1) / (tokens + vocabulary)

@@ -12,16 +12,20 @@ namespace {
 
 DType DTypeOf(configs::Precision precision) {
   switch (precision) {
-    case configs::BF16: return DType::kBF16;
-    case configs::F32: return DType::kF32;
-    case configs::F64: return DType::kF64;
+    case configs::BF16:
+      return DType::kBF16;
+    case configs::F32:
+      return DType::kF32;
+    case configs::F64:
+      return DType::kF64;
   }
   return DType::kF32;
 }
 
 ops::AttentionPattern PatternFrom(const configs::Softmax& softmax) {
   switch (softmax.pattern_case()) {
-    case configs::Softmax::kFull: return ops::AttentionPattern::Full();
+    case configs::Softmax::kFull:
+      return ops::AttentionPattern::Full();
     case configs::Softmax::kWindow:
       return ops::AttentionPattern::Window(softmax.window().window(), softmax.window().sinks());
     case configs::Softmax::kS2: {
@@ -39,7 +43,8 @@ ops::AttentionPattern PatternFrom(const configs::Softmax& softmax) {
                                                       : ops::StridePhase::kDocument;
       return ops::AttentionPattern::S2(s2);
     }
-    default: return ops::AttentionPattern::Causal();
+    default:
+      return ops::AttentionPattern::Causal();
   }
 }
 
@@ -60,10 +65,12 @@ ScheduleOptions ScheduleFrom(const configs::Schedule& s, int64_t steps) {
                           ? w.decay_steps()
                           : std::llround(w.decay_fraction() * static_cast<double>(steps));
       o.decay_shape = w.decay_shape() == configs::WsdSchedule::LINEAR ? DecayShape::kLinear
-                                                                     : DecayShape::kOneMinusSqrt;
+                                                                      : DecayShape::kOneMinusSqrt;
       break;
     }
-    default: o.warmup_steps = s.constant().warmup_steps(); break;
+    default:
+      o.warmup_steps = s.constant().warmup_steps();
+      break;
   }
   return o;
 }

@@ -144,9 +144,7 @@ class Run {
       report_error_ = e.what();
     }
   }
-  [[noreturn]] void RaiseReportError() {
-    throw Error(parallel::FirstError(world_, report_error_));
-  }
+  [[noreturn]] void RaiseReportError() { throw Error(parallel::FirstError(world_, report_error_)); }
 
   void Report(const StepResult& r, double seconds);
   void Evaluate();

@@ -21,7 +21,7 @@ struct RunSettings {
   // How long to wait for another job that holds the run directory: a killed one needs some seconds.
   std::chrono::milliseconds lock_wait = std::chrono::seconds(30);
   std::function<bool()> stop_requested;  // polled once a step
-  double max_seconds = 0;   // stop, validate and save after this time in steps; 0: no limit
+  double max_seconds = 0;  // stop, validate and save after this time in steps; 0: no limit
   // For tests that interrupt a save: limits the writer. 0: no limit.
   uint64_t checkpoint_bytes_per_second = 0;
   double peak_flops = 0;  // of all ranks together; 0: unknown, mfu is null
@@ -29,12 +29,12 @@ struct RunSettings {
 };
 
 struct RunSummary {
-  int64_t step = 0;            // steps done
-  bool stopped = false;        // by request, before run.steps
+  int64_t step = 0;      // steps done
+  bool stopped = false;  // by request, before run.steps
   double last_loss = 0;
   std::optional<double> validation_loss;
-  double seconds = 0;          // in steps, this process
-  double tokens_per_s = 0;     // over those
+  double seconds = 0;       // in steps, this process
+  double tokens_per_s = 0;  // over those
   int64_t skipped_steps = 0;
   double attention_share = 0;  // of the time in steps, on rank 0
   double wait_share = 0;       // waiting for other ranks

@@ -17,7 +17,8 @@ double LearningRate(const ScheduleOptions& o, double peak, int64_t step, int64_t
   };
   double height = 1.0;  // 1 at the peak, 0 at the end
   switch (o.kind) {
-    case ScheduleKind::kConstant: return peak;
+    case ScheduleKind::kConstant:
+      return peak;
     case ScheduleKind::kCosine:
       height = 0.5 * (1.0 + std::cos(std::numbers::pi * progress(o.warmup_steps)));
       break;

@@ -6,7 +6,8 @@ namespace longspan::trainer {
 enum class ScheduleKind { kConstant, kCosine, kWsd };
 enum class DecayShape { kLinear, kOneMinusSqrt };
 
-// Learning rate over a run. Warm-up rises linearly: step i (from 0) uses (i + 1) / warmup of the peak.
+// Learning rate over a run. Warm-up rises linearly: step i (from 0) uses (i + 1) / warmup of the
+// peak.
 //   constant  stays at the peak
 //   cosine    half a cosine from the peak to final_fraction of it at the last step
 //   wsd       stays at the peak, then falls to final_fraction over the last decay_steps
@@ -14,8 +15,8 @@ enum class DecayShape { kLinear, kOneMinusSqrt };
 struct ScheduleOptions {
   ScheduleKind kind = ScheduleKind::kConstant;
   int64_t warmup_steps = 0;
-  int64_t decay_steps = 0;     // wsd
-  double final_fraction = 0;   // of the peak
+  int64_t decay_steps = 0;    // wsd
+  double final_fraction = 0;  // of the peak
   DecayShape decay_shape = DecayShape::kOneMinusSqrt;
 };
 

@@ -74,7 +74,8 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step,
   if (!std::isfinite(result.loss + s[kZLoss]) || !std::isfinite(result.grad_norm)) {
     if (options_.on_nonfinite == NonFinitePolicy::kStop) {
       throw Error(Str("step ", step + 1, ": the loss is ", result.loss, " and the gradient norm ",
-                      result.grad_norm, "; the weights were not changed. Lower optimizer.adamw.lr, ",
+                      result.grad_norm,
+                      "; the weights were not changed. Lower optimizer.adamw.lr, ",
                       "or set run.on_nonfinite: SKIP to leave such steps out"));
     }
     result.skipped = true;
@@ -103,8 +104,8 @@ void TrainStep::Update(int64_t step, double lr, double grad_scale) {
     auto update = [&](int64_t begin, int64_t end, double weight_decay) {
       if (begin == end) return;
       o.weight_decay = weight_decay;
-      Tensor master = b.master.Rows(begin, end), m = b.m.Rows(begin, end),
-             v = b.v.Rows(begin, end), value = copies ? b.value.Rows(begin, end) : Tensor();
+      Tensor master = b.master.Rows(begin, end), m = b.m.Rows(begin, end), v = b.v.Rows(begin, end),
+             value = copies ? b.value.Rows(begin, end) : Tensor();
       ops::AdamWStep(ctx_, o, master, b.grad.Rows(begin, end), m, v, value);
     };
     update(0, b.decay_end, options_.adamw.weight_decay);

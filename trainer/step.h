@@ -14,10 +14,10 @@ struct StepResult {
   double loss = 0;       // nats per valid token, over all ranks; without z-loss
   double grad_norm = 0;  // of the mean loss, before clipping
   double lr = 0;
-  int64_t tokens = 0;        // input tokens of the step
-  int64_t valid_tokens = 0;  // those with a label
-  double flops = 0;          // of the MFU formula: matmuls and visible attention pairs
-  bool skipped = false;      // not finite, weights untouched
+  int64_t tokens = 0;           // input tokens of the step
+  int64_t valid_tokens = 0;     // those with a label
+  double flops = 0;             // of the MFU formula: matmuls and visible attention pairs
+  bool skipped = false;         // not finite, weights untouched
   bool stop_requested = false;  // by any rank, for whatever reason
   bool time_is_up = false;      // some rank's reason was the time limit
 };
@@ -25,9 +25,9 @@ struct StepResult {
 // Why this rank wants to stop after the step.
 enum class StopWish { kNone, kSignal, kTimeUp };
 
-// One optimizer step: accumulates gradients of the summed loss over micro-batches, reduces them over
-// all ranks while the last backward pass runs, divides once by the global number of valid tokens,
-// clips, updates. All ranks leave with the same weights and the same result.
+// One optimizer step: accumulates gradients of the summed loss over micro-batches, reduces them
+// over all ranks while the last backward pass runs, divides once by the global number of valid
+// tokens, clips, updates. All ranks leave with the same weights and the same result.
 //
 // A loss or gradient norm that is not finite changes no weight: the policy STOP throws Error on all
 // ranks alike, SKIP reports the step as skipped.

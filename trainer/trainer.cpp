@@ -35,7 +35,7 @@ std::unique_ptr<data::RowSampler> OpenSampler(const data::RowSamplerOptions& opt
 }
 
 data::RowSamplerOptions SamplerFrom(const TrainOptions& o, const std::vector<DataSource>& sources,
-                                 bool shuffle) {
+                                    bool shuffle) {
   data::RowSamplerOptions s;
   for (const DataSource& source : sources) s.sources.push_back({source.path, source.weight});
   s.context_length = o.context_length;
@@ -109,8 +109,7 @@ void Trainer::OpenData() {
   train_builder_ =
       std::make_unique<BatchBuilder>(options_.model, placement, options_.strategy, cp_rank);
   if (options_.validation.empty()) return;
-  validation_ =
-      OpenSampler(SamplerFrom(options_, options_.validation, false));
+  validation_ = OpenSampler(SamplerFrom(options_, options_.validation, false));
   validation_builder_ =
       std::make_unique<BatchBuilder>(options_.model, placement, options_.strategy, cp_rank);
 }

@@ -40,8 +40,7 @@ trainer::TrainOptions OptionsFor(const configs::LoadedConfig& loaded, const Eval
                                  int world_size, int64_t length) {
   trainer::TrainOptions o = trainer::OptionsFromConfig(loaded, world_size);
   if (length > 0) o.context_length = length;
-  const std::string problem =
-      parallel::Placement::Problem(o.placement, o.context_length, o.cp);
+  const std::string problem = parallel::Placement::Problem(o.placement, o.context_length, o.cp);
   if (!problem.empty()) throw ConfigError("--lengths: " + problem);
   if (!a.data.empty()) {
     o.validation.clear();
@@ -78,10 +77,10 @@ void Eval(parallel::Bootstrap& job, const EvalArguments& a) {
                        {"valid_tokens", e.valid_tokens},
                        {"rows", e.rows}});
     if (!a.json) {
-      std::printf("loss at length %lld: %.6f nats/token over %lld tokens in %lld rows (step %lld)\n",
-                  static_cast<long long>(o.context_length), e.loss,
-                  static_cast<long long>(e.valid_tokens), static_cast<long long>(e.rows),
-                  static_cast<long long>(reader.info().step));
+      std::printf(
+          "loss at length %lld: %.6f nats/token over %lld tokens in %lld rows (step %lld)\n",
+          static_cast<long long>(o.context_length), e.loss, static_cast<long long>(e.valid_tokens),
+          static_cast<long long>(e.rows), static_cast<long long>(reader.info().step));
     }
   }
   if (a.json && job.rank() == 0) std::printf("%s\n", results.dump(2).c_str());

@@ -9,7 +9,7 @@ namespace longspan::autograd {
 // The ops of ops/ as entries of a tape, one entry a call. Shapes, dtypes and numerics are those of
 // the op named; parameter gradients are added, activation gradients flow through Var.
 
-Var Linear(Tape& tape, const Var& x, const Parameter& w);                    // gemm.h: x w^T
+Var Linear(Tape& tape, const Var& x, const Parameter& w);  // gemm.h: x w^T
 Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype);
 Var RmsNorm(Tape& tape, const Var& x, const Parameter& w, double eps);
 Var Rope(Tape& tape, const Var& x, const ops::RopeTable& table);

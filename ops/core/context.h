@@ -11,8 +11,8 @@ namespace longspan {
 
 struct ContextOptions {
   Device device{};
-  int threads = 0;             // host threads for kernels; 0 = all cores of the process
-  bool deterministic = true;   // same bits for the same layout; CPU kernels always are
+  int threads = 0;                       // host threads for kernels; 0 = all cores of the process
+  bool deterministic = true;             // same bits for the same layout; CPU kernels always are
   bool poison_buffers = kPoisonDefault;  // fill fresh memory with NaN bytes
 
 #ifdef NDEBUG

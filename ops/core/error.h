@@ -12,13 +12,33 @@ class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
-class InvalidArgument : public Error { using Error::Error; };  // a value that an op cannot take
-class Unsupported : public Error { using Error::Error; };      // valid, but not built (docs/status.md)
-class DataError : public Error { using Error::Error; };        // datasets, tokenizers, text input
-class ConfigError : public Error { using Error::Error; };      // configuration files and --set
-class CheckpointError : public Error { using Error::Error; };  // checkpoints and run directories
-class CommError : public Error { using Error::Error; };        // communicators and launchers
-class CudaError : public Error { using Error::Error; };
+// A value that an op cannot take
+class InvalidArgument : public Error {
+  using Error::Error;
+};
+// Valid, but not built (docs/status.md)
+class Unsupported : public Error {
+  using Error::Error;
+};
+// Datasets, tokenizers, text input
+class DataError : public Error {
+  using Error::Error;
+};
+// Configuration files and --set
+class ConfigError : public Error {
+  using Error::Error;
+};
+// Checkpoints and run directories
+class CheckpointError : public Error {
+  using Error::Error;
+};
+// Communicators and launchers
+class CommError : public Error {
+  using Error::Error;
+};
+class CudaError : public Error {
+  using Error::Error;
+};
 
 // Concatenates its arguments as operator<< prints them: Str("rank ", 3, " of ", 4).
 template <class... Args>

@@ -28,8 +28,8 @@ float PortableFmaLoop(long iterations) {
   return sum;
 }
 
-// Runs `loop` on all threads at once for `seconds`. The sum over threads of each one's best rate, in
-// GFLOP/s: rounds in which a thread had to share its core with other processes do not count.
+// Runs `loop` on all threads at once for `seconds`. The sum over threads of each one's best rate,
+// in GFLOP/s: rounds in which a thread had to share its core with other processes do not count.
 double BestRate(Context& ctx, double seconds, double flops_per_iteration, float (*loop)(long)) {
   constexpr long kIterations = 50000;
   const size_t threads = static_cast<size_t>(ctx.threads());

@@ -8,9 +8,10 @@ namespace longspan {
 // What this machine does at most, measured now, on ctx.threads() threads. The figures that floors,
 // fractions and MFU are stated against.
 struct MachinePeaks {
-  double f32_gflops = 0;    // fused multiply-add on registers, best instruction set here
-  double bf16_gflops = 0;   // bf16 dot products with f32 accumulation; f32_gflops when there are none
-  double copy_gbps = 0;     // large copy, bytes read + bytes written
+  double f32_gflops = 0;  // fused multiply-add on registers, best instruction set here
+  double bf16_gflops =
+      0;                 // bf16 dot products with f32 accumulation; f32_gflops when there are none
+  double copy_gbps = 0;  // large copy, bytes read + bytes written
   std::string f32_set, bf16_set;  // "avx512", "avx512_bf16", "portable"
   int threads = 0;
 };

@@ -15,7 +15,8 @@ int AvailableCores();
 // The calling thread takes part and calls ctx.Progress() between its tasks. Tasks must be
 // independent: results may not depend on which worker runs them. The first exception is rethrown
 // on the calling thread after all workers have stopped.
-void ParallelFor(Context& ctx, int64_t n, const std::function<void(int64_t task, int worker)>& task);
+void ParallelFor(Context& ctx, int64_t n,
+                 const std::function<void(int64_t task, int worker)>& task);
 
 // Splits [0, n) into ranges of `grain` elements (the last may be short) and runs body(begin, end)
 // for each. The partition depends on n and grain only, never on the number of threads.

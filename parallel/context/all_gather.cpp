@@ -84,8 +84,7 @@ ContextAttentionResult AllGatherForward(Context& ctx, Communicator& comm, const 
   const ops::BlockMask& mask = *plan.stages[0].mask;
   ops::AttentionOptions whole = options;
   whole.round_output = true;
-  const auto r =
-      ops::AttentionForward(ctx, q, ViewOf(all, mask, k.dim(0)), mask, whole);
+  const auto r = ops::AttentionForward(ctx, q, ViewOf(all, mask, k.dim(0)), mask, whole);
   return {r.o, r.lse, {}};
 }
 

@@ -31,9 +31,10 @@ std::string Placement::Problem(PlacementKind kind, int64_t row_length, int64_t r
   const int64_t granule = Granule(kind, ranks);
   if (row_length > 0 && row_length % granule == 0) return "";
   const int64_t below = row_length / granule * granule, above = below + granule;
-  return Str("a context of ", row_length, " tokens cannot be placed ", ToString(kind), " on cp = ",
-             ranks, " ranks in whole blocks of ", ops::kMaskBlock, " tokens; use a multiple of ",
-             granule, below > 0 ? Str(", for example ", below, " or ", above) : Str(" such as ", above));
+  return Str("a context of ", row_length, " tokens cannot be placed ", ToString(kind),
+             " on cp = ", ranks, " ranks in whole blocks of ", ops::kMaskBlock,
+             " tokens; use a multiple of ", granule,
+             below > 0 ? Str(", for example ", below, " or ", above) : Str(" such as ", above));
 }
 
 Placement::Placement(PlacementKind kind, int64_t rows, int64_t row_length, int64_t ranks)

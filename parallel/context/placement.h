@@ -17,7 +17,8 @@ struct TokenRange {
   bool operator==(const TokenRange&) const = default;
 };
 
-// Which rank of the cp axis holds which tokens of every packed row. One placement serves all layers.
+// Which rank of the cp axis holds which tokens of every packed row. One placement serves all
+// layers.
 //
 //   contiguous  rank r holds part r of P equal parts
 //   zigzag      rank r holds parts r and 2P-1-r of 2P equal parts, which balances causal masks

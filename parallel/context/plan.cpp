@@ -30,7 +30,8 @@ std::shared_ptr<const AttentionPlan> MakePlan(const ops::AttentionPattern& patte
       ids.insert(ids.end(), part.begin(), part.end());
     }
     const ops::BlockList keys = ops::BlockList::FromIds(*documents, std::move(ids));
-    plan->stages.push_back({-1, ops::BlockMask::Build(pattern, kv_heads, documents, queries, keys)});
+    plan->stages.push_back(
+        {-1, ops::BlockMask::Build(pattern, kv_heads, documents, queries, keys)});
     return plan;
   }
   for (int s = 0; s < ranks; ++s) {

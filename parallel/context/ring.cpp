@@ -1,10 +1,11 @@
 // Ring attention (arXiv 2310.01889) over any placement, with the backward pass in reverse order.
 //
-// Forward: at stage s rank r holds the keys of rank r - s; they hop to r + 1 while the stage computes.
-// Backward: stage t works on the keys of rank r + 1 + t, so it starts with what the forward pass
-// received last and ends with its own. Keys hop to r - 1 (P - 2 hops: the last stage needs only
-// local keys), and the sum of dK/dV of those keys follows one stage behind (P - 1 hops): whoever
-// works on rank j's keys adds its share and passes the sum on, and rank j adds its own share last.
+// Forward: at stage s rank r holds the keys of rank r - s; they hop to r + 1 while the stage
+// computes. Backward: stage t works on the keys of rank r + 1 + t, so it starts with what the
+// forward pass received last and ends with its own. Keys hop to r - 1 (P - 2 hops: the last stage
+// needs only local keys), and the sum of dK/dV of those keys follows one stage behind (P - 1 hops):
+// whoever works on rank j's keys adds its share and passes the sum on, and rank j adds its own
+// share last.
 #include "parallel/context/internal.h"
 
 #include "ops/elementwise/elementwise.h"

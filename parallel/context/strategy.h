@@ -18,7 +18,8 @@ namespace longspan::parallel {
 struct ContextAttentionResult {
   Tensor o;
   Tensor lse;
-  // ring with P > 2: the last keys and values received [2, T, Hkv, D], where the backward pass starts
+  // ring with P > 2: the last keys and values received [2, T, Hkv, D], where the backward pass
+  // starts
   Tensor last_kv;
 };
 

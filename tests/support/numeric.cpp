@@ -12,7 +12,7 @@ Vec Normal(int64_t n, uint64_t seed, DType representable) {
   Vec v(static_cast<size_t>(n));
   for (size_t i = 0; i < v.size(); ++i) {
     const float f = static_cast<float>(rng.Normal(i));
-    v[i] = representable == DType::kBF16 ? static_cast<double>(BF16(f))
+    v[i] = representable == DType::kBF16  ? static_cast<double>(BF16(f))
            : representable == DType::kF64 ? rng.Normal(i)
                                           : static_cast<double>(f);
   }

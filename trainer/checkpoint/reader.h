@@ -28,8 +28,8 @@ class CheckpointReader {
 
   // Fills the tensors of `into` by name. Names that begin with `prefix` must be the same set on
   // both sides, with equal dtypes and shapes: nothing is converted, and differences are reported
-  // (the first few by name) before anything is written. Every byte read is checked; after a checksum
-  // error the content of `into` is undefined. With the default prefix everything is read.
+  // (the first few by name) before anything is written. Every byte read is checked; after a
+  // checksum error the content of `into` is undefined. With the default prefix everything is read.
   void Load(const std::vector<NamedTensor>& into, std::string_view prefix = "") const;
 
   // Reads every byte of every file and checks it.

@@ -9,13 +9,13 @@
 namespace longspan::trainer {
 
 struct EvaluationLoss {
-  double loss = 0;           // nats per valid token over all rows
+  double loss = 0;  // nats per valid token over all rows
   int64_t valid_tokens = 0;
   int64_t rows = 0;
 };
 
-// Mean loss over the first `rows` rows of `sampler` (0 = all), in whatever layout: rows are dealt to
-// the replicas and a last incomplete round is filled with rows that have no labels, so every row
+// Mean loss over the first `rows` rows of `sampler` (0 = all), in whatever layout: rows are dealt
+// to the replicas and a last incomplete round is filled with rows that have no labels, so every row
 // counts once. Collective. Forward passes only.
 EvaluationLoss EvaluateLoss(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options,
                             ParameterStore& store, const data::RowSampler& sampler,

@@ -34,8 +34,8 @@ Var Norm(Tape& tape, const ModelOptions& options, const Var& x, const Parameter&
 
 Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
                     const LayerParameters& p, const MixerOptions& mixer,
-                    std::shared_ptr<const parallel::AttentionPlan> plan,
-                    const ops::RopeTable& rope, const Var& x) {
+                    std::shared_ptr<const parallel::AttentionPlan> plan, const ops::RopeTable& rope,
+                    const Var& x) {
   const int64_t t = x.value().dim(0), d = options.head_dim;
   const Var h = Norm(tape, options, x, *p.attention_norm);
   auto heads = [&](const Parameter& w, int64_t n) {
@@ -62,7 +62,8 @@ Var MlpBranch(Tape& tape, const ModelOptions& options, const LayerParameters& p,
 
 ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator& cp,
                                              const ModelOptions& options, ParameterStore& store,
-                                             const LocalBatch& batch, const BucketHook& bucket_ready,
+                                             const LocalBatch& batch,
+                                             const BucketHook& bucket_ready,
                                              bool want_token_losses) {
   const size_t layers = static_cast<size_t>(options.num_layers());
   // An entry recorded before a bucket's first use runs after its last gradient has been added.
@@ -78,10 +79,10 @@ ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator&
     const LayerParameters p = LayerOf(options, store, i);
     const size_t mixer = static_cast<size_t>(options.layers[i]);
     auto layer = [&cp, &options, &batch, p, mixer](Tape& t, const std::vector<Var>& in) {
-      const Var mixed = autograd::ResidualAdd(
-          t, in[0],
-          AttentionBranch(t, cp, options, p, options.mixers[mixer], batch.plans[mixer], batch.rope,
-                          in[0]));
+      const Var mixed =
+          autograd::ResidualAdd(t, in[0],
+                                AttentionBranch(t, cp, options, p, options.mixers[mixer],
+                                                batch.plans[mixer], batch.rope, in[0]));
       return autograd::ResidualAdd(t, mixed, MlpBranch(t, options, p, mixed));
     };
     x = options.recompute_layers ? autograd::Recompute(tape, {x}, layer) : layer(tape, {x});

@@ -12,9 +12,9 @@ namespace longspan::trainer {
 
 // This rank's part of one micro-batch: its tokens in placement order.
 struct LocalBatch {
-  Tensor ids;             // i32 [T]
-  Tensor labels;          // i32 [T], -1 = none
-  ops::RopeTable rope;    // of the tokens' positions in their documents
+  Tensor ids;           // i32 [T]
+  Tensor labels;        // i32 [T], -1 = none
+  ops::RopeTable rope;  // of the tokens' positions in their documents
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> plans;  // one per mixer
 };
 
@@ -26,7 +26,8 @@ using BucketHook = std::function<void(size_t bucket)>;
 // the communicator of the context-parallel axis. Returns the loss sums of this rank's tokens.
 ops::LinearCrossEntropyResult DecoderForward(autograd::Tape& tape, parallel::Communicator& cp,
                                              const ModelOptions& options, ParameterStore& store,
-                                             const LocalBatch& batch, const BucketHook& bucket_ready,
+                                             const LocalBatch& batch,
+                                             const BucketHook& bucket_ready,
                                              bool want_token_losses = false);
 
 }  // namespace longspan::trainer

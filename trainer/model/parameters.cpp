@@ -116,10 +116,9 @@ void ParameterStore::Initialize(Context& ctx, uint64_t seed) {
           ParallelRanges(ctx, n, 1 << 16, [&](int64_t begin, int64_t end) {
             for (int64_t j = begin; j < end; ++j) {
               // Rounded to f32 in every mode, so that F32 and F64 runs start from the same weights.
-              out[j] = p.init_std == 0
-                           ? T(1)
-                           : static_cast<T>(static_cast<float>(
-                                 p.init_std * rng.Normal(static_cast<uint64_t>(j))));
+              out[j] = p.init_std == 0 ? T(1)
+                                       : static_cast<T>(static_cast<float>(
+                                             p.init_std * rng.Normal(static_cast<uint64_t>(j))));
             }
           });
         }

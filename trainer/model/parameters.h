@@ -11,13 +11,13 @@ namespace longspan::trainer {
 
 // Name, shape and first value of one trained tensor.
 struct ParameterSpec {
-  std::string name;   // Hugging Face Llama names: "model.layers.0.self_attn.q_proj.weight"
+  std::string name;  // Hugging Face Llama names: "model.layers.0.self_attn.q_proj.weight"
   Shape shape;
-  double init_std;    // 0: ones (norm weights)
-  bool decay;         // weight decay applies (not to norms and embeddings)
+  double init_std;  // 0: ones (norm weights)
+  bool decay;       // weight decay applies (not to norms and embeddings)
 };
 struct BucketSpec {
-  std::string name;   // "embedding", "layer 0", ..., "head"
+  std::string name;  // "embedding", "layer 0", ..., "head"
   std::vector<ParameterSpec> parameters;
 };
 
@@ -35,10 +35,10 @@ int64_t CountMatmulParameters(const ModelOptions& options);  // those that multi
 // calls a bucket.
 struct Bucket {
   std::string name;
-  std::vector<ParameterSpec> specs;     // in storage order
-  std::vector<int64_t> offsets;         // of each spec, in elements
-  int64_t decay_end = 0;                // elements [0, decay_end) have weight decay
-  Tensor master, grad, m, v, value;     // flat
+  std::vector<ParameterSpec> specs;  // in storage order
+  std::vector<int64_t> offsets;      // of each spec, in elements
+  int64_t decay_end = 0;             // elements [0, decay_end) have weight decay
+  Tensor master, grad, m, v, value;  // flat
   std::deque<autograd::Parameter> parameters;
 };
 

@@ -121,16 +121,21 @@ void RunProduct(const std::vector<int>& rank_counts, uint64_t sample) {
   const Philox rng(7, StreamOf("strategy cases"));
   for (int ranks : rank_counts) {
     for (PlacementKind placement : {PlacementKind::kContiguous, PlacementKind::kZigzag}) {
-      const int64_t granule = ranks == 1 ? 64 : 64 * ranks * (placement == PlacementKind::kZigzag ? 2 : 1);
+      const int64_t granule =
+          ranks == 1 ? 64 : 64 * ranks * (placement == PlacementKind::kZigzag ? 2 : 1);
       const int64_t length = granule * ((granule < 512) ? 512 / granule : 1);
       const std::vector<std::vector<std::vector<int64_t>>> layouts = {
-          {{length}},
-          {{10, 70, 71, length / 2 + 3, length}, {length / 3, length}}};
+          {{length}}, {{10, 70, 71, length / 2 + 3, length}, {length / 3, length}}};
       for (size_t layout = 0; layout < layouts.size(); ++layout) {
         for (const auto& [name, pattern] : Patterns()) {
           // One rank is the truth for both strategies.
-          Case truth{name, pattern, layouts[layout], length, PlacementKind::kContiguous,
-                     StrategyKind::kRing, 1};
+          Case truth{name,
+                     pattern,
+                     layouts[layout],
+                     length,
+                     PlacementKind::kContiguous,
+                     StrategyKind::kRing,
+                     1};
           const int64_t tokens = length * static_cast<int64_t>(layouts[layout].size());
           std::unique_ptr<Outcome> expected;
           Tensors in;
@@ -172,8 +177,8 @@ TEST(StrategyTest, PlanOfAnotherRankIsRefused) {
   Context ctx(ContextOptions{.threads = 1});
   auto documents = std::make_shared<const ops::Documents>(ops::Documents::OnePerRow(1, 256));
   const Placement placement(PlacementKind::kZigzag, 1, 256, 2);
-  const auto plan = MakePlan(ops::AttentionPattern::Causal(), 1, documents, placement,
-                             StrategyKind::kRing, 1);
+  const auto plan =
+      MakePlan(ops::AttentionPattern::Causal(), 1, documents, placement, StrategyKind::kRing, 1);
   auto self = std::make_unique<SelfCommunicator>();
   const Tensor q = ctx.Zeros({128, 1, 8}, DType::kF64);
   EXPECT_THROW(ContextAttentionForward(ctx, *self, *plan, q, q, q), InvalidArgument);

@@ -88,15 +88,17 @@ TEST_F(DirectoryTest, RetentionKeepsTheNewestAndTheRoundOnes) {
 }
 
 TEST_F(DirectoryTest, RetentionCountsUsableOnesOnlyAndLeavesLaterStepsAlone) {
-  for (const int64_t step : {1, 2, 3, 4, 5}) Save(step);
+  for (const int64_t step : {1, 2, 3, 4, 5, 6}) Save(step);
   Damage(4);
-  // A run resumed from step 2 has just saved step 3; 5 belongs to what it abandoned.
+  // A run resumed from step 2 has just saved step 3; 5 and 6 belong to what it abandoned.
   EXPECT_EQ(trainer::RetireCheckpoints(path(), 3, {.keep_last = 1}).size(), 2u);
-  EXPECT_EQ(FindLatest(path()), Step(5));
+  EXPECT_EQ(FindLatest(path()), Step(6));
+  EXPECT_TRUE(std::filesystem::exists(Step(5)));
   EXPECT_TRUE(std::filesystem::exists(Step(3)));
   EXPECT_TRUE(std::filesystem::exists(Step(4)));
   // Damaged ones do not use up the places of good ones.
   Damage(5);
+  Damage(6);
   EXPECT_TRUE(trainer::RetireCheckpoints(path(), 6, {.keep_last = 1}).empty());
   EXPECT_EQ(FindLatest(path()), Step(3));
 }
