@@ -94,6 +94,7 @@ TEST(CheckpointWriterTest, ShardFilesAreDelimitedRecordsOfLimitedSize) {
     while (google::protobuf::util::ParseDelimitedFromZeroCopyStream(&record, &stream, &clean_eof)) {
       EXPECT_LE(record.payload().size(), kLimit);
       EXPECT_GT(record.end(), record.begin());
+      EXPECT_EQ(record.begin() % 64, 0);
       split += record.begin() > 0;
       std::string& payload = payloads[record.tensor()];
       const size_t element =
