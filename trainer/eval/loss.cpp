@@ -40,7 +40,7 @@ EvaluationLoss EvaluateLoss(Context& ctx, parallel::DeviceMesh& mesh, const Trai
     for (int64_t i = 0; i < batch.rows; ++i) {
       const int64_t row = round * per_round + replica * options.micro_batch_rows + i;
       if (row < total) {
-        AppendRow(batch, sampler.Get(row));
+        AppendRow(batch, sampler.Get(row * available / total));
       } else {
         AppendBlankRow(batch);
       }

@@ -14,9 +14,9 @@ struct EvaluationLoss {
   int64_t rows = 0;
 };
 
-// Mean loss over the first `rows` rows of `sampler` (0 = all), in whatever layout: rows are dealt
-// to the replicas and a last incomplete round is filled with rows that have no labels, so every row
-// counts once. Collective. Forward passes only.
+// Mean loss over `rows` rows of `sampler` (0 = all), spread evenly over it, in whatever layout:
+// rows are dealt to the replicas and a last incomplete round is filled with rows that have no
+// labels, so every row counts once. Collective. Forward passes only.
 EvaluationLoss EvaluateLoss(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options,
                             ParameterStore& store, const data::RowSampler& sampler,
                             BatchBuilder& builder, int64_t rows);
