@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "ops/attention/block_mask.h"
@@ -28,6 +29,11 @@ struct KvView {
 // Plain k, v [Tk, Hkv, D] whose rows are the blocks of `keys` in order.
 KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys);
 
+// Blocks scattered over larger storage k, v [>= Tk rows, Hkv, D]: block i of `keys` starts at row
+// first_rows[i] of k and at the same row of v. Throws InvalidArgument when a block does not fit.
+KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys,
+                  std::span<const int64_t> first_rows);
+
 // Where dK and dV go: f32 (f64 in f64 mode), through the same kind of table; contributions are
 // ADDED.
 struct KvGradView {
@@ -40,5 +46,7 @@ struct KvGradView {
   }
 };
 KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockList& keys);
+KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockList& keys,
+                          std::span<const int64_t> first_rows);
 
 }  // namespace longspan::ops

@@ -185,5 +185,36 @@ TEST(KvViewTest, RejectsTensorsThatDoNotMatchTheKeys) {
   EXPECT_THROW(ops::MakeKvGradView(shorter, shorter, p.all), InvalidArgument);
 }
 
+TEST(KvViewTest, PlacesBlocksWhereTheCallerSays) {
+  Problem p;
+  const std::vector<int64_t> rows = {kTokens + 7, 3};  // block 0 behind block 1
+  const Tensor storage = p.Zeros({2 * kTokens, kKvHeads, kDim});
+  const auto view = ops::MakeKvView(storage, storage, p.all, rows);
+  const auto grads = ops::MakeKvGradView(storage, storage, p.all, rows);
+  for (int64_t head = 0; head < kKvHeads; ++head) {
+    for (int64_t block = 0; block < 2; ++block) {
+      const int64_t expected = (rows[static_cast<size_t>(block)] * kKvHeads + head) * kDim;
+      EXPECT_EQ(view.Offset(head, block), expected);
+      EXPECT_EQ(grads.Offset(head, block), expected);
+    }
+  }
+}
+
+TEST(KvViewTest, RejectsBlocksOutsideTheStorage) {
+  Problem p;
+  const Tensor k = p.Zeros({kTokens + 5, kKvHeads, kDim});
+  const int64_t last = p.all.token_begin[1];
+  const auto refused = [&](const Tensor& v, std::vector<int64_t> rows) {
+    EXPECT_THROW(ops::MakeKvView(k, v, p.all, rows), InvalidArgument);
+    EXPECT_THROW(ops::MakeKvGradView(k, v, p.all, rows), InvalidArgument);
+  };
+  EXPECT_NO_THROW(ops::MakeKvView(k, k, p.all, std::vector<int64_t>{0, last + 5}));
+  refused(k, {0, last + 6});
+  refused(k, {-1, last});
+  refused(k, {0});
+  refused(k.Rows(0, kTokens), {0, last + 1});  // fits k only
+  refused(p.Zeros({kTokens + 5, kKvHeads, 8}), {0, last});
+}
+
 }  // namespace
 }  // namespace longspan::test
