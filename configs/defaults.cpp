@@ -92,6 +92,7 @@ void FillDefaults(Config& config) {
   FillStaticDefaults(&config);
   Model& model = *config.mutable_model();
   model.set_head_dim(HeadDim(model));
+  if (!model.has_embedding_init_std()) model.set_embedding_init_std(model.init_std());
   model.set_residual_dtype(ResidualDtype(config));
   for (Mixer& mixer : *model.mutable_mixer()) {
     if (!mixer.softmax().has_s2() || mixer.softmax().s2().homogeneous()) continue;

@@ -134,6 +134,7 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
   o.norm_eps = m.norm_eps();
   o.tie_embeddings = m.tie_embeddings();
   o.init_std = m.init_std();
+  o.embedding_init_std = m.has_embedding_init_std() ? m.embedding_init_std() : m.init_std();
   o.rope_theta = m.rope().theta();
   o.z_loss = m.z_loss();
   o.compute = DTypeOf(c.run().precision());
@@ -177,6 +178,14 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   const std::string placement =
       parallel::Placement::Problem(options.placement, options.context_length, options.cp);
   if (!placement.empty()) problems.push_back({"run.context_length", placement});
+  for (const configs::Mixer& mixer : c.model().mixer()) {
+    if (mixer.softmax().pattern_case() == configs::Softmax::kFull) {
+      problems.push_back(
+          {Str("model.mixer[", mixer.name(), "].softmax.full"),
+           "a token would see the next one, which it is to predict; use causal (full "
+           "is for inspect and bench)"});
+    }
+  }
   for (const MixerOptions& mixer : options.model.mixers) {
     for (const std::string& text : mixer.pattern.Problems(options.model.num_kv_heads)) {
       problems.push_back({Str("model.mixer[", mixer.name, "].softmax"), text});

@@ -99,6 +99,10 @@ class ConfigurationTest(RefusalCase):
                            ["model.mixer[s2].softmax.s2.stride_blocks", "only 2 of every 4",
                             "allow_incomplete_coverage"], (0, 2))
 
+    def test_full_attention_sees_the_labels(self):
+        self.train_refused(["model.mixer[dense].softmax.full={}"],
+                           ["model.mixer[dense].softmax.full", "use causal"], (2,))
+
     def test_vocabulary_too_small(self):
         self.train_refused(["model.vocab_size=200"],
                            ["model.vocab_size = 200", "token id 256", "corpus/train",

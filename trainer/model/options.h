@@ -27,6 +27,7 @@ struct ModelOptions {
   double norm_eps = 1e-5;
   bool tie_embeddings = false;
   double init_std = 0.02;
+  double embedding_init_std = 0.02;  // of the token embedding
   double rope_theta = 10000;
   double z_loss = 0;  // coefficient of the mean squared log-sum-exp
   std::vector<MixerOptions> mixers;

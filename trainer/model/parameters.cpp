@@ -17,7 +17,8 @@ std::vector<BucketSpec> ListParameters(const ModelOptions& o) {
   const double narrow = o.init_std / std::sqrt(2.0 * static_cast<double>(o.num_layers()));
   std::vector<BucketSpec> buckets;
   buckets.push_back(
-      {"embedding", {{"model.embed_tokens.weight", {o.vocab_size, c}, o.init_std, false}}});
+      {"embedding",
+       {{"model.embed_tokens.weight", {o.vocab_size, c}, o.embedding_init_std, false}}});
   for (int64_t i = 0; i < o.num_layers(); ++i) {
     const std::string layer = Str("model.layers.", i, ".");
     BucketSpec b{Str("layer ", i), {}};

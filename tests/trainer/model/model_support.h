@@ -59,6 +59,7 @@ inline trainer::ModelOptions SmallModel(DType dtype) {
   m.num_kv_heads = 2;
   m.head_dim = 8;
   m.ffn_hidden_size = 24;
+  m.embedding_init_std = 0.3;
   m.init_std = 0.3;  // large, so that attention is far from uniform
   m.mixers = {{"dense", ops::AttentionPattern::Causal()},
               {"s2", ops::AttentionPattern::S2({.local_blocks = 1, .stride_blocks = 2})}};
