@@ -17,7 +17,8 @@ struct BigramLoss {
 //   P(b)     = (count(b) + 1) / (tokens + vocabulary)
 //
 // T(a) is the number of different tokens that follow a. Vocabularies up to 4096 ids (the table of
-// counts is dense); DataError otherwise, or when a dataset has nothing to predict.
+// counts is dense); DataError otherwise, for a negative id, or when a dataset has
+// nothing to predict.
 BigramLoss EvaluateBigram(const std::string& train, const std::string& validation);
 
 }  // namespace longspan::data

@@ -37,6 +37,10 @@ int64_t CutAfter(int64_t border, std::string_view text, const Tokenizer& tokeniz
   return border + static_cast<int64_t>(cut);
 }
 
+[[noreturn]] void FailChanged(const TextFile& file) {
+  throw DataError(Str("input ", file.path, " changed while it was read; run prepare again"));
+}
+
 int64_t CountLines(const InputFile& file, int64_t end) {
   std::string block;
   int64_t lines = 0;
@@ -158,7 +162,7 @@ void UnitEncoder::EncodePiece(const TextFile& file, const Unit& unit, EncodedUni
   const int64_t wanted = std::min(unit.end + kCutWindowBytes, file.bytes) - unit.begin;
   text_.clear();
   if (input.ReadAt(unit.begin, wanted, text_) != wanted || input.size() != file.bytes) {
-    throw DataError(Str("input ", file.path, " changed while it was read; run prepare again"));
+    FailChanged(file);
   }
   const std::string_view text = text_;
   const int64_t from = unit.begin == 0 ? 0 : CutAfter(unit.begin, text, options_.tokenizer);
@@ -175,7 +179,9 @@ void UnitEncoder::EncodeLines(const TextFile& file, int64_t begin, int64_t end, 
   // One byte more in front shows whether a line starts at `begin`.
   int64_t at = std::max<int64_t>(begin - 1, 0);
   text_.clear();
-  input.ReadAt(at, end - at, text_);
+  if (input.ReadAt(at, end - at, text_) != end - at || input.size() != file.bytes) {
+    FailChanged(file);
+  }
   out.bytes_read += end - begin;
   size_t start = 0;
   if (begin > 0) {

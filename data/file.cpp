@@ -1,6 +1,7 @@
 #include "data/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -74,15 +75,40 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_));
 }
 
+void RemoveIfAbandoned(const std::string& path) {
+  // For writing, because NFS gives an exclusive lock on nothing less.
+  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+  if (fd < 0) return;
+  if (::flock(fd, LOCK_EX | LOCK_NB) == 0) ::unlink(path.c_str());
+  ::close(fd);
+}
+
 OutputFile::OutputFile(std::string path) : path_(std::move(path)) {
-  file_ = std::fopen(path_.c_str(), "w+bex");  // x: never someone else's file
-  if (file_ == nullptr) throw DataError(Str("cannot create ", path_, ": ", SystemReason()));
+  struct stat info {};
+  int fd = -1;
+  do {  // again if it was taken for abandoned before it was locked
+    if (fd >= 0) ::close(fd);
+    // O_EXCL: never someone else's file
+    fd = ::open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd < 0) throw DataError(Str("cannot create ", path_, ": ", SystemReason()));
+    ::flock(fd, LOCK_EX);  // without locks nobody takes anything for abandoned
+  } while (::fstat(fd, &info) == 0 && info.st_nlink == 0);
+  lock_fd_ = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  file_ = lock_fd_ < 0 ? nullptr : ::fdopen(fd, "w+b");
+  if (file_ == nullptr) {
+    const std::string reason = SystemReason();
+    ::unlink(path_.c_str());
+    ::close(fd);
+    if (lock_fd_ >= 0) ::close(lock_fd_);
+    throw DataError(Str("cannot create ", path_, ": ", reason));
+  }
   std::setvbuf(file_, nullptr, _IOFBF, kBufferBytes);
 }
 
 OutputFile::~OutputFile() {
   if (file_ != nullptr) std::fclose(file_);
   if (!renamed_) ::unlink(path_.c_str());
+  ::close(lock_fd_);
 }
 
 void OutputFile::Fail(const char* verb) const {

@@ -45,8 +45,13 @@ class MappedFile {
   int64_t size_ = 0;
 };
 
+// Removes a file that no living OutputFile has, such as one of a killed process. Whatever is wrong
+// with it (a file system without locks included), it stays then and nothing is reported.
+void RemoveIfAbandoned(const std::string& path);
+
 // A new file for sequential writing through a large buffer. It is removed again when the object
-// dies, unless it was renamed. Errors (a full disk among them): DataError naming the file.
+// dies, unless it was renamed. All its life it holds a lock, which RemoveIfAbandoned looks for.
+// Errors (a full disk among them): DataError naming the file.
 class OutputFile {
  public:
   explicit OutputFile(std::string path);
@@ -73,6 +78,7 @@ class OutputFile {
 
   std::string path_;
   std::FILE* file_ = nullptr;
+  int lock_fd_ = -1;  // keeps the lock behind Close
   int64_t size_ = 0;
   bool renamed_ = false;
 };

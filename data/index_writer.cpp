@@ -4,21 +4,66 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <random>
+#include <string_view>
+#include <system_error>
 
 #include "data/indexed_dataset.h"
+#include "data/sidecar.h"
 #include "ops/core/check.h"
 
 namespace longspan::data {
 namespace {
 
+namespace fs = std::filesystem;
+
 constexpr int64_t kChunkEntries = 1 << 16;
 
-// Beside the target, so that the rename stays within one file system.
-std::string TemporaryPrefix(const std::string& prefix) {
-  const std::filesystem::path path(prefix);
-  return (path.parent_path() / Str(".", path.filename().string(), ".tmp", ::getpid())).string();
+constexpr const char* kSuffixes[] = {".bin", ".idx", ".json"};
+
+void CheckTargets(const std::string& prefix) {
+  for (const char* suffix : kSuffixes) {
+    std::error_code unreadable;  // then creating or renaming says why
+    if (fs::is_directory(prefix + suffix, unreadable)) {
+      throw DataError(Str(prefix, suffix, " is a folder; choose another output or remove it"));
+    }
+  }
+}
+
+// Whether `name` is `stem`, hexadecimal digits and one of the suffixes.
+bool IsTemporaryName(std::string_view name, std::string_view stem) {
+  if (!name.starts_with(stem)) return false;
+  name.remove_prefix(stem.size());
+  const size_t digits = std::min(name.find_first_not_of("0123456789abcdef"), name.size());
+  return digits > 0 && std::find(std::begin(kSuffixes), std::end(kSuffixes), name.substr(digits)) !=
+                           std::end(kSuffixes);
+}
+
+// The prefix of the temporary files: beside the target, so that the rename stays within one file
+// system, and random, because processes in containers may have equal ids.
+std::string StartTemporaryFiles(const std::string& prefix) {
+  CheckTargets(prefix);
+  const fs::path path(prefix), folder = path.parent_path();
+  const std::string stem = Str(".", path.filename().string(), ".tmp");
+  std::error_code unreadable;  // then creating a file there says why
+  for (fs::directory_iterator entry(folder.empty() ? "." : folder, unreadable), end; entry != end;
+       entry.increment(unreadable)) {
+    if (unreadable) break;
+    if (IsTemporaryName(entry->path().filename().string(), stem)) {
+      RemoveIfAbandoned(entry->path().string());
+    }
+  }
+  std::random_device random;
+  return (folder / (stem + HexString((uint64_t{random()} << 32) | random()).substr(2))).string();
+}
+
+void RemoveOld(const std::string& path) {
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+    throw DataError(Str("cannot replace ", path, ": ", SystemReason()));
+  }
 }
 
 }  // namespace
@@ -36,7 +81,7 @@ struct IndexWriter::Hash {
 
 IndexWriter::IndexWriter(const std::string& prefix, TokenDType dtype, int64_t max_sequence_tokens)
     : prefix_(prefix),
-      temporary_prefix_(TemporaryPrefix(prefix)),
+      temporary_prefix_(StartTemporaryFiles(prefix)),
       dtype_(dtype),
       max_sequence_tokens_(max_sequence_tokens),
       tokens_(temporary_prefix_ + ".bin"),
@@ -132,19 +177,30 @@ void IndexWriter::Finish() {
   index_.Close();
 }
 
-void IndexWriter::Commit(const std::string& sidecar) {
+void IndexWriter::Stage(const std::string& sidecar) {
+  LONGSPAN_CHECK(!staged_) << prefix_ << " is staged twice";
   if (!finished_) Finish();
-  std::unique_ptr<OutputFile> sidecar_file;
-  if (!sidecar.empty()) {  // written before anything is replaced: this may still fail
-    sidecar_file = std::make_unique<OutputFile>(temporary_prefix_ + ".json");
-    sidecar_file->Write(sidecar.data(), static_cast<int64_t>(sidecar.size()));
-    sidecar_file->Close();
+  CheckTargets(prefix_);
+  if (!sidecar.empty()) {
+    sidecar_ = std::make_unique<OutputFile>(temporary_prefix_ + ".json");
+    sidecar_->Write(sidecar.data(), static_cast<int64_t>(sidecar.size()));
+    sidecar_->Close();
   }
-  ::unlink((prefix_ + ".idx").c_str());
-  ::unlink((prefix_ + ".json").c_str());
+  staged_ = true;
+}
+
+void IndexWriter::Publish() {
+  LONGSPAN_CHECK(staged_) << prefix_ << " is published before it is staged";
+  RemoveOld(prefix_ + ".idx");
+  RemoveOld(prefix_ + ".json");
   tokens_.Rename(prefix_ + ".bin");
-  if (sidecar_file) sidecar_file->Rename(prefix_ + ".json");
+  if (sidecar_) sidecar_->Rename(prefix_ + ".json");
   index_.Rename(prefix_ + ".idx");
+}
+
+void IndexWriter::Commit(const std::string& sidecar) {
+  Stage(sidecar);
+  Publish();
 }
 
 }  // namespace longspan::data

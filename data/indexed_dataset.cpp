@@ -190,7 +190,14 @@ int64_t IndexedDataset::ScanMaxTokenId() const {
   for (int64_t begin = 0; begin < num_tokens_; begin += int64_t{1} << 16) {
     buffer.resize(static_cast<size_t>(std::min(num_tokens_ - begin, int64_t{1} << 16)));
     Read(begin, buffer);
-    largest = std::max(largest, int64_t{*std::max_element(buffer.begin(), buffer.end())});
+    const auto [low, high] = std::minmax_element(buffer.begin(), buffer.end());
+    if (*low < 0) {
+      throw DataError(Str(tokens_.path(), " holds token id ", *low, " at token ",
+                          begin + (low - buffer.begin()),
+                          ", which is negative: damaged or foreign data; prepare the corpus "
+                          "again"));
+    }
+    largest = std::max(largest, int64_t{*high});
   }
   return largest;
 }

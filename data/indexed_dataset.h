@@ -54,7 +54,8 @@ class IndexedDataset {
   // id that does not fit an i32.
   void Read(int64_t begin, std::span<int32_t> out) const;
 
-  // Largest id of the whole file (-1 when empty): reads all of it.
+  // Largest id of the whole file (-1 when empty): reads all of it. DataError naming the file and
+  // the id if one is negative.
   int64_t ScanMaxTokenId() const;
 
   // XXH3 over the index, the length of .bin and a sample of its pages (all of it up to 16 MiB, else

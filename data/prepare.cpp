@@ -193,7 +193,7 @@ class Preparation {
       const bool no_validation = pass->outputs()[1]->writer.num_documents() == 0;
       if (no_validation || pass->outputs()[0]->writer.num_documents() == 0) {
         threshold = no_validation ? pass->min_hash() + 1 : pass->max_hash();
-        pass.reset();  // its temporary files have the same names
+        pass.reset();  // makes room on the disk
         pass = RunPass(threshold);
       }
     }
@@ -270,8 +270,9 @@ class Preparation {
       result.datasets.push_back(std::move(prepared));
     }
     for (size_t i = 0; i < result.datasets.size(); ++i) {
-      pass.outputs()[i]->writer.Commit(ToJson(result.datasets[i].info));
+      pass.outputs()[i]->writer.Stage(ToJson(result.datasets[i].info));
     }
+    for (const auto& output : pass.outputs()) output->writer.Publish();
     result.files = static_cast<int64_t>(inputs_.files.size());
     result.excluded = inputs_.excluded;
     result.hidden = inputs_.hidden;

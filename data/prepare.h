@@ -51,14 +51,16 @@ struct PrepareResult {
 //
 // Split    a document goes to validation if the hash of (seed, its key) falls below the fraction of
 //          the hash range, so adding documents does not move others. The key is the path below
-//          the input (with the input's name) for a file and the text for a .jsonl line. If a side
-//          would be empty, the document with the outermost hash is moved there.
+//          the input (with the input's name) for a file and the text for a .jsonl line; the second,
+//          third, ... file of one key gets #2, #3, ... behind it. If a side would be empty, the
+//          document with the outermost hash is moved there.
 // Output   the same bytes for any number of threads and any unit_bytes
 // Memory   a few units a thread (at most about 8 x unit_bytes each) plus the list of files; a line
 //          of a .jsonl file is held whole
-// Errors   DataError naming the file (missing, unreadable, existing output without `overwrite`, no
-//          document), InvalidArgument naming the option, Unsupported for a tokenizer. Whatever
-//          fails, no new file or folder stays, and existing outputs are as they were.
+// Errors   DataError naming the file (missing, unreadable, existing output without `overwrite`, an
+//          input that would be overwritten, no document), InvalidArgument naming the option,
+//          Unsupported for a tokenizer. Whatever fails, no new file or folder stays, and existing
+//          outputs are as they were.
 PrepareResult Prepare(const PrepareOptions& options, const ProgressFn& progress = nullptr);
 // The same with a tokenizer of the caller's (options.tokenizer is not looked at).
 PrepareResult PrepareWith(const PrepareOptions& options, const Tokenizer& tokenizer,

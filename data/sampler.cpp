@@ -47,7 +47,8 @@ class RowSampler::Stream {
       : options_(options),
         dataset_(options.sources[source].prefix),
         document_keys_(options.seed, StreamOf("documents of an epoch") + source),
-        row_keys_(options.seed, StreamOf("rows of an epoch") + source) {
+        row_keys_(options.seed, StreamOf("rows of an epoch") + source),
+        offset_keys_(options.seed, StreamOf("first row of an epoch") + source) {
     const int64_t tokens = dataset_.num_tokens(), length = options.context_length;
     if (tokens < length + 1) {
       throw DataError(Str(dataset_.prefix(), ".bin has ", tokens, " tokens in ",
@@ -56,6 +57,7 @@ class RowSampler::Stream {
                           length + 1, "; give more text or a shorter context_length"));
     }
     rows_ = (tokens - 1) / length;
+    spare_tokens_ = (tokens - 1) % length;
   }
 
   const IndexedDataset& dataset() const { return dataset_; }
@@ -63,14 +65,18 @@ class RowSampler::Stream {
 
   Row Get(int64_t index) const {
     const int64_t epoch = index / rows_;
-    int64_t row = index % rows_;
+    int64_t row = index % rows_, offset = 0;
     if (options_.shuffle) {
-      row = KeyedPermutation(rows_, row_keys_.Bits(static_cast<uint64_t>(epoch)))[row];
+      const auto counter = static_cast<uint64_t>(epoch);
+      row = KeyedPermutation(rows_, row_keys_.Bits(counter))[row];
+      // Shuffling documents alone would never reach the last tokens of a single one.
+      offset = static_cast<int64_t>(
+          offset_keys_.Below(counter, static_cast<uint64_t>(spare_tokens_) + 1));
     }
     const std::shared_ptr<const Epoch> table = options_.shuffle ? TableOf(epoch) : nullptr;
     std::vector<int64_t> ends;
     const std::vector<int32_t> tokens =
-        ReadStream(table.get(), row * options_.context_length, ends);
+        ReadStream(table.get(), offset + row * options_.context_length, ends);
     CheckIds(tokens);
     return PackRow(tokens, ends, options_.document_mask);
   }
@@ -142,7 +148,12 @@ class RowSampler::Stream {
 
   void CheckIds(const std::vector<int32_t>& tokens) const {
     for (const int32_t id : tokens) {
-      if (id < 0 || (options_.vocab_size > 0 && id >= options_.vocab_size)) {
+      if (id < 0) {
+        throw DataError(Str(dataset_.prefix(), ".bin holds token id ", id,
+                            ", which is negative: damaged or foreign data; prepare the corpus "
+                            "again"));
+      }
+      if (options_.vocab_size > 0 && id >= options_.vocab_size) {
         throw DataError(Str(dataset_.prefix(), ".bin holds token id ", id,
                             ", which is not below model.vocab_size ", options_.vocab_size,
                             "; set model.vocab_size to that of the corpus's tokenizer"));
@@ -152,8 +163,9 @@ class RowSampler::Stream {
 
   const RowSamplerOptions& options_;
   IndexedDataset dataset_;
-  Philox document_keys_, row_keys_;
+  Philox document_keys_, row_keys_, offset_keys_;
   int64_t rows_ = 0;
+  int64_t spare_tokens_ = 0;  // that no row of an epoch takes
   mutable std::mutex mutex_;  // guards tables_
   mutable std::array<std::shared_ptr<const Epoch>, 2> tables_;
 };

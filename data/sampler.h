@@ -27,13 +27,15 @@ struct RowSamplerOptions {
 // the order does not depend on ranks, and a resumed run asks for its next index without replaying.
 //
 // Stream   An epoch of a source is all its documents one after another, shuffled by (seed, source,
-//          epoch). Row r takes the L + 1 tokens from r L on, so consecutive rows share one token
-//          and floor((tokens - 1) / L) rows fit; the fewer than L tokens behind them are left out
-//          of this epoch (other ones in each epoch). The rows are then shuffled too. Epochs go on
-//          without end. How a row is labelled: PackRow.
+//          epoch). Row r takes the L + 1 tokens from a + r L on, so consecutive rows share one
+//          token and floor((tokens - 1) / L) rows fit. Fewer than L tokens do not; the first row's
+//          place a, from 0 to their number and a function of (seed, source, epoch) too, decides
+//          which ones at either end of the stream are left out, other ones in each epoch. The rows
+//          are then shuffled. Epochs go on without end. How a row is labelled: PackRow.
 // Mixture  Sample i belongs to the source, and is its n-th sample, that Mixture::Find(i) says.
-// Unshuffled  Documents and rows stay in order, the sources follow one another, and there is one
-//          pass: sample RowsAvailable() is an InvalidArgument. Unequal weights are refused.
+// Unshuffled  Documents and rows stay in order from a = 0 on, the sources follow one another, and
+//          there is one pass: sample RowsAvailable() is an InvalidArgument. Unequal weights are
+//          refused.
 // Cost     Get reads L + 1 tokens after a binary search. The first row of an epoch builds a table
 //          of 8 bytes a document; the tables of two epochs a source are kept.
 // Errors   the constructor: DataError for a bad dataset (IndexedDataset) or one with fewer than
@@ -44,13 +46,14 @@ class RowSampler {
   explicit RowSampler(const RowSamplerOptions& options);
   ~RowSampler();
 
-  // DataError naming file, id and model.vocab_size if the row holds an id outside the vocabulary.
+  // DataError naming the file and the id if the row holds an id outside the vocabulary.
   Row Get(int64_t sample) const;
 
   // Rows of one pass over every source.
   int64_t RowsAvailable() const;
   int64_t TokensAvailable() const;  // in all sources
-  // Largest token id in any source: from the sidecars, or by reading all tokens.
+  // Largest token id in any source: from the sidecars, or by reading all tokens (then a DataError
+  // for a negative one).
   int64_t MaxTokenId() const;
   // Changes when a source's content, the order of the sources or a weight changes; not with paths.
   uint64_t Fingerprint() const;

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <set>
+#include <unordered_map>
 #include <utility>
 
 #include "data/file.h"
@@ -19,11 +21,11 @@ namespace {
 
 class Lister {
  public:
-  Lister(const std::vector<std::string>& include, const std::vector<std::string>& exclude)
+  Lister(const std::vector<std::string>& include, const std::vector<std::string>& outputs)
       : include_(include) {
-    for (const std::string& path : exclude) {
+    for (const std::string& path : outputs) {
       struct stat info {};
-      if (::stat(path.c_str(), &info) == 0) excluded_ids_.insert({info.st_dev, info.st_ino});
+      if (::stat(path.c_str(), &info) == 0) outputs_.insert({{info.st_dev, info.st_ino}, path});
     }
   }
 
@@ -36,6 +38,11 @@ class Lister {
     if (S_ISDIR(info.st_mode)) {
       AddFolder(input, name, "", info);
     } else if (S_ISREG(info.st_mode)) {
+      const auto output = outputs_.find({info.st_dev, info.st_ino});
+      if (output != outputs_.end()) {
+        throw DataError(Str("input ", input, " would be overwritten by --out, which writes ",
+                            output->second, "; choose another --out"));
+      }
       AddFile(input, name, info);
     } else {
       throw DataError(Str("input ", input, " is neither a file nor a folder"));
@@ -54,9 +61,18 @@ class Lister {
     return false;
   }
 
-  void AddFile(const std::string& path, std::string key, const struct stat& info) {
-    if (excluded_ids_.contains({info.st_dev, info.st_ino}) || !FirstVisit(info)) return;
-    result_.files.push_back({path, std::move(key), info.st_size, path.ends_with(".jsonl")});
+  void AddFile(const std::string& path, const std::string& key, const struct stat& info) {
+    if (outputs_.contains({info.st_dev, info.st_ino}) || !FirstVisit(info)) return;
+    result_.files.push_back({path, UnusedKey(key), info.st_size, path.ends_with(".jsonl")});
+  }
+
+  // Different files need different keys, or a split by key could not part them.
+  std::string UnusedKey(const std::string& key) {
+    int64_t& uses = key_uses_[key];
+    if (++uses == 1) return key;
+    std::string numbered = Str(key, "#", uses);
+    while (!key_uses_.emplace(numbered, 1).second) numbered = Str(key, "#", ++uses);
+    return numbered;
   }
 
   bool Included(const std::string& name, const std::string& below) const {
@@ -109,7 +125,9 @@ class Lister {
   }
 
   const std::vector<std::string>& include_;
-  std::set<FileId> excluded_ids_, visited_;
+  std::map<FileId, std::string> outputs_;
+  std::set<FileId> visited_;
+  std::unordered_map<std::string, int64_t> key_uses_;
   TextInputs result_;
 };
 
@@ -117,8 +135,8 @@ class Lister {
 
 TextInputs ListTextFiles(const std::vector<std::string>& inputs,
                          const std::vector<std::string>& include,
-                         const std::vector<std::string>& exclude) {
-  Lister lister(include, exclude);
+                         const std::vector<std::string>& outputs) {
+  Lister lister(include, outputs);
   for (const std::string& input : inputs) lister.AddInput(input);
   TextInputs result = lister.Take();
   if (result.files.empty()) {

@@ -8,7 +8,9 @@ namespace longspan::data {
 // One file of text input. A .jsonl file holds one document a line, any other file is one document.
 struct TextFile {
   std::string path;  // to open it
-  std::string key;   // <last part of the input>/<path below it>: who it is, wherever the input lies
+  // Who it is, wherever the input lies: <last part of the input>/<path below it>, with #2, #3, ...
+  // behind it where an earlier file has that key. No two files of a list share a key.
+  std::string key;
   int64_t bytes = 0;
   bool jsonl = false;
 };
@@ -29,11 +31,11 @@ struct TextInputs {
 // include   shell patterns; a file in a folder is taken if any fits (all are, if there are none). A
 //           pattern with a '/' is compared with the path below the input ('*' also stands for '/'),
 //           another one with the file's name.
-// exclude   files to leave out without counting, such as the outputs of an earlier run
-// Errors    DataError naming the input that is missing or the folder that cannot be read, or if no
-//           file is left
+// outputs   files that the caller will write: in folders they are left out without counting
+// Errors    DataError naming the input that is missing or is one of `outputs`, or the folder that
+//           cannot be read, or if no file is left
 TextInputs ListTextFiles(const std::vector<std::string>& inputs,
                          const std::vector<std::string>& include,
-                         const std::vector<std::string>& exclude = {});
+                         const std::vector<std::string>& outputs = {});
 
 }  // namespace longspan::data

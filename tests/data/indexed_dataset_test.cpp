@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "data/bigram.h"
 #include "data/index_writer.h"
 #include "data/sidecar.h"
 #include "ops/core/error.h"
@@ -240,6 +241,95 @@ TEST_F(IndexedDatasetTest, UncommittedWriterLeavesNothingAndOldFilesStay) {
   EXPECT_EQ(ListBelow(temp_.path()), (std::vector<std::string>{"set.bin", "set.idx", "set.json"}));
   WriteDataset(prefix(), {{7}});
   EXPECT_FALSE(fs::exists(prefix() + ".json")) << "a sidecar of other data must not stay";
+}
+
+TEST_F(IndexedDatasetTest, FoldersInThePlaceOfOutputsAreRefusedBeforeAnythingGoes) {
+  WriteDataset(prefix(), {{1}});
+  WriteText(prefix() + ".json", "old");
+  IndexWriter writer(prefix(), TokenDType::kU16);
+  writer.Append(std::vector<int32_t>{5});
+  writer.EndDocument();
+  fs::remove(prefix() + ".bin");
+  fs::create_directory(prefix() + ".bin");
+  ExpectContains(MessageOf<DataError>([&] { writer.Commit(); }), "set.bin is a folder");
+  ExpectContains(MessageOf<DataError>([&] { IndexWriter again(prefix(), TokenDType::kU16); }),
+                 "set.bin is a folder");
+  EXPECT_TRUE(fs::exists(prefix() + ".idx"));
+  EXPECT_TRUE(fs::exists(prefix() + ".json"));
+}
+
+TEST_F(IndexedDatasetTest, LeftoversOfTheDeadGoAndFilesOfTheLivingStay) {
+  using Strings = std::vector<std::string>;
+  const Strings foreign = {".other.tmp1.bin", ".set.tmp.bin", ".set.tmp1.tmp2.bin", ".set.tmp1.txt",
+                           ".set.tmpx.bin"};
+  for (const std::string& name : foreign) WriteText(temp_ / name, "x");
+  for (const char* name : {".set.tmp1.bin", ".set.tmp1.idx", ".set.tmp0af.json"}) {
+    WriteText(temp_ / name, "x");
+  }
+  IndexWriter living(prefix(), TokenDType::kU16);
+  Strings names = ListBelow(temp_.path());
+  EXPECT_EQ(names.size(), foreign.size() + 2);
+  for (const std::string& name : foreign) {
+    EXPECT_TRUE(fs::exists(temp_ / name)) << name;
+  }
+  living.Append(std::vector<int32_t>{5});
+  living.EndDocument();
+  living.Stage("{}");  // its files are closed now, but not abandoned
+  WriteDataset(prefix(), {{7}, {8}});
+  EXPECT_EQ(ReadDataset(prefix()), (Documents{{7}, {8}}));
+  living.Publish();
+  EXPECT_EQ(ReadDataset(prefix()), (Documents{{5}}));
+  names = foreign;
+  names.insert(names.end(), {"set.bin", "set.idx", "set.json"});
+  EXPECT_EQ(ListBelow(temp_.path()), names);
+}
+
+TEST_F(IndexedDatasetTest, NegativeIdsAreNamedByWhateverReadsAll) {
+  WriteDataset(temp_ / "good", {{1, 2, 3}, {3, 1}});
+  HandMadeIndex index;
+  index.dtype = 4;
+  index.lengths = {3};
+  index.offsets = {0};
+  index.documents = {0, 1};
+  Write(index.Bytes(), Raw<int32_t>({1, -7, 2}));
+  const std::string expected = "set.bin holds token id -7 at token 1, which is negative";
+  ExpectContains(MessageOf<DataError>([&] { IndexedDataset(prefix()).ScanMaxTokenId(); }),
+                 expected);
+  ExpectContains(MessageOf<DataError>([&] { data::EvaluateBigram(prefix(), temp_ / "good"); }),
+                 expected);
+  ExpectContains(MessageOf<DataError>([&] { data::EvaluateBigram(temp_ / "good", prefix()); }),
+                 expected);
+  EXPECT_EQ(data::EvaluateBigram(temp_ / "good", temp_ / "good").tokens, 3);
+}
+
+TEST_F(IndexedDatasetTest, TokensBeyondFourGibibytesAreRead) {
+  constexpr int64_t kSequences = 5, kLength = int64_t{1} << 29;
+  HandMadeIndex index;
+  for (int64_t s = 0; s < kSequences; ++s) {
+    index.lengths.push_back(static_cast<int32_t>(kLength));
+    index.offsets.push_back(2 * s * kLength);
+    index.documents.push_back(s);
+  }
+  index.documents.push_back(kSequences);
+  Write(index.Bytes(), "");
+  fs::resize_file(prefix() + ".bin", 2 * kSequences * kLength);  // takes no room on the disk
+  const auto put = [&](int64_t token, const std::string& bytes) {
+    std::fstream file(prefix() + ".bin", std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(2 * token);
+    file << bytes;
+  };
+  const int64_t last = (kSequences - 1) * kLength, end = kSequences * kLength;
+  put(last - 1, Raw<uint16_t>({3, 4}));
+  put(end - 2, Raw<uint16_t>({5, 6}));
+  const IndexedDataset dataset(prefix());
+  EXPECT_EQ(dataset.num_tokens(), end);
+  EXPECT_EQ(dataset.DocumentBegin(kSequences - 1), last);
+  std::vector<int32_t> ids(4);
+  dataset.Read(last - 2, ids);
+  EXPECT_EQ(ids, (std::vector<int32_t>{0, 3, 4, 0}));
+  dataset.Read(end - 4, ids);
+  EXPECT_EQ(ids, (std::vector<int32_t>{0, 0, 5, 6}));
+  EXPECT_THROW(dataset.Read(end - 3, ids), InvalidArgument);
 }
 
 TEST_F(IndexedDatasetTest, FullDiskIsReportedAndCleanedUp) {

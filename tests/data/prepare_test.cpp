@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "data/byte_tokenizer.h"
+#include "data/encode.h"
 #include "data/indexed_dataset.h"
 #include "ops/core/error.h"
 #include "ops/core/rng.h"
@@ -271,6 +272,21 @@ TEST_F(PrepareTest, SplitKeepsDocumentsOnTheirSide) {
   EXPECT_NE(split(more).second, more_validation);
 }
 
+TEST_F(PrepareTest, FilesOfOneNameAreSplitLikeOthers) {
+  Strings inputs;
+  for (int f = 0; f < 99; ++f) {
+    inputs.push_back(in(Str("d", f, "/text.txt")));
+    WriteText(inputs.back(), Str("doc ", f));
+  }
+  PrepareOptions options = Options(inputs);
+  options.validation_fraction = 0.3;
+  options.overwrite = true;
+  EXPECT_NEAR(static_cast<double>(Prepare(options).datasets[1].info.documents), 30, 20);
+  options.inputs.resize(2);
+  options.validation_fraction = 0.01;
+  EXPECT_EQ(Prepare(options).datasets[1].info.documents, 1);
+}
+
 TEST_F(PrepareTest, EqualJsonLinesAreOnTheSameSide) {
   std::string lines;
   for (int l = 0; l < 100; ++l) lines += Str("{\"text\":\"t", l, "\"}\n");
@@ -333,6 +349,63 @@ TEST_F(PrepareTest, OwnOutputInsideTheInputIsNotRead) {
   for (int round = 0; round < 2; ++round) {
     EXPECT_EQ(Prepare(options).files, 1);
     EXPECT_EQ(ReadDataset(in("corpus")), (Documents{Bytes("a")}));
+  }
+}
+
+TEST_F(PrepareTest, InputsThatAreOutputsAreRefused) {
+  WriteText(in("notes.json"), "precious");
+  WriteText(in("more.txt"), "more");
+  PrepareOptions options = Options({in("notes.json"), in("more.txt")});
+  options.out = in("notes");
+  options.overwrite = true;
+  ExpectContains(FailureOf(options), in("notes.json") + " would be overwritten by --out");
+  EXPECT_EQ(ReadText(in("notes.json")), "precious");
+}
+
+// A folder in the place of an output is what can be made to fail at a known moment.
+TEST_F(PrepareTest, OutputsArePublishedTogetherOrNotAtAll) {
+  for (int f = 0; f < 20; ++f) WriteText(in(Str("f", f)), Str("doc ", f));
+  PrepareOptions options = Options({in()});
+  options.validation_fraction = 0.5;
+  options.overwrite = true;
+  Prepare(options);
+  const std::string train = ReadText(out() + "/train.bin");
+  WriteText(in("f20"), std::string(1000, 'a'));
+  WriteText(in("f21"), std::string(1000, 'b'));
+  fs::remove(out() + "/validation.json");
+  const Strings before = ListBelow(temp_ / "out");
+  // It appears while the input is read, so only the validation side's last step can notice it.
+  const auto appear = [&](const PrepareProgress&) {
+    fs::create_directory(out() + "/validation.json");
+  };
+  ExpectContains(MessageOf<DataError>([&] { Prepare(options, appear); }),
+                 "validation.json is a folder");
+  fs::remove(out() + "/validation.json");
+  EXPECT_EQ(ListBelow(temp_ / "out"), before);
+  EXPECT_EQ(ReadText(out() + "/train.bin"), train);
+  // One that is there from the start is named before the input is encoded.
+  fs::remove(out() + "/train.bin");
+  fs::create_directory(out() + "/train.bin");
+  ExpectContains(FailureOf(options), "train.bin is a folder");
+  EXPECT_TRUE(fs::exists(out() + "/train.idx"));
+}
+
+TEST_F(PrepareTest, InputsThatChangeAreNamed) {
+  const std::string line = Str("{\"text\":\"", std::string(40, 'x'), "\"}\n");
+  WriteText(in("a.jsonl"), line + line);
+  WriteText(in("b.txt"), line + line);
+  const auto listed = static_cast<int64_t>(2 * line.size());
+  const data::ByteTokenizer tokenizer;
+  for (const int64_t change : {-30, +30}) {
+    for (const char* name : {"a.jsonl", "b.txt"}) {
+      const std::vector<data::TextFile> files = {{in(name), name, listed + change, name[0] == 'a'}};
+      data::UnitEncoder encoder({files, tokenizer, data::TokenDType::kU16});
+      data::UnitPlanner planner(files, 50);
+      const std::string message = MessageOf<DataError>([&] {
+        while (const auto unit = planner.Next()) encoder.Encode(*unit);
+      });
+      ExpectContains(message, in(name) + " changed while it was read");
+    }
   }
 }
 

@@ -257,6 +257,41 @@ TEST_F(RowSamplerTest, EveryTokenOccursOnceInEachEpoch) {
   }
 }
 
+// With one document there is nothing to shuffle that could move the stream's ends.
+TEST_F(RowSamplerTest, SingleDocumentsAreTrainedFromEndToEnd) {
+  const int64_t length = 5;
+  for (const int32_t size : {11, 12, 15}) {  // 0, 1 and 4 tokens behind the last row
+    Ids ids(static_cast<size_t>(size));
+    std::iota(ids.begin(), ids.end(), 0);
+    WriteDataset(temp_ / "set", {ids});
+    const RowSampler sampler(Options(length));
+    const int64_t rows = sampler.RowsAvailable();
+    std::map<int32_t, int> begins;  // first token of an epoch -> epochs
+    std::set<int32_t> inputs, labels;
+    for (int64_t epoch = 0; epoch < 100; ++epoch) {
+      CheckEpoch(sampler, epoch, length, true, {ids});
+      int32_t begin = size;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Row row = sampler.Get(epoch * rows + r);
+        begin = std::min(begin, row.tokens.front());
+        inputs.insert(row.tokens.begin(), row.tokens.end());
+        labels.insert(row.labels.begin(), row.labels.end());
+        // A resumed run asks for this row first.
+        EXPECT_EQ(RowSampler(Options(length)).Get(epoch * rows + r).tokens, row.tokens);
+      }
+      ++begins[begin];
+    }
+    const int64_t places = size - rows * length;
+    EXPECT_EQ(static_cast<int64_t>(begins.size()), places);
+    for (const auto& [begin, count] : begins) {
+      EXPECT_LT(begin, places);
+      EXPECT_GT(count, 50 / places) << begin;
+    }
+    EXPECT_EQ(inputs.size(), ids.size() - 1);
+    EXPECT_EQ(labels.size(), ids.size() - 1);
+  }
+}
+
 TEST_F(RowSamplerTest, EmptyDocumentsAreStepsOfNoLength) {
   HandMadeIndex index;
   index.dtype = 4;
@@ -356,7 +391,10 @@ TEST_F(RowSamplerTest, IdsOutsideTheVocabularyAreNamed) {
   EXPECT_THROW(RowSampler(options).Get(0), DataError);
   WriteDataset(temp_ / "set", {{1, -2, 3, 4, 5}});
   options.vocab_size = 0;
-  ExpectContains(MessageOf<DataError>([&] { RowSampler(options).Get(0); }), "token id -2");
+  const std::string negative = MessageOf<DataError>([&] { RowSampler(options).Get(0); });
+  ExpectContains(negative, "token id -2, which is negative: damaged or foreign data");
+  EXPECT_EQ(negative.find("vocab_size"), std::string::npos) << negative;
+  ExpectContains(MessageOf<DataError>([&] { RowSampler(options).MaxTokenId(); }), "token id -2");
 }
 
 TEST_F(RowSamplerTest, FingerprintCoversContentOrderAndWeights) {

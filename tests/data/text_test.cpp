@@ -196,6 +196,34 @@ TEST(TextSourceTest, LinksAreFollowedOnceAndLoopsEnd) {
             (Strings{"in/sub/a.txt"}));
 }
 
+TEST(TextSourceTest, DifferentFilesHaveDifferentKeys) {
+  const TempFolder temp;
+  for (const char* name : {"a/text", "b/text", "c/text", "d/text#2", "e/in/x", "f/in/x"}) {
+    WriteText(temp / name, "text");
+  }
+  const auto keys = [&](Strings inputs) {
+    for (std::string& input : inputs) input = temp / input;
+    return Keys(data::ListTextFiles(inputs, {}));
+  };
+  EXPECT_EQ(keys({"b/text", "a/text", "b/text", "c/text"}), (Strings{"text", "text#2", "text#3"}));
+  EXPECT_EQ(keys({"e/in", "f/in"}), (Strings{"in/x", "in/x#2"}));
+  // A name that looks like a numbered key.
+  EXPECT_EQ(keys({"a/text", "d/text#2", "b/text"}), (Strings{"text", "text#2", "text#3"}));
+  EXPECT_EQ(keys({"a/text", "b/text", "d/text#2"}), (Strings{"text", "text#2", "text#2#2"}));
+}
+
+TEST(TextSourceTest, OutputsAreLeftOutOfFoldersAndRefusedAsInputs) {
+  const TempFolder temp;
+  for (const char* name : {"in/a.txt", "in/set.json"}) WriteText(temp / name, "text");
+  const Strings outputs = {temp / "in/set.json", temp / "in/set.bin"};
+  EXPECT_EQ(Keys(data::ListTextFiles({temp / "in"}, {}, outputs)), (Strings{"in/a.txt"}));
+  const Strings inputs = {temp / "in", temp / "in/../in/set.json"};
+  const std::string message =
+      MessageOf<DataError>([&] { data::ListTextFiles(inputs, {}, outputs); });
+  ExpectContains(message, inputs[1] + " would be overwritten by --out");
+  ExpectContains(message, outputs[0]);
+}
+
 TEST(TextSourceTest, MissingAndOddInputsAreNamed) {
   const TempFolder temp;
   ExpectContains(MessageOf<DataError>([&] { data::ListTextFiles({temp / "nothing"}, {}); }),
