@@ -310,10 +310,10 @@ void CheckSavingAndEvaluation(const Config& config, Problems& problems) {
         {"evaluation.every_steps", "needs a validation dataset (give data.validation, or use 0)"});
   }
   for (int i = 0; i < config.data().validation_size(); ++i) {
-    if (config.evaluation().rows() > 0 || config.data().validation(i).weight() == 1) continue;
+    if (config.data().validation(i).weight() == 1) continue;
     problems.push_back({ElementPath("data.validation", i) + ".weight",
-                        "has no effect while evaluation.rows is 0 (give evaluation.rows, or use "
-                        "weight 1)"});
+                        "has no effect, because validation reads its datasets in order (leave it "
+                        "out)"});
   }
 }
 

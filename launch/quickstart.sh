@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/dependencies.sh
 
 readonly kRunDirectory=${1:-runs/quickstart}
-readonly kCorpus=corpus/quickstart
+readonly kCorpus=$kRunDirectory/corpus
 readonly kBinary=build/release/longspan
 
 phase_names=() phase_seconds=()
@@ -34,6 +34,11 @@ build() {
 }
 
 prepare() {
+  # A run goes on with the text it began with, whatever has become of the sources.
+  if [[ -e $kRunDirectory/metrics.jsonl ]]; then
+    echo "$kCorpus is kept"
+    return
+  fi
   "$kBinary" prepare ops parallel data configs trainer launch tests docs README.md CONTRIBUTING.md \
     CMakeLists.txt --tokenizer byte --out "$kCorpus" --validation-fraction 0.05 --overwrite
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <sstream>
 
+#include "configs/defaults.h"
 #include "ops/core/check.h"
 #include "parallel/context/placement.h"
 
@@ -61,9 +62,7 @@ ScheduleOptions ScheduleFrom(const configs::Schedule& s, int64_t steps) {
       o.kind = ScheduleKind::kWsd;
       o.warmup_steps = w.warmup_steps();
       o.final_fraction = w.final_fraction();
-      o.decay_steps = w.has_decay_steps()
-                          ? w.decay_steps()
-                          : std::llround(w.decay_fraction() * static_cast<double>(steps));
+      o.decay_steps = configs::DecaySteps(w, steps);
       o.decay_shape = w.decay_shape() == configs::WsdSchedule::LINEAR ? DecayShape::kLinear
                                                                       : DecayShape::kOneMinusSqrt;
       break;

@@ -1,10 +1,13 @@
 #include "trainer/loop.h"
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <map>
 
 #include "parallel/comm/bootstrap.h"
+#include "trainer/agreement.h"
 #include "trainer/checkpoint/directory.h"
 #include "trainer/checkpoint/writer.h"
 #include "trainer/metrics/event_writer.h"
@@ -93,11 +96,40 @@ class Run {
     });
   }
 
+  // In slices: the other ranks wait in a collective operation, which has a time limit of its own,
+  // and a stop signal is to be heard meanwhile.
+  void ClaimDirectory() {
+    const double limit = 1e-3 * static_cast<double>(settings_.lock_wait.count());
+    bool claimed = false;
+    for (int slice = 0; !claimed; ++slice) {
+      OnAllRanks(world_, [&] {
+        if (slice > 0 && settings_.stop_requested && settings_.stop_requested()) {
+          throw Error(
+              Str("stopped while another job held the run directory ", directory_.path().string()));
+        }
+        if (root_) claimed = TryClaim(limit);
+      });
+      claimed = parallel::AllReduceValue(world_, claimed ? 1.0 : 0.0, parallel::ReduceOp::kMax) > 0;
+    }
+  }
+
+  bool TryClaim(double limit) {
+    constexpr double kSlice = 1;  // second
+    const double left = std::max(0.0, limit - Seconds(start_));
+    try {
+      directory_.Claim(std::chrono::milliseconds(std::llround(1e3 * std::min(kSlice, left))));
+      return true;
+    } catch (const RunDirectoryInUse& e) {
+      if (left > kSlice) return false;
+      throw CheckpointError(Str(e.what(), " (waited ", limit, " s)"));
+    }
+  }
+
   // Locks the run directory and returns the checkpoint to resume from, "" for none.
   std::string ClaimAndDecide() {
     std::string checkpoint;
+    ClaimDirectory();
     OnRoot([&] {
-      directory_.Claim(settings_.lock_wait);
       CleanLeftovers(directory_.checkpoints());
       const auto decided = DecideResume(directory_, settings_.resume, &notes_);
       if (decided.has_value()) checkpoint = decided->string();
@@ -124,10 +156,10 @@ class Run {
         }
       });
     } else if (!settings_.init_from.empty()) {
+      const auto source = AgreeOnCheckpoint(world_, settings_.init_from);
       std::unique_ptr<CheckpointReader> reader;
       OnAllRanks(world_, [&] {
-        reader = std::make_unique<CheckpointReader>(
-            CheckpointReader::Open(ResolveCheckpoint(settings_.init_from)));
+        reader = std::make_unique<CheckpointReader>(CheckpointReader::Open(source));
       });
       trainer_->InitFrom(*reader);
       if (root_) notes_.push_back("weights from " + reader->path().string());
@@ -144,7 +176,18 @@ class Run {
       report_error_ = e.what();
     }
   }
-  [[noreturn]] void RaiseReportError() { throw Error(parallel::FirstError(world_, report_error_)); }
+  [[noreturn]] void RaiseReportError() { EndWith(parallel::FirstError(world_, report_error_)); }
+
+  // Ends the run for a reason that all ranks know. A save under way is completed first: what it
+  // holds is from before the failure and may be an hour's work.
+  [[noreturn]] void EndWith(std::string error) {
+    try {
+      writer_->Wait();
+    } catch (const CheckpointError& e) {
+      error += Str("; ", e.what());
+    }
+    throw Error(error);
+  }
 
   void Report(const StepResult& r, double seconds);
   void Evaluate();
@@ -152,16 +195,28 @@ class Run {
     writer_->Save(trainer_->Info(settings_.config_text), trainer_->State());
     saved_step_ = trainer_->step();
   }
+  // The state as it is, committed when this returns.
+  void SaveNow() {
+    if (saved_step_ != trainer_->step() && resumed_step_ != trainer_->step()) Save();
+    writer_->Wait();
+  }
+  StepResult Step() {
+    try {
+      return trainer_->Step([this] { return Wish(); });
+    } catch (const StepFailure& e) {
+      EndWith(e.what());
+    }
+  }
   StopWish Wish() const {
     if (settings_.stop_requested && settings_.stop_requested()) return StopWish::kSignal;
-    return settings_.max_seconds > 0 && summary_.seconds >= settings_.max_seconds
-               ? StopWish::kTimeUp
-               : StopWish::kNone;
+    return settings_.max_seconds > 0 && Seconds(start_) >= settings_.max_seconds ? StopWish::kTimeUp
+                                                                                 : StopWish::kNone;
   }
   bool Due(int64_t every) const {
     return every > 0 && (trainer_->step() % every == 0 || trainer_->step() == options_.steps);
   }
 
+  const Clock::time_point start_ = Clock::now();
   Context& ctx_;
   parallel::Communicator& world_;
   parallel::CountingCommunicator& counted_;
@@ -189,7 +244,6 @@ void Run::Report(const StepResult& r, double seconds) {
   mine.data<double>()[0] = static_cast<double>(bytes - seen_bytes_);
   mine.data<double>()[1] = static_cast<double>(PeakRssBytes());
   mine.data<double>()[2] = report_error_.empty() ? 0 : 1;
-  seen_bytes_ = bytes;
   world_.AllGather(mine, all).Wait();
 
   StepMetrics m;
@@ -228,21 +282,24 @@ void Run::Evaluate() {
 RunSummary Run::Loop() {
   bool stop = false;
   while (trainer_->step() < options_.steps && !stop) {
-    ctx_.trace().Reset();  // what evaluations added does not count
+    // What evaluations and saves added does not count.
+    ctx_.trace().Reset();
+    seen_bytes_ = counted_.counts().Total().bytes;
     const auto start = Clock::now();
-    const StepResult r = trainer_->Step([this] { return Wish(); });
+    const StepResult r = Step();
     Report(r, Seconds(start));
     for (const auto& [category, seconds] : ctx_.trace().Totals()) traced_[category] += seconds;
     stop = r.stop_requested;
     writer_->Poll();
-    if (Due(options_.evaluation_every_steps) ||
-        (r.time_is_up && options_.evaluation_every_steps > 0)) {
-      Evaluate();
+    if (r.time_is_up) {  // little may be left: first what must not be lost
+      SaveNow();
+      if (options_.evaluation_every_steps > 0) Evaluate();
+      break;
     }
+    if (Due(options_.evaluation_every_steps)) Evaluate();
     if (Due(options_.checkpoint_every_steps)) Save();
   }
-  if (saved_step_ != trainer_->step() && resumed_step_ != trainer_->step()) Save();
-  writer_->Wait();
+  SaveNow();
   OnAllRanks(world_, [&] {
     if (!report_error_.empty()) throw Error(report_error_);
   });

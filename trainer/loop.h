@@ -20,8 +20,10 @@ struct RunSettings {
   std::string config_text;  // resolved configuration, saved with the run
   // How long to wait for another job that holds the run directory: a killed one needs some seconds.
   std::chrono::milliseconds lock_wait = std::chrono::seconds(30);
-  std::function<bool()> stop_requested;  // polled once a step
-  double max_seconds = 0;  // stop, validate and save after this time in steps; 0: no limit
+  std::function<bool()> stop_requested;  // polled once a step and while waiting for the lock
+  // Save, then validate, then end after the step in which this time since the start of RunTraining
+  // is over; 0: no limit.
+  double max_seconds = 0;
   // For tests that interrupt a save: limits the writer. 0: no limit.
   uint64_t checkpoint_bytes_per_second = 0;
   double peak_flops = 0;  // of all ranks together; 0: unknown, mfu is null
@@ -29,12 +31,12 @@ struct RunSettings {
 };
 
 struct RunSummary {
-  int64_t step = 0;      // steps done
-  bool stopped = false;  // by request, before run.steps
-  double last_loss = 0;
+  int64_t step = 0;                 // steps done
+  bool stopped = false;             // by request, before run.steps
+  std::optional<double> last_loss;  // none: there was no step left to do
   std::optional<double> validation_loss;
-  double seconds = 0;       // in steps, this process
-  double tokens_per_s = 0;  // over those
+  double seconds = 0;                  // in steps, this process
+  std::optional<double> tokens_per_s;  // over those
   int64_t skipped_steps = 0;
   double attention_share = 0;  // of the time in steps, on rank 0
   double wait_share = 0;       // waiting for other ranks

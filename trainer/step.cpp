@@ -73,10 +73,10 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step,
   // Reduced values are the same bits on every rank, so every rank decides alike.
   if (!std::isfinite(result.loss + s[kZLoss]) || !std::isfinite(result.grad_norm)) {
     if (options_.on_nonfinite == NonFinitePolicy::kStop) {
-      throw Error(Str("step ", step + 1, ": the loss is ", result.loss, " and the gradient norm ",
-                      result.grad_norm,
-                      "; the weights were not changed. Lower optimizer.adamw.lr, ",
-                      "or set run.on_nonfinite: SKIP to leave such steps out"));
+      throw StepFailure(Str("step ", step + 1, ": the loss is ", result.loss,
+                            " and the gradient norm ", result.grad_norm,
+                            "; the weights were not changed. Lower optimizer.adamw.lr, ",
+                            "or set run.on_nonfinite: SKIP to leave such steps out"));
     }
     result.skipped = true;
     return result;

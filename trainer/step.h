@@ -25,12 +25,18 @@ struct StepResult {
 // Why this rank wants to stop after the step.
 enum class StopWish { kNone, kSignal, kTimeUp };
 
+// A step that ends the run, thrown on all ranks alike: what was saved before it is good, and a save
+// under way can be completed.
+class StepFailure : public Error {
+  using Error::Error;
+};
+
 // One optimizer step: accumulates gradients of the summed loss over micro-batches, reduces them
 // over all ranks while the last backward pass runs, divides once by the global number of valid
 // tokens, clips, updates. All ranks leave with the same weights and the same result.
 //
-// A loss or gradient norm that is not finite changes no weight: the policy STOP throws Error on all
-// ranks alike, SKIP reports the step as skipped.
+// A loss or gradient norm that is not finite changes no weight: the policy STOP throws StepFailure,
+// SKIP reports the step as skipped.
 class TrainStep {
  public:
   TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options,

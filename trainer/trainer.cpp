@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "parallel/context/placement.h"
+#include "trainer/agreement.h"
 #include "trainer/identity.h"
 
 namespace longspan::trainer {
@@ -73,21 +74,10 @@ EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
     sampler = OpenSampler(SamplerFrom(options, options.validation, false));
     reader.Load(WeightsOf(store), kWeights);
   });
+  RequireSame(mesh.world(), "the validation data", sampler->Fingerprint());
   store.RefreshValues(ctx);
   BatchBuilder builder(options.model, PlacementOf(options), options.strategy, mesh.cp_index());
   return EvaluateLoss(ctx, mesh, options, store, *sampler, builder, rows);
-}
-
-void OnAllRanks(parallel::Communicator& world, const std::function<void()>& body) {
-  std::string error;
-  try {
-    body();
-  } catch (const std::exception& e) {
-    error = e.what();
-    if (error.empty()) error = "unknown error";
-  }
-  error = parallel::FirstError(world, error);
-  if (!error.empty()) throw Error(error);
 }
 
 Trainer::Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options)
@@ -97,6 +87,10 @@ Trainer::Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& o
       store_(ctx, options_.model, /*training=*/true),
       train_step_(ctx, mesh, options_, store_) {
   OnAllRanks(mesh.world(), [&] { OpenData(); });
+  RequireSame(mesh.world(), "the training data", train_->Fingerprint());
+  if (validation_ != nullptr) {
+    RequireSame(mesh.world(), "the validation data", validation_->Fingerprint());
+  }
   store_.Initialize(ctx, options_.seed);
 }
 
@@ -142,10 +136,11 @@ StepResult Trainer::Step(const std::function<StopWish()>& wish) {
   const StepResult result = train_step_.Run(*loader_, step_, wish);
   ++step_;
   if (result.skipped && ++skipped_steps_ > options_.max_skipped_steps) {
-    throw Error(Str("step ", step_, ": ", skipped_steps_,
-                    " steps have been skipped because loss or gradient were not finite, more than ",
-                    "run.max_skipped_steps = ", options_.max_skipped_steps,
-                    "; lower optimizer.adamw.lr or look at the data"));
+    throw StepFailure(
+        Str("step ", step_, ": ", skipped_steps_,
+            " steps have been skipped because loss or gradient were not finite, more than ",
+            "run.max_skipped_steps = ", options_.max_skipped_steps,
+            "; lower optimizer.adamw.lr or look at the data"));
   }
   return result;
 }

@@ -17,8 +17,8 @@ namespace longspan::trainer {
 // time, what a checkpoint holds. The loop (loop.h) decides when to do what.
 class Trainer {
  public:
-  // Opens datasets, checks the vocabulary, initialises weights from the seed. Errors of one rank
-  // are raised on all.
+  // Opens datasets, checks the vocabulary and that all ranks see the same data, initialises weights
+  // from the seed. Errors of one rank are raised on all.
   Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options);
   ~Trainer();
 
@@ -60,8 +60,5 @@ class Trainer {
 EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
                                   const TrainOptions& options, const CheckpointReader& reader,
                                   int64_t rows);
-
-// Runs `body` on this rank; when it throws on any rank, throws the first such message on all.
-void OnAllRanks(parallel::Communicator& world, const std::function<void()>& body);
 
 }  // namespace longspan::trainer

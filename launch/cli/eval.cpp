@@ -8,7 +8,7 @@
 #include "launch/cli/commands.h"
 #include "launch/cli/session.h"
 #include "parallel/mesh/device_mesh.h"
-#include "trainer/checkpoint/directory.h"
+#include "trainer/agreement.h"
 #include "trainer/checkpoint/reader.h"
 #include "trainer/eval/loss.h"
 #include "trainer/from_config.h"
@@ -54,7 +54,7 @@ trainer::TrainOptions OptionsFor(const configs::LoadedConfig& loaded, const Eval
 
 void Eval(parallel::Bootstrap& job, const EvalArguments& a) {
   CheckTasks(a);
-  const auto path = trainer::ResolveCheckpoint(a.target);
+  const auto path = trainer::AgreeOnCheckpoint(job.world(), a.target);
   const auto reader = trainer::CheckpointReader::Open(path);
   // One replica that all ranks share, unless --set says otherwise.
   std::vector<std::string> sets = {"parallel.dp=1", Str("parallel.cp=", job.size())};

@@ -12,8 +12,10 @@
 #include "launch/cli/session.h"
 #include "launch/cli/signals.h"
 #include "ops/core/machine.h"
+#include "ops/core/rng.h"
 #include "parallel/comm/counting.h"
 #include "parallel/mesh/device_mesh.h"
+#include "trainer/agreement.h"
 #include "trainer/from_config.h"
 #include "trainer/loop.h"
 
@@ -57,25 +59,31 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
   if (a.json) {
     nlohmann::json j = {{"step", s.step},
                         {"stopped", s.stopped},
-                        {"loss", s.last_loss},
+                        {"loss", nullptr},
                         {"validation_loss", nullptr},
                         {"seconds", s.seconds},
-                        {"tokens_per_s", s.tokens_per_s},
+                        {"tokens_per_s", nullptr},
                         {"skipped_steps", s.skipped_steps},
                         {"attention_share", s.attention_share},
                         {"wait_share", s.wait_share},
                         {"run_directory", a.run.run_directory.string()}};
+    if (s.last_loss.has_value()) j["loss"] = *s.last_loss;
+    if (s.tokens_per_s.has_value()) j["tokens_per_s"] = *s.tokens_per_s;
     if (s.validation_loss.has_value()) j["validation_loss"] = *s.validation_loss;
     std::printf("%s\n", j.dump().c_str());
     return;
   }
+  if (!s.last_loss.has_value()) {
+    std::printf("done: all %lld steps were done before\n", static_cast<long long>(s.step));
+    return;
+  }
   std::printf("%s at step %lld: loss %.4f", s.stopped ? "stopped and saved" : "done",
-              static_cast<long long>(s.step), s.last_loss);
+              static_cast<long long>(s.step), *s.last_loss);
   if (s.validation_loss.has_value()) std::printf(", validation loss %.4f", *s.validation_loss);
   std::printf(
       " nats/token; %.0f tokens/s, %.0f %% of the time in attention, %.0f %% waiting for "
       "other ranks",
-      s.tokens_per_s, 100 * s.attention_share, 100 * s.wait_share);
+      s.tokens_per_s.value_or(0), 100 * s.attention_share, 100 * s.wait_share);
   if (s.skipped_steps > 0) {
     std::printf("; %lld steps skipped", static_cast<long long>(s.skipped_steps));
   }
@@ -84,6 +92,9 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
 
 void Train(parallel::Bootstrap& job, TrainArguments a) {
   const configs::LoadedConfig loaded = configs::Load(a.config, a.sets);
+  // Before anything is built on it: ranks with other layouts would wait for each other for ever.
+  trainer::RequireSame(job.world(), "the configuration",
+                       StreamOf(loaded.resolved_text().c_str()));
   const trainer::TrainOptions options = trainer::OptionsFromConfig(loaded, job.size());
   if (a.run.run_directory.empty()) {
     a.run.run_directory = std::filesystem::path("runs") / std::filesystem::path(a.config).stem();
@@ -131,7 +142,7 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
                       "Start a new run from the weights of this checkpoint or run directory");
   command
       ->add_option("--max-minutes", a->max_minutes,
-                   "Stop, validate and save after this much time in steps (0 = no limit)")
+                   "Save, validate and end after this much time since the start (0 = no limit)")
       ->check(CLI::NonNegativeNumber);
   command
       ->add_option("--lock-wait", a->lock_wait_seconds,

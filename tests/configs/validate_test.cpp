@@ -306,9 +306,9 @@ TEST(ConfigValidateTest, SavingAndEvaluation) {
             "c.textproto:34: evaluation.every_steps: needs a validation dataset (give "
             "data.validation, or use 0)");
   ExpectProblem({"data.validation[0].weight=2"},
-                "data.validation[0].weight: has no effect while evaluation.rows is 0 (give "
-                "evaluation.rows, or use weight 1)");
-  ExpectFine({"evaluation.rows=5", "data.validation[0].weight=2"});
+                "data.validation[0].weight: has no effect, because validation reads its datasets "
+                "in order (leave it out)");
+  ExpectFine({"evaluation.rows=5", "data.train[0].weight=2"});
 }
 
 // One mistake must not drag others behind it that vanish with it.

@@ -251,6 +251,15 @@ class RunDirectoryTest(RefusalCase):
                                 "waited 1.5 s", "stop that job or choose another"],
                            run=run, extra=["--lock-wait", "1.5"])
 
+        # A stop signal ends the wait.
+        waiting = self.start(self.train_arguments(run, (), ["--lock-wait", "600"]), 2)
+        e2e.wait_until(lambda: any(p.rank == 0 for p in waiting.processes()), "the waiting job")
+        time.sleep(3)
+        waiting.process.send_signal(signal.SIGTERM)
+        result = waiting.wait(limit=60)
+        self.assertNotEqual(result.code, 0, result.describe())
+        self.assertIn("stopped while another job held", result.err)
+
         # A job that is patient enough goes on where the first one stopped.
         os.kill(holder, signal.SIGCONT)
         second = self.start(self.train_arguments(run, ["run.steps=3"],

@@ -46,6 +46,63 @@ class LayoutTest(e2e.TestCase):
         self.assertEqual(lines, list("123456"))
 
 
+    def test_traffic_counts_steps_only(self):
+        """Validation and saves send a lot, but not as part of a step."""
+        self.train("run", sets=["data.document_mask=false", "evaluation.every_steps=2"])
+        traffic = {s["comm_bytes"] for s in e2e.Metrics(self.folder / "run").steps}
+        self.assertEqual(len(traffic), 1, traffic)
+        self.assertGreater(min(traffic), 0)
+
+
+class EndTest(e2e.TestCase):
+    """Runs that end before their last step for reasons of their own."""
+
+    def test_time_is_up(self):
+        run = self.folder / "run"
+        result = self.train(run, sets=["run.steps=1000000", "checkpoint.every_steps=0",
+                                       "evaluation.every_steps=1000000"],
+                            extra=["--max-minutes", "0.05"])
+        self.assertIn("stopped and saved at step", result.out)
+        self.assertGreater(result.seconds, 3)
+        metrics = e2e.Metrics(run)
+        last = len(metrics.steps)
+        self.assertEqual(list(metrics.evaluations), [(last, "validation_loss")])
+        self.assertEqual([p.name for p in e2e.checkpoints(run)], [f"step_{last:08d}"])
+
+    def test_a_failing_step_leaves_the_save_before_it(self):
+        """The loss is not finite while the checkpoint of the step before is still being written."""
+        run = self.folder / "run"
+        sets = ["run.steps=100", "optimizer.adamw.lr=1000", "optimizer.adamw.weight_decay=1",
+                "checkpoint.every_steps=1", "checkpoint.keep_last=1", "evaluation.every_steps=0"]
+        slow = ["--checkpoint-bytes-per-second", "400000"]
+        result = self.start(self.train_arguments(run, sets, slow), 2).wait()
+        self.assertEqual(result.code, 2, result.describe())
+        failed = int(re.search(r"step (\d+): the loss is", result.err).group(1))
+        self.assertGreater(failed, 1)
+        self.assertEqual([p.name for p in (run / "checkpoints").iterdir()],
+                         [f"step_{failed - 1:08d}"])
+        self.run_ok(["inspect", run])
+
+    def test_one_rank_fails_alone(self):
+        """A token goes bad on disk during the run; only the replica whose row it is can notice."""
+        damaged = self.folder / "damaged"
+        damaged.mkdir()
+        for suffix in ("idx", "bin", "json"):
+            shutil.copy(self.shared / "corpus" / f"train.{suffix}", damaged / f"train.{suffix}")
+        run = self.folder / "run"
+        job = self.start(self.train_arguments(
+            run, ["parallel.dp=2", "parallel.cp=1", "run.steps=1000000", "evaluation.every_steps=0",
+                    "checkpoint.every_steps=0", f"data.train[0].path={damaged}/train"]), 2)
+        e2e.wait_until(lambda: e2e.last_logged_step(run) >= 1, "the first step")
+        with open(damaged / "train.bin", "r+b") as file:
+            file.seek(2 * 5000)
+            file.write(b"\xff\x7f")
+        result = job.wait()
+        self.assertEqual(result.code, 3, result.describe())
+        self.assertRegex(result.err, r"longspan: error on rank [01]: .*32767")
+        self.assertLess(result.seconds_after_error, e2e.GONE_WITHIN)
+
+
 class CommandsTest(e2e.TestCase):
     """Commands on one finished run of two ranks."""
 
@@ -176,7 +233,9 @@ class ResumeTest(e2e.TestCase):
 
         # A run that has all its steps stays as it is.
         before = (run / "metrics.jsonl").read_bytes()
-        self.assertIn("done at step 6", self.train(run, sets=[more]).out)
+        self.assertIn("done: all 6 steps were done before", self.train(run, sets=[more]).out)
+        summary = json.loads(self.train(run, sets=[more], extra=["--json"]).out)
+        self.assertEqual([summary[k] for k in ("step", "loss", "tokens_per_s")], [6, None, None])
         self.assertEqual((run / "metrics.jsonl").read_bytes(), before)
 
     def test_an_older_step(self):

@@ -22,7 +22,7 @@ struct CheckpointInfo {
   bool operator==(const CheckpointInfo&) const = default;
 };
 
-// A tensor under its logical path ("model.layers.3.attention.wq"), which does not depend on
+// A tensor under its logical path ("weights/model.norm.weight"), which does not depend on
 // layout. The name is what a checkpoint finds it by.
 struct NamedTensor {
   std::string name;

@@ -51,9 +51,8 @@ RunLock::RunLock(const std::filesystem::path& file, std::chrono::milliseconds wa
     if (error_number != EWOULDBLOCK) {
       throw CheckpointError(Str("cannot lock ", file.string(), ": ", ErrnoText(error_number)));
     }
-    throw CheckpointError(Str("run directory ", file.parent_path().string(), " is in use by ",
-                              holder, " (waited ", wait.count() / 1000.0,
-                              " s); stop that job or choose another run directory"));
+    throw RunDirectoryInUse(Str("run directory ", file.parent_path().string(), " is in use by ",
+                                holder, "; stop that job or choose another run directory"));
   }
   const std::string text = Str("process ", ::getpid(), " on host ", HostName(), "\n");
   if (::ftruncate(descriptor_, 0) != 0 ||

@@ -4,14 +4,21 @@
 #include <memory>
 #include <string>
 
+#include "ops/core/error.h"
+
 namespace longspan::trainer {
+
+// Another job holds the run directory.
+class RunDirectoryInUse : public CheckpointError {
+  using CheckpointError::CheckpointError;
+};
 
 // Keeps every other process out of a directory while it lives: an exclusive flock on a file that
 // also says who holds it. The kernel drops the lock when the process ends in whatever way, so a
 // lock file left behind by a killed job blocks nobody.
 //
-// Errors: CheckpointError naming host and process of the holder when it does not let go within
-// `wait`, or the path and the system's reason when the file cannot be made.
+// Errors: RunDirectoryInUse naming host and process of the holder when it does not let go within
+// `wait`; CheckpointError with the path and the system's reason when the file cannot be made.
 class RunLock {
  public:
   RunLock(const std::filesystem::path& file, std::chrono::milliseconds wait);
@@ -42,7 +49,8 @@ class RunDirectory {
   // there already. Rank 0 calls this; the others learn the outcome through the communicator
   // (parallel::FirstError).
   //
-  // Errors: CheckpointError when it cannot be created or written, or is held by another job.
+  // Errors: RunDirectoryInUse when another job holds it, CheckpointError when it cannot be created
+  // or written.
   void Claim(std::chrono::milliseconds wait = std::chrono::seconds(30));
   bool claimed() const { return lock_ != nullptr; }
 
