@@ -116,7 +116,7 @@ TEST_F(PrepareTest, DocumentsAreBytesAndEndOfTextInOrder) {
 
 TEST_F(PrepareTest, OutputDoesNotDependOnThreadsOrUnits) {
   for (int f = 0; f < 40; ++f) {
-    WriteText(in("f" + std::to_string(f) + ".txt"), RandomText(static_cast<size_t>(f * f), f));
+    WriteText(in(Str("f", f, ".txt")), RandomText(static_cast<size_t>(f * f), f));
   }
   WriteText(in("broken.txt"), RandomText(900, 50) + "\xFF" + RandomText(900, 51));
   std::string lines;

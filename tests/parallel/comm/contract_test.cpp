@@ -3,10 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <thread>
 
 #include "ops/core/context.h"
 #include "parallel/comm/counting.h"
@@ -341,12 +343,21 @@ TEST_P(CommContract, PendingOperationsOverlapAndFinishInAnyOrder) {
 
 TEST_P(CommContract, BarrierWaitsForAll) {
   Run([](Communicator& comm, Context& ctx) {
-    // Issued before the barrier by every rank, so after it everything has been posted: one side
-    // alone can finish the exchange.
     for (int i = 0; i < 20; ++i) comm.Barrier();
-    Tensor t = Filled<float>(ctx, 10, comm.rank());
-    comm.AllReduce(t, ReduceOp::kMax).Wait();
-    EXPECT_EQ(t.data<float>()[0], Value<float>(comm.size() - 1, 0));
+    const auto now = [] { return std::chrono::steady_clock::now().time_since_epoch().count(); };
+    for (const int late : {0, comm.size() - 1}) {
+      if (comm.rank() == late) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      // One clock for all ranks: they share a machine in these tests.
+      Tensor mine = ctx.Empty({2}, DType::kI64), all = ctx.Empty({2 * comm.size()}, DType::kI64);
+      mine.data<int64_t>()[0] = now();
+      comm.Barrier();
+      mine.data<int64_t>()[1] = now();
+      comm.AllGather(mine, all).Wait();
+      const int64_t* times = all.data<int64_t>();
+      for (int r = 0; r < comm.size(); ++r) {
+        EXPECT_GE(times[2 * r + 1], times[2 * late]) << "rank " << r << " left before " << late;
+      }
+    }
   });
 }
 

@@ -1,9 +1,11 @@
 // Every strategy x placement x pattern x rank count equals attention on one rank, in f64, forward
-// and backward, and sends exactly the bytes that the plan says.
+// and backward, and sends exactly the bytes that the plan says. Lower precisions stay as near to
+// f64 as one rank does.
 #include "parallel/context/strategy.h"
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <mutex>
 
 #include "ops/core/rng.h"
@@ -25,6 +27,7 @@ struct Case {
   PlacementKind placement;
   StrategyKind strategy;
   int ranks;
+  DType dtype = DType::kF64;
 };
 
 constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 8;
@@ -60,6 +63,18 @@ Vec Pick(const Placement& placement, int rank, int64_t width, const Vec& global)
 struct Outcome {
   Vec o, lse, dq, dk, dv;
 };
+constexpr std::pair<const char*, Vec Outcome::*> kOutputs[] = {{"o", &Outcome::o},
+                                                               {"lse", &Outcome::lse},
+                                                               {"dq", &Outcome::dq},
+                                                               {"dk", &Outcome::dk},
+                                                               {"dv", &Outcome::dv}};
+
+Tensors Inputs(int64_t tokens, DType representable) {
+  return {Normal(tokens * kHeads * kDim, 1, representable),
+          Normal(tokens * kKvHeads * kDim, 2, representable),
+          Normal(tokens * kKvHeads * kDim, 3, representable),
+          Normal(tokens * kHeads * kDim, 4, representable)};
+}
 
 Outcome RunCase(const Case& c, const Tensors& in) {
   auto documents =
@@ -80,13 +95,12 @@ Outcome RunCase(const Case& c, const Tensors& in) {
     const int rank = comm.rank();
     const int64_t t = placement.local_tokens();
     auto local = [&](const Vec& global, int64_t heads) {
-      return FromVec(ctx, {t, heads, kDim}, DType::kF64,
-                     Pick(placement, rank, heads * kDim, global));
+      return FromVec(ctx, {t, heads, kDim}, c.dtype, Pick(placement, rank, heads * kDim, global));
     };
     const Tensor q = local(in.q, kHeads), k = local(in.k, kKvHeads), v = local(in.v, kKvHeads);
     const Tensor d_out = local(in.d_out, kHeads);
     const auto plan = MakePlan(c.pattern, kKvHeads, documents, placement, c.strategy, rank);
-    const auto traffic = PlannedTraffic(*plan, t, kKvHeads, kDim, DType::kF64);
+    const auto traffic = PlannedTraffic(*plan, t, kKvHeads, kDim, c.dtype);
 
     const auto saved = ContextAttentionForward(ctx, comm, *plan, q, k, v);
     EXPECT_EQ(comm.counts().Total().bytes, traffic.forward_bytes);
@@ -142,21 +156,16 @@ void RunProduct(const std::vector<int>& rank_counts, uint64_t sample) {
           for (StrategyKind strategy : {StrategyKind::kRing, StrategyKind::kAllGather}) {
             if (rng.Below(index++, sample) != 0) continue;
             if (expected == nullptr) {
-              in = {Normal(tokens * kHeads * kDim, 1, DType::kF64),
-                    Normal(tokens * kKvHeads * kDim, 2, DType::kF64),
-                    Normal(tokens * kKvHeads * kDim, 3, DType::kF64),
-                    Normal(tokens * kHeads * kDim, 4, DType::kF64)};
+              in = Inputs(tokens, DType::kF64);
               expected = std::make_unique<Outcome>(RunCase(truth, in));
             }
             const Case c{name, pattern, layouts[layout], length, placement, strategy, ranks};
             SCOPED_TRACE(Str(name, " layout ", layout, " ", ToString(placement), " ",
                              ToString(strategy), " on ", ranks));
             const Outcome got = RunCase(c, in);
-            EXPECT_LT(RelMax(got.o, expected->o), 1e-12);
-            EXPECT_LT(RelMax(got.lse, expected->lse), 1e-12);
-            EXPECT_LT(RelMax(got.dq, expected->dq), 1e-12);
-            EXPECT_LT(RelMax(got.dk, expected->dk), 1e-12);
-            EXPECT_LT(RelMax(got.dv, expected->dv), 1e-12);
+            for (const auto& [output, vec] : kOutputs) {
+              EXPECT_LT(RelMax(got.*vec, (*expected).*vec), 1e-12) << output;
+            }
             ++ran;
           }
         }
@@ -171,6 +180,66 @@ TEST(StrategyTest, EveryCombinationOnTwoRanksEqualsOneRank) { RunProduct({2}, 1)
 TEST(StrategyTest, SampleUpToEightRanksEqualsOneRank) { RunProduct({1, 3, 4, 5, 8}, 4); }
 TEST(StrategyExhaustiveTest, EveryCombinationUpToEightRanksEqualsOneRank) {
   RunProduct({1, 2, 3, 4, 5, 6, 7, 8}, 1);
+}
+
+// Calls check(case, f64 on one rank, the case's dtype on one rank, the case) for 2 and 4 ranks in
+// both strategies and placements.
+void RunLowPrecision(
+    DType dtype,
+    const std::function<void(const Case&, const Outcome&, const Outcome&, const Outcome&)>& check) {
+  const int64_t length = 512;
+  const std::vector<std::vector<int64_t>> ends = {{10, 70, 71, 300, length}, {length}};
+  const Tensors in = Inputs(2 * length, DType::kBF16);
+  for (const auto& [name, pattern] : Patterns()) {
+    Case c{name, pattern, ends, length, PlacementKind::kContiguous, StrategyKind::kRing, 1};
+    const Outcome exact = RunCase(c, in);
+    c.dtype = dtype;
+    const Outcome one = RunCase(c, in);
+    for (const int ranks : {2, 4}) {
+      for (PlacementKind placement : {PlacementKind::kContiguous, PlacementKind::kZigzag}) {
+        for (StrategyKind strategy : {StrategyKind::kRing, StrategyKind::kAllGather}) {
+          c.ranks = ranks, c.placement = placement, c.strategy = strategy;
+          SCOPED_TRACE(Str(name, " ", ToString(placement), " ", ToString(strategy), " on ", ranks));
+          check(c, exact, one, RunCase(c, in));
+        }
+      }
+    }
+  }
+}
+
+TEST(StrategyTest, SinglePrecisionFollowsF64) {
+  RunLowPrecision(DType::kF32,
+                  [](const Case&, const Outcome& exact, const Outcome&, const Outcome& got) {
+                    for (const auto& [output, vec] : kOutputs) {
+                      EXPECT_LT(RelMax(got.*vec, exact.*vec), 1e-5) << output;
+                    }
+                  });
+}
+
+TEST(StrategyTest, Bf16IsAsNearToF64AsOneRank) {
+  RunLowPrecision(DType::kBF16, [](const Case&, const Outcome& exact, const Outcome& one,
+                                   const Outcome& got) {
+    for (const auto& [output, vec] : kOutputs) {
+      // Partial results travel and merge in f32, so nothing is rounded to bf16 twice.
+      EXPECT_LT(RelRms(got.*vec, exact.*vec), 1.1 * RelRms(one.*vec, exact.*vec) + 1e-6) << output;
+    }
+  });
+}
+
+// RunCase compares what is sent with PlannedTraffic; here that is counted by hand.
+TEST(StrategyTest, Bf16SendsKeysInTwoBytesAndTheirGradientsInFour) {
+  const int64_t tokens = 512 / 4, elements = 2 * tokens * kKvHeads * kDim;
+  auto documents = std::make_shared<const ops::Documents>(ops::Documents::OnePerRow(1, 512));
+  const Placement placement(PlacementKind::kZigzag, 1, 512, 4);
+  for (StrategyKind strategy : {StrategyKind::kRing, StrategyKind::kAllGather}) {
+    const auto plan = MakePlan(ops::AttentionPattern::Causal(), kKvHeads, documents, placement,
+                               strategy, /*rank=*/1);
+    const auto traffic = PlannedTraffic(*plan, tokens, kKvHeads, kDim, DType::kBF16);
+    // The backward pass of the ring starts from the keys that the forward pass received last.
+    const int64_t key_steps = strategy == StrategyKind::kRing ? 2 : 3;
+    EXPECT_EQ(traffic.forward_bytes, 3 * 2 * elements) << ToString(strategy);
+    EXPECT_EQ(traffic.backward_bytes, (key_steps * 2 + 3 * 4) * elements) << ToString(strategy);
+  }
 }
 
 TEST(StrategyTest, PlanOfAnotherRankIsRefused) {
