@@ -24,14 +24,6 @@ inline Tensor IntTensor(Context& ctx, const std::vector<int32_t>& values) {
   return t;
 }
 
-inline Vec RoundedTo(DType dtype, Vec values) {
-  for (double& v : values) {
-    if (dtype == DType::kF32) v = static_cast<float>(v);
-    if (dtype == DType::kBF16) v = static_cast<double>(BF16(static_cast<float>(v)));
-  }
-  return values;
-}
-
 // The largest relative error that a result of `dtype` may have against the exact `reference`, whose
 // inputs were representable: rounding noise of a short sum, and for bf16 twice the error that
 // rounding the exact result makes.

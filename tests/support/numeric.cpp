@@ -1,22 +1,46 @@
 #include "tests/support/numeric.h"
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "ops/core/rng.h"
 
 namespace longspan::test {
+namespace {
+
+// To the 8 significant bits of bf16, fewer below its smallest normal value 2^-126.
+double RoundToBF16(double value) {
+  const double v = static_cast<float>(value);
+  if (!std::isfinite(v) || v == 0) return v;
+  int exponent = 0;  // 2^(exponent - 1) <= |v| < 2^exponent
+  std::frexp(v, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent, -125) - 8);
+  const double rounded = std::nearbyint(v / unit) * unit;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  return std::abs(rounded) < 0x1p128 ? rounded : std::copysign(kInfinity, v);
+}
+
+}  // namespace
+
+Vec RoundedTo(DType dtype, Vec values) {
+  for (double& v : values) {
+    if (dtype == DType::kF32) v = static_cast<float>(v);
+    if (dtype == DType::kBF16) v = RoundToBF16(v);
+  }
+  return values;
+}
 
 Vec Normal(int64_t n, uint64_t seed, DType representable) {
   const Philox rng(seed, StreamOf("test normal"));
   Vec v(static_cast<size_t>(n));
   for (size_t i = 0; i < v.size(); ++i) {
-    const float f = static_cast<float>(rng.Normal(i));
-    v[i] = representable == DType::kBF16  ? static_cast<double>(BF16(f))
-           : representable == DType::kF64 ? rng.Normal(i)
-                                          : static_cast<double>(f);
+    v[i] = rng.Normal(i);
   }
-  return v;
+  return RoundedTo(representable, std::move(v));
 }
 
 Vec Uniform(int64_t n, uint64_t seed, double low, double high) {
@@ -34,10 +58,11 @@ Tensor FromVec(Context& ctx, Shape shape, DType dtype, const Vec& values) {
   DispatchFloat(dtype, "FromVec", [&]<class T>() {
     T* out = t.data<T>();
     for (size_t i = 0; i < values.size(); ++i) {
-      if constexpr (std::is_same_v<T, double>) {
-        out[i] = values[i];
+      if constexpr (std::is_same_v<T, BF16>) {  // its bits are the upper half of the f32
+        const auto value = static_cast<float>(RoundToBF16(values[i]));
+        out[i].bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
       } else {
-        out[i] = T(static_cast<float>(values[i]));
+        out[i] = static_cast<T>(values[i]);
       }
     }
   });
@@ -48,7 +73,13 @@ Vec ToVec(const Tensor& tensor) {
   Vec v(static_cast<size_t>(tensor.numel()));
   DispatchFloat(tensor.dtype(), "ToVec", [&]<class T>() {
     const T* in = tensor.data<T>();
-    for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<double>(in[i]);
+    for (size_t i = 0; i < v.size(); ++i) {
+      if constexpr (std::is_same_v<T, BF16>) {
+        v[i] = std::bit_cast<float>(uint32_t{in[i].bits} << 16);
+      } else {
+        v[i] = static_cast<double>(in[i]);
+      }
+    }
   });
   return v;
 }

@@ -14,6 +14,10 @@ using Vec = std::vector<double>;
 Vec Normal(int64_t n, uint64_t seed, DType representable = DType::kF32);
 Vec Uniform(int64_t n, uint64_t seed, double low, double high);
 
+// The nearest values of `dtype`, ties to even; bf16 by way of f32, as the ops store it. Written
+// without the class BF16, which tests compare with it.
+Vec RoundedTo(DType dtype, Vec values);
+
 // Host values to a tensor of any float dtype (rounding once), and back.
 Tensor FromVec(Context& ctx, Shape shape, DType dtype, const Vec& values);
 Vec ToVec(const Tensor& tensor);
