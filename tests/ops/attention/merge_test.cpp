@@ -148,6 +148,30 @@ TEST(MergeTest, WeighsByTheSumsBehindLse) {
   EXPECT_NEAR(ToVec(lse)[0], std::log(4.0), 1e-15);
 }
 
+// A NaN anywhere reaches o, and one of an lse reaches lse, also beside a part that saw no key.
+TEST(MergeTest, NanInAnyPositionStaysVisible) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  Context ctx;
+  for (const DType dtype : {DType::kF32, DType::kF64}) {
+    const auto merge = [&](double o, double lse, double o2, double lse2) {
+      Tensor to = FromVec(ctx, {1, 1, 1}, dtype, {o}), to_lse = FromVec(ctx, {1, 1}, dtype, {lse});
+      ops::MergePartial(ctx, to, to_lse, FromVec(ctx, {1, 1, 1}, dtype, {o2}),
+                        FromVec(ctx, {1, 1}, dtype, {lse2}));
+      return std::pair{ToVec(to)[0], ToVec(to_lse)[0]};
+    };
+    for (const double other : {-kInfinity, 0.5, kNan}) {
+      for (const auto& [o, lse] : {merge(1, kNan, 2, other), merge(1, other, 2, kNan)}) {
+        EXPECT_TRUE(std::isnan(o)) << "beside lse " << other;
+        EXPECT_TRUE(std::isnan(lse)) << "beside lse " << other;
+      }
+    }
+    for (const double other : {-kInfinity, 0.5}) {
+      EXPECT_TRUE(std::isnan(merge(kNan, 0.25, 2, other).first)) << "beside lse " << other;
+      EXPECT_TRUE(std::isnan(merge(1, other, kNan, 0.25).first)) << "beside lse " << other;
+    }
+  }
+}
+
 TEST(MergeTest, RejectsWhatDoesNotFit) {
   Context ctx;
   Tensor o = ctx.Zeros({2, 1, 4}, DType::kF32), lse = ctx.Zeros({2, 1}, DType::kF32);
