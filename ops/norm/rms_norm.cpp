@@ -26,6 +26,20 @@ void CheckOperands(const char* op, const Tensor& x, const Tensor& w) {
       << op << ": w is " << w.Describe() << " for x " << x.Describe();
 }
 
+// 1 / sqrt(mean(row^2) + eps). Squares of finite f32 values can overflow f32, which would silently
+// turn the row into zeros: such a row is summed again in f64 (all rows that way would take twice
+// the time).
+template <class Acc>
+Acc InverseRms(const Acc* row, int64_t n, double eps) {
+  const Acc square = RunSum<Acc>(n, [row](int64_t d) { return row[d] * row[d]; });
+  if (std::isfinite(square)) {
+    return Acc(1) / std::sqrt(square / static_cast<Acc>(n) + static_cast<Acc>(eps));
+  }
+  const auto wide = RunSum<double>(
+      n, [row](int64_t d) { return static_cast<double>(row[d]) * static_cast<double>(row[d]); });
+  return static_cast<Acc>(1 / std::sqrt(wide / static_cast<double>(n) + eps));
+}
+
 template <class T>
 void Forward(Context& ctx, const Tensor& x, const Tensor& weight, double eps, RmsNormResult& out) {
   using Acc = Accumulator<T>;
@@ -38,8 +52,7 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& weight, double eps, Rm
     std::vector<Acc> wide(static_cast<size_t>(width)), staged(static_cast<size_t>(width));
     for (int64_t t = begin; t < end; ++t) {
       const Acc* row = Widen(in + t * width, width, wide.data());
-      const Acc square = RunSum<Acc>(width, [row](int64_t d) { return row[d] * row[d]; });
-      const Acc r = Acc(1) / std::sqrt(square / static_cast<Acc>(width) + static_cast<Acc>(eps));
+      const Acc r = InverseRms(row, width, eps);
       rstd[t] = r;
       Acc* __restrict to = Staging(y + t * width, staged.data());
       for (int64_t d = 0; d < width; ++d) to[d] = row[d] * r * w[d];
@@ -56,7 +69,7 @@ Tensor Backward(Context& ctx, const Tensor& d_out, const Tensor& x, const Tensor
   const int64_t tokens = x.dim(0), width = x.dim(1);
   const int64_t partials = (tokens + kTokensPerPartial - 1) / kTokensPerPartial;
   Tensor dx = ctx.Empty(x.shape(), x.dtype());
-  Tensor partial = ctx.Zeros({partials, width}, dw.dtype());
+  Tensor partial = ctx.Zeros({partials, width}, DTypeOf<Acc>());
   const T *in = x.data<T>(), *dy = d_out.data<T>();
   const Acc *w = weight.data<Acc>(), *rstd = saved.data<Acc>();
   T* out = dx.data<T>();
@@ -79,7 +92,7 @@ Tensor Backward(Context& ctx, const Tensor& d_out, const Tensor& x, const Tensor
       Narrow(to, width, out + t * width);
     }
   });
-  AddRowsInto(ctx, dw, partial);
+  if (dw.defined()) AddRowsInto(ctx, dw, partial);
   return dx;
 }
 
@@ -93,7 +106,10 @@ Tensor WideWeight(Context& ctx, const Tensor& w) {
 
 RmsNormResult RmsNormForward(Context& ctx, const Tensor& x, const Tensor& w, double eps) {
   CheckOperands("RmsNormForward", x, w);
-  LONGSPAN_CHECK(eps > 0) << "RmsNormForward: eps " << eps;
+  const bool wide_eps = AccumulatorOf(x.dtype()) == DType::kF64;
+  LONGSPAN_CHECK((wide_eps ? eps : static_cast<double>(static_cast<float>(eps))) > 0 &&
+                 std::isfinite(eps))
+      << "RmsNormForward: eps " << eps;
   RmsNormResult result{ctx.Empty(x.shape(), x.dtype()),
                        ctx.Empty({x.dim(0)}, AccumulatorOf(x.dtype()))};
   const Tensor wide = WideWeight(ctx, w);
@@ -110,7 +126,7 @@ Tensor RmsNormBackward(Context& ctx, const Tensor& dy, const Tensor& x, const Te
       << "RmsNormBackward: dy is " << dy.Describe() << " for x " << x.Describe();
   LONGSPAN_CHECK(rstd.shape() == Shape({x.dim(0)}) && rstd.dtype() == wide_dtype)
       << "RmsNormBackward: rstd is " << rstd.Describe() << " for x " << x.Describe();
-  LONGSPAN_CHECK(dw.shape() == w.shape() && dw.dtype() == wide_dtype)
+  LONGSPAN_CHECK(!dw.defined() || (dw.shape() == w.shape() && dw.dtype() == wide_dtype))
       << "RmsNormBackward: dw is " << dw.Describe() << " for w " << w.Describe();
   const Tensor wide = WideWeight(ctx, w);
   return DispatchFloat(x.dtype(), "RmsNormBackward",

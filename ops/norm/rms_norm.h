@@ -8,9 +8,10 @@ namespace longspan::ops {
 //
 // Shapes    x, y, dy, dx [T, D];  w, dw [D];  rstd [T]
 // Dtypes    x, y, dy, dx: all f32 or all bf16, with w f32 or bf16 and rstd, dw f32; or all f64
-// Layout    contiguous; T >= 0, D >= 1; eps > 0 (dimensionless, added to a mean square)
+// Layout    contiguous; T >= 0, D >= 1; eps > 0 in the dtype of rstd (added to a mean square)
 // Numerics  computed in the dtype of rstd, one rounding on store; same bits for any number of
-//           threads
+//           threads. Finite f32 and bf16 rows give finite results also where their sum of squares
+//           overflows f32
 // Errors    InvalidArgument naming the op and the argument, before any output is written
 // Devices   cpu
 struct RmsNormResult {
@@ -20,7 +21,8 @@ struct RmsNormResult {
 RmsNormResult RmsNormForward(Context& ctx, const Tensor& x, const Tensor& w, double eps);
 
 // Returns dx (overwritten) and ADDS the weight gradient into `dw`, so that micro-batches
-// accumulate without a temporary. `rstd` must come from RmsNormForward on the same x and eps.
+// accumulate without a temporary; an undefined `dw` means that none is wanted. `rstd` must come
+// from RmsNormForward on the same x and eps.
 Tensor RmsNormBackward(Context& ctx, const Tensor& dy, const Tensor& x, const Tensor& w,
                        const Tensor& rstd, Tensor& dw);
 

@@ -1,6 +1,7 @@
 #include "ops/norm/rms_norm.h"
 
 #include <cmath>
+#include <limits>
 
 #include "tests/ops/op_test.h"
 
@@ -65,6 +66,45 @@ TEST(RmsNormTest, WeightGradientOverManyTokens) {
   EXPECT_LE(RelRms(ToVec(dw), expected), 1e-13);
 }
 
+// The squares of the second row overflow f32, those of the third are lost in eps.
+TEST(RmsNormTest, HugeFiniteRowsStayFinite) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Context ctx = OpContext();
+    Vec x = Normal(3 * kD, 1, dtype), w = Normal(kD, 2, dtype);
+    for (size_t d = 0; d < kD; ++d) {
+      x[kD + d] = d % 2 == 0 ? 2e19 : -3e19;
+      x[2 * kD + d] *= 0x1p-100;
+    }
+    x = RoundedTo(dtype, x);
+    const Tensor tx = FromVec(ctx, {3, kD}, dtype, x), tw = FromVec(ctx, {kD}, dtype, w);
+    const auto [y, rstd] = ops::RmsNormForward(ctx, tx, tw, kEps);
+    const Vec expected = Reference(x, w);
+    EXPECT_LE(RelRms(ToVec(y), expected), Bound(dtype, expected));
+    Tensor dw = ctx.Zeros({kD}, DType::kF32);
+    const Vec dy = Normal(3 * kD, 3, dtype);
+    const Tensor dx = ops::RmsNormBackward(ctx, FromVec(ctx, {3, kD}, dtype, dy), tx, tw, rstd, dw);
+    for (const double v : ToVec(dx)) EXPECT_TRUE(std::isfinite(v));
+    Vec expected_dw(kD);  // y is linear in w
+    const Vec unit = Reference(x, Vec(kD, 1.0));
+    for (size_t i = 0; i < x.size(); ++i) expected_dw[i % kD] += dy[i] * unit[i];
+    EXPECT_LE(RelRms(ToVec(dw), expected_dw), 1e-6);
+  }
+}
+
+TEST(RmsNormTest, NotFiniteStaysVisible) {
+  for (const double bad :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    Context ctx = OpContext();
+    Vec x = Normal(2 * kD, 1);
+    x[kD + 7] = bad;
+    const auto [y, rstd] =
+        ops::RmsNormForward(ctx, FromVec(ctx, {2, kD}, DType::kF32, x),
+                            FromVec(ctx, {kD}, DType::kF32, Normal(kD, 2)), kEps);
+    EXPECT_TRUE(std::isnan(ToVec(y)[kD + 7]));
+    EXPECT_TRUE(std::isfinite(ToVec(y)[7]));
+  }
+}
+
 TEST(RmsNormTest, SameBitsForAnyThreads) {
   for (const DType dtype : kFloatDtypes) {
     ExpectSameBitsForAnyThreads([&](Context& ctx) -> std::vector<Tensor> {
@@ -93,7 +133,13 @@ TEST(RmsNormTest, RefusesWhatDoesNotFit) {
   const Tensor x = ctx.Zeros({2, 3}, DType::kF32), w = ctx.Zeros({3}, DType::kF32);
   EXPECT_THROW(ops::RmsNormForward(ctx, x, ctx.Zeros({4}, DType::kF32), kEps), InvalidArgument);
   EXPECT_THROW(ops::RmsNormForward(ctx, x, ctx.Zeros({3}, DType::kF64), kEps), InvalidArgument);
-  EXPECT_THROW(ops::RmsNormForward(ctx, x, w, 0), InvalidArgument);
+  // 1e-46 is zero in f32.
+  for (const double eps : {0.0, -1.0, 1e-46, std::numeric_limits<double>::quiet_NaN(),
+                           std::numeric_limits<double>::infinity()}) {
+    EXPECT_THROW(ops::RmsNormForward(ctx, x, w, eps), InvalidArgument) << eps;
+  }
+  const Tensor x64 = ctx.Zeros({2, 3}, DType::kF64), w64 = ctx.Zeros({3}, DType::kF64);
+  EXPECT_NO_THROW(ops::RmsNormForward(ctx, x64, w64, 1e-46));
   Tensor narrow = ctx.Zeros({3}, DType::kBF16);
   EXPECT_THROW(ops::RmsNormBackward(ctx, x, x, w, ctx.Zeros({2}, DType::kF32), narrow),
                InvalidArgument);
