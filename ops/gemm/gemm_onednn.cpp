@@ -123,13 +123,9 @@ std::shared_ptr<const TileKernel> KernelFor(const GemmCall& call, int64_t m, int
 }  // namespace
 
 bool OneDnnHasBf16() {
-  switch (dnnl::get_effective_cpu_isa()) {
-    case dnnl::cpu_isa::avx512_core_bf16:
-    case dnnl::cpu_isa::avx512_core_amx:
-      return true;
-    default:
-      return false;
-  }
+  // A set of bits: instruction sets that this version has no name for contain those they extend.
+  constexpr auto kNeeded = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
+  return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & kNeeded) == kNeeded;
 }
 
 void RunOneDnn(Context& ctx, const GemmCall& call) {

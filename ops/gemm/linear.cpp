@@ -22,11 +22,12 @@ Tensor LinearForward(Context& ctx, const Tensor& x, const Tensor& w) {
 Tensor LinearBackward(Context& ctx, const Tensor& dy, const Tensor& x, const Tensor& w, Tensor& dw,
                       bool want_dx) {
   CheckOperands("LinearBackward", x, w);
-  LONGSPAN_CHECK(dy.shape() == Shape({x.dim(0), w.dim(0)}) && dw.shape() == w.shape() &&
-                 dw.dtype() == AccumulatorOf(x.dtype()))
+  LONGSPAN_CHECK(
+      dy.shape() == Shape({x.dim(0), w.dim(0)}) &&
+      (!dw.defined() || (dw.shape() == w.shape() && dw.dtype() == AccumulatorOf(x.dtype()))))
       << "LinearBackward: dy " << dy.Describe() << " and dw " << dw.Describe() << " for x "
       << x.Describe() << " and w " << w.Describe();
-  Gemm(ctx, dy, true, x, false, dw, {.accumulate = true});
+  if (dw.defined()) Gemm(ctx, dy, true, x, false, dw, {.accumulate = true});
   if (!want_dx) return {};
   Tensor dx = ctx.Empty(x.shape(), x.dtype());
   Gemm(ctx, dy, false, w, false, dx);

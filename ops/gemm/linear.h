@@ -11,8 +11,8 @@ namespace longspan::ops {
 // Numerics, errors, devices: as Gemm (ops/gemm/gemm.h)
 Tensor LinearForward(Context& ctx, const Tensor& x, const Tensor& w);
 
-// ADDS dy^T x to `dw` and returns dx = dy w, or an undefined tensor when `want_dx` is false (the
-// input is not trained).
+// ADDS dy^T x to `dw`, unless that is undefined (the weight is not trained), and returns dx = dy w,
+// or an undefined tensor when `want_dx` is false (the input is not trained).
 Tensor LinearBackward(Context& ctx, const Tensor& dy, const Tensor& x, const Tensor& w, Tensor& dw,
                       bool want_dx = true);
 

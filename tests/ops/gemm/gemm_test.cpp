@@ -1,6 +1,7 @@
 #include "ops/gemm/gemm.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <set>
 #include <string>
@@ -90,6 +91,13 @@ TEST(GemmTest, EveryImplementationMatchesTheDefinition) {
        {"onednn f32", "onednn_widened bf16", "reference f32", "reference bf16", "reference f64"}) {
     EXPECT_TRUE(ran.contains(name)) << name;
   }
+#if defined(__x86_64__)
+  const bool limited =
+      std::getenv("DNNL_MAX_CPU_ISA") != nullptr || std::getenv("ONEDNN_MAX_CPU_ISA") != nullptr;
+  if (__builtin_cpu_supports("avx512bf16") && !limited) {
+    EXPECT_TRUE(ran.contains("onednn bf16")) << "the fast path of this processor did not run";
+  }
+#endif
 }
 
 TEST(GemmTest, EverySizeUpTo130) {
