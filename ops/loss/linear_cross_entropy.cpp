@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "ops/core/parallel_for.h"
@@ -60,24 +61,38 @@ Tensor ChunkBuffer(Context& ctx, int64_t tokens, int64_t vocab,
 int64_t RowsPerTask(int64_t vocab) { return std::max<int64_t>(1, internal::kTaskElements / vocab); }
 
 template <class Acc>
-Acc RowMax(const Acc* row, int64_t n) {
-  Acc lane[internal::kSumLanes];
-  std::fill(std::begin(lane), std::end(lane), row[0]);
+struct Range {
+  Acc min, max;
+};
+
+// Of the elements that are not NaN, unless the first one is.
+template <class Acc>
+Range<Acc> RowRange(const Acc* row, int64_t n) {
+  Acc low[internal::kSumLanes], high[internal::kSumLanes];
+  std::fill(std::begin(low), std::end(low), row[0]);
+  std::fill(std::begin(high), std::end(high), row[0]);
   int64_t i = 0;
   for (; i + internal::kSumLanes <= n; i += internal::kSumLanes) {
     for (int64_t l = 0; l < internal::kSumLanes; ++l) {
-      lane[l] = row[i + l] > lane[l] ? row[i + l] : lane[l];
+      low[l] = row[i + l] < low[l] ? row[i + l] : low[l];
+      high[l] = row[i + l] > high[l] ? row[i + l] : high[l];
     }
   }
-  for (; i < n; ++i) lane[0] = row[i] > lane[0] ? row[i] : lane[0];
-  return *std::max_element(std::begin(lane), std::end(lane));
+  for (; i < n; ++i) {
+    low[0] = row[i] < low[0] ? row[i] : low[0];
+    high[0] = row[i] > high[0] ? row[i] : high[0];
+  }
+  return {*std::min_element(std::begin(low), std::end(low)),
+          *std::max_element(std::begin(high), std::end(high))};
 }
 
 // Log of the sum of exp over a row. Runs are summed in the row's dtype, their sums in f64, so that
-// a large vocabulary costs no accuracy. NaN in, NaN out.
+// a large vocabulary costs no accuracy. NaN for a row that holds a NaN or an infinity; -inf needs
+// asking, since it would add a harmless zero.
 template <class Acc>
 Acc LogSumExp(const Acc* row, int64_t n) {
-  const Acc max = RowMax(row, n);
+  const auto [min, max] = RowRange(row, n);
+  if (min == -std::numeric_limits<Acc>::infinity()) return std::numeric_limits<Acc>::quiet_NaN();
   double sum = 0;
   alignas(64) Acc e[internal::kRunElements];
   for (int64_t i = 0; i < n; i += internal::kRunElements) {
@@ -156,7 +171,7 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
       }
     });
     Gemm(ctx, gradient, false, w, false, dx_chunk);
-    Gemm(ctx, gradient, true, x_chunk, false, dw, {.accumulate = true});
+    if (dw.defined()) Gemm(ctx, gradient, true, x_chunk, false, dw, {.accumulate = true});
   });
 }
 
@@ -193,7 +208,7 @@ Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& 
   LONGSPAN_CHECK(saved.lse.shape() == labels.shape() && saved.lse.dtype() == wide)
       << "LinearCrossEntropyBackward: saved lse " << saved.lse.Describe() << " for x "
       << x.Describe();
-  LONGSPAN_CHECK(dw.shape() == w.shape() && dw.dtype() == wide)
+  LONGSPAN_CHECK(!dw.defined() || (dw.shape() == w.shape() && dw.dtype() == wide))
       << "LinearCrossEntropyBackward: dw " << dw.Describe() << " for w " << w.Describe();
   Tensor dx = ctx.Zeros(x.shape(), x.dtype());  // chunks without a label are skipped
   DispatchFloat(x.dtype(), "LinearCrossEntropyBackward",

@@ -18,7 +18,8 @@ namespace longspan::ops {
 // Numerics  logits, lse and losses in f32 (f64) also for bf16 operands; the sums over tokens in f64
 //           in token order. dlogits are rounded to the dtype of x before the two products. Same
 //           bits for any number of threads; `chunk_tokens` changes the last bits only. A logit that
-//           is not finite makes the loss not finite.
+//           is not finite (infinite of either sign, or NaN) makes the loss of its token NaN or
+//           infinite.
 // Errors    InvalidArgument naming the token, the label and V, before anything is written
 // Devices   cpu
 struct LinearCrossEntropyOptions {
@@ -39,8 +40,9 @@ LinearCrossEntropyResult LinearCrossEntropyForward(Context& ctx, const Tensor& x
                                                    const Tensor& labels,
                                                    const LinearCrossEntropyOptions& options = {});
 
-// Gradient of scale * (loss_sum + z_loss_sum): ADDS that of w to `dw` and returns dx. `saved` must
-// come from the forward pass with the same x, w, labels and z_loss.
+// Gradient of scale * (loss_sum + z_loss_sum): ADDS that of w to `dw`, unless that is undefined
+// (w is not trained), and returns dx. `saved` must come from the forward pass with the same x, w,
+// labels and z_loss.
 Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& saved,
                                   const Tensor& x, const Tensor& w, const Tensor& labels,
                                   const LinearCrossEntropyOptions& options, double scale,

@@ -167,6 +167,31 @@ TEST(LinearCrossEntropyTest, ALogitThatIsNotFiniteShowsInTheLoss) {
   }
 }
 
+// One row of w that is no token's label gives every token a logit of the same infinite sign; the
+// f32 product of two large finite values does too.
+TEST(LinearCrossEntropyTest, AWeightThatIsNotFiniteShowsInTheLoss) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const double bad : {-kInfinity, kInfinity, -3e38, 3e38}) {
+    for (const DType dtype : kFloatDtypes) {
+      if (dtype == DType::kF64 && std::isfinite(bad)) continue;
+      for (const size_t row : {size_t{0}, size_t{9}, size_t{36}}) {
+        Context ctx = OpContext();
+        Problem p = Make(ctx, dtype);
+        for (size_t t = 0; t < kT; ++t) p.x[t * kD + 4] = 64;
+        p.w[row * kD + 4] = bad;
+        const auto result = ops::LinearCrossEntropyForward(ctx, FromVec(ctx, {kT, kD}, dtype, p.x),
+                                                           FromVec(ctx, {kV, kD}, dtype, p.w),
+                                                           p.labels, {.want_token_losses = true});
+        EXPECT_FALSE(std::isfinite(result.loss_sum)) << bad << " in row " << row;
+        const Vec losses = ToVec(result.token_losses);
+        for (size_t t = 0; t < kT; ++t) {
+          EXPECT_EQ(std::isfinite(losses[t]), kLabels[t] < 0) << bad << " token " << t;
+        }
+      }
+    }
+  }
+}
+
 TEST(LinearCrossEntropyTest, NamesTheLabelThatIsOutOfRange) {
   Context ctx = OpContext();
   Problem p = Make(ctx, DType::kF32);
