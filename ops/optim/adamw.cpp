@@ -55,6 +55,16 @@ void CheckOperands(const AdamWOptions& o, const Tensor& master, const Tensor& gr
       << "AdamWStep: compute copy " << copy.Describe() << " for master " << master.Describe();
   LONGSPAN_CHECK(o.step >= 1 && o.beta1 >= 0 && o.beta1 < 1 && o.beta2 >= 0 && o.beta2 < 1)
       << "AdamWStep: step " << o.step << ", beta1 " << o.beta1 << ", beta2 " << o.beta2;
+  const auto working = [wide = master.dtype() == DType::kF64](double value) {
+    return wide ? value : static_cast<double>(static_cast<float>(value));
+  };
+  LONGSPAN_CHECK(working(o.eps) > 0 && std::isfinite(working(o.eps)))
+      << "AdamWStep: eps " << o.eps << " must be positive and finite in "
+      << ToString(master.dtype());
+  LONGSPAN_CHECK(std::isfinite(working(o.lr)) && std::isfinite(working(o.grad_scale)) &&
+                 std::isfinite(working(o.weight_decay)))
+      << "AdamWStep: lr " << o.lr << ", grad_scale " << o.grad_scale << ", weight_decay "
+      << o.weight_decay << " must be finite in " << ToString(master.dtype());
 }
 
 }  // namespace

@@ -17,12 +17,13 @@ namespace longspan::ops {
 // Dtypes    master, grad, m, v all f32 or all f64; compute_copy bf16, or undefined (none)
 // Numerics  in the dtype of master; the bias corrections in f64. compute_copy = master rounded.
 //           Elementwise: the same bits however the range is cut or threaded.
-// Errors    InvalidArgument naming the argument, before anything is written
+// Errors    InvalidArgument naming the argument, before anything is written; lr, grad_scale and
+//           weight_decay must be finite, the elements of grad need not be
 // Devices   cpu
 struct AdamWOptions {
   double lr = 0;
   double beta1 = 0.9, beta2 = 0.95;  // in [0, 1)
-  double eps = 1e-8;                 // added outside the square root
+  double eps = 1e-8;                 // > 0 in the dtype of master; outside the square root
   double weight_decay = 0;
   int64_t step = 1;       // counts from 1
   double grad_scale = 1;  // 1 / global valid tokens, times the clip factor

@@ -1,6 +1,7 @@
 #include "ops/optim/adamw.h"
 
 #include <cmath>
+#include <limits>
 
 #include "tests/ops/op_test.h"
 
@@ -107,6 +108,19 @@ TEST(AdamWTest, RefusesWhatDoesNotFit) {
   EXPECT_THROW(ops::AdamWStep(ctx, {}, p, p, m, v, p), InvalidArgument);
   EXPECT_THROW(ops::AdamWStep(ctx, {}, half, half, half, half), InvalidArgument);
   EXPECT_THROW(ops::AdamWStep(ctx, {.step = 0}, p, p, m, v), InvalidArgument);
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const double eps : {0.0, -1e-8, 1e-46, kNan, kInfinity}) {  // 1e-46 is zero in f32
+    EXPECT_THROW(ops::AdamWStep(ctx, {.eps = eps}, p, p, m, v), InvalidArgument) << eps;
+  }
+  for (const double bad : {kNan, kInfinity, -kInfinity, 1e39}) {  // 1e39 is infinite in f32
+    EXPECT_THROW(ops::AdamWStep(ctx, {.lr = bad}, p, p, m, v), InvalidArgument) << bad;
+    EXPECT_THROW(ops::AdamWStep(ctx, {.weight_decay = bad}, p, p, m, v), InvalidArgument) << bad;
+    EXPECT_THROW(ops::AdamWStep(ctx, {.grad_scale = bad}, p, p, m, v), InvalidArgument) << bad;
+  }
+  EXPECT_EQ(ToVec(p), Vec(4));
+  EXPECT_EQ(ToVec(m), Vec(4));
+  EXPECT_NO_THROW(ops::AdamWStep(ctx, {.eps = 1e-46}, wrong, wrong, wrong, wrong));
 }
 
 }  // namespace
