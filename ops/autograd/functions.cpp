@@ -23,6 +23,7 @@ Var Linear(Tape& tape, const Var& x, const Parameter& w) {
 Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype) {
   Context& ctx = tape.context();
   Var y(ops::EmbeddingForward(ctx, ids, table.value, dtype), tape.recording());
+  if (!table.grad.defined()) return y;
   tape.Record([&ctx, ids, dtable = table.grad, y]() mutable {
     if (y.grad().defined()) ops::EmbeddingBackward(ctx, ids, y.grad(), dtable);
   });

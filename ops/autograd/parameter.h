@@ -9,7 +9,7 @@ namespace longspan::autograd {
 struct Parameter {
   std::string name;  // logical path, also the name in checkpoints
   Tensor value;      // compute dtype
-  Tensor grad;       // f32 (f64 in f64 mode); ops ADD to it. Undefined: no gradient is wanted
+  Tensor grad;       // f32 (f64 in f64 mode); ops ADD to it. Undefined: none is wanted
 };
 
 }  // namespace longspan::autograd

@@ -12,11 +12,11 @@ namespace {
 // repeated ids add up in token order.
 constexpr int64_t kColumnsPerTask = 64;
 
-void CheckIds(const char* op, const Tensor& ids, const Tensor& table) {
+void CheckIds(const char* op, const Tensor& ids, const char* name, const Tensor& table) {
   LONGSPAN_CHECK(ids.rank() == 1 && ids.dtype() == DType::kI32)
       << op << ": ids are " << ids.Describe() << ", not i32[T]";
   LONGSPAN_CHECK(table.rank() == 2 && IsFloat(table.dtype()))
-      << op << ": table is " << table.Describe() << ", not a float matrix";
+      << op << ": " << name << " is " << table.Describe() << ", not a float matrix";
   const int32_t* id = ids.data<int32_t>();
   for (int64_t t = 0; t < ids.dim(0); ++t) {
     if (id[t] < 0 || id[t] >= table.dim(0)) {
@@ -31,7 +31,7 @@ void CheckIds(const char* op, const Tensor& ids, const Tensor& table) {
 }  // namespace
 
 Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DType out) {
-  CheckIds("EmbeddingForward", ids, table);
+  CheckIds("EmbeddingForward", ids, "table", table);
   LONGSPAN_CHECK(IsFloat(out) && AccumulatorOf(out) == AccumulatorOf(table.dtype()))
       << "EmbeddingForward: output " << ToString(out) << " from table " << table.Describe();
   const int64_t tokens = ids.dim(0), width = table.dim(1);
@@ -63,7 +63,7 @@ Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DT
 }
 
 void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor& dtable) {
-  CheckIds("EmbeddingBackward", ids, dtable);
+  CheckIds("EmbeddingBackward", ids, "dtable", dtable);
   LONGSPAN_CHECK(dy.shape() == Shape({ids.dim(0), dtable.dim(1)}) &&
                  dtable.dtype() == AccumulatorOf(dy.dtype()))
       << "EmbeddingBackward: dy " << dy.Describe() << " into dtable " << dtable.Describe();

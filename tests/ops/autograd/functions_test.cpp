@@ -1,0 +1,62 @@
+#include "ops/autograd/functions.h"
+
+#include "ops/embedding/embedding.h"
+#include "tests/ops/op_test.h"
+
+namespace longspan::test {
+namespace {
+
+using autograd::Parameter;
+using autograd::Tape;
+using autograd::Var;
+
+constexpr int64_t kTokens = 4, kWidth = 5, kVocab = 7;
+
+struct Weights {
+  Parameter norm, linear, head, table;
+};
+
+Weights MakeWeights(Context& ctx, bool trained) {
+  const auto make = [&](const char* name, Shape shape, uint64_t seed) {
+    return Parameter{name, FromVec(ctx, shape, DType::kF64, Normal(shape.numel(), seed)),
+                     trained ? ctx.Zeros(shape, DType::kF64) : Tensor()};
+  };
+  return {make("norm", {kWidth}, 1), make("linear", {kWidth, kWidth}, 2),
+          make("head", {kVocab, kWidth}, 3), make("table", {kVocab, kWidth}, 4)};
+}
+
+// The gradient of the embeddings in front of a norm, a linear layer and a loss.
+Vec InputGradient(Context& ctx, const Weights& w) {
+  Tape tape(ctx);
+  const Var rows = autograd::Embedding(tape, IntTensor(ctx, {3, 0, 6, 3}), w.table, DType::kF64);
+  const Var y = autograd::Linear(tape, autograd::RmsNorm(tape, rows, w.norm, 1e-2), w.linear);
+  autograd::LinearCrossEntropy(tape, y, w.head, IntTensor(ctx, {1, -1, 0, 6}), {});
+  tape.Backward();
+  return ToVec(rows.grad());
+}
+
+TEST(FunctionsTest, AnUndefinedGradientMeansThatNoneIsWanted) {
+  Context ctx = OpContext(1);
+  const Weights trained = MakeWeights(ctx, true), frozen = MakeWeights(ctx, false);
+  const Vec expected = InputGradient(ctx, trained);
+  ASSERT_EQ(expected.size(), size_t{kTokens * kWidth});
+  EXPECT_EQ(InputGradient(ctx, frozen), expected);
+  for (const Parameter* p : {&trained.norm, &trained.linear, &trained.head, &trained.table}) {
+    const Vec zeros(static_cast<size_t>(p->value.numel()));
+    EXPECT_GT(RelMax(ToVec(p->grad), zeros), 1e-6) << p->name;
+  }
+}
+
+TEST(FunctionsTest, EmbeddingBackwardNamesItsOperand) {
+  Context ctx = OpContext(1);
+  Tensor none;
+  try {
+    ops::EmbeddingBackward(ctx, IntTensor(ctx, {0}), ctx.Zeros({1, 2}, DType::kF32), none);
+    ADD_FAILURE() << "an undefined dtable was accepted";
+  } catch (const InvalidArgument& e) {
+    EXPECT_NE(std::string(e.what()).find("dtable is undefined"), std::string::npos) << e.what();
+  }
+}
+
+}  // namespace
+}  // namespace longspan::test
