@@ -93,8 +93,7 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
 void Train(parallel::Bootstrap& job, TrainArguments a) {
   const configs::LoadedConfig loaded = configs::Load(a.config, a.sets);
   // Before anything is built on it: ranks with other layouts would wait for each other for ever.
-  trainer::RequireSame(job.world(), "the configuration",
-                       StreamOf(loaded.resolved_text().c_str()));
+  trainer::RequireSame(job.world(), "the configuration", StreamOf(loaded.resolved_text().c_str()));
   const trainer::TrainOptions options = trainer::OptionsFromConfig(loaded, job.size());
   if (a.run.run_directory.empty()) {
     a.run.run_directory = std::filesystem::path("runs") / std::filesystem::path(a.config).stem();
