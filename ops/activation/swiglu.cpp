@@ -2,8 +2,10 @@
 
 #include <algorithm>
 
+#include "ops/activation/activation_cuda.h"
+#include "ops/activation/formulas.h"
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
-#include "ops/elementwise/exp.h"
 #include "ops/elementwise/rows.h"
 
 namespace longspan::ops {
@@ -14,8 +16,7 @@ void CheckSame(const char* op, const Tensor& a, const Tensor& b) {
       << op << ": operands " << a.Describe() << " and " << b.Describe();
 }
 
-// dup = dy silu(g),  dgate = dy up silu'(g) with silu'(g) = s + g s (1 - s), s = sigmoid(g): one
-// pass over both, because the exponential is most of the work.
+// One pass over both gradients, because the exponential is most of the work.
 template <class T>
 void Gradients(Context& ctx, int64_t n, const T* dy, const T* gate, const T* up, T* dgate, T* dup) {
   using Acc = Accumulator<T>;
@@ -30,9 +31,7 @@ void Gradients(Context& ctx, int64_t n, const T* dy, const T* gate, const T* up,
       Acc* __restrict to_gate = internal::Staging(dgate + i, staged[0]);
       Acc* __restrict to_up = internal::Staging(dup + i, staged[1]);
       for (int64_t j = 0; j < count; ++j) {
-        const Acc s = internal::Sigmoid(g[j]), silu = g[j] * s;
-        to_gate[j] = d[j] * u[j] * (s + silu * (Acc(1) - s));
-        to_up[j] = d[j] * silu;
+        internal::SwiGluSlopes()(to_gate[j], to_up[j], d[j], g[j], u[j]);
       }
       internal::Narrow(to_gate, count, dgate + i);
       internal::Narrow(to_up, count, dup + i);
@@ -45,10 +44,11 @@ void Gradients(Context& ctx, int64_t n, const T* dy, const T* gate, const T* up,
 Tensor SwiGluForward(Context& ctx, const Tensor& gate, const Tensor& up) {
   CheckSame("SwiGluForward", gate, up);
   Tensor y = ctx.Empty(gate.shape(), gate.dtype());
+  LONGSPAN_ON_CUDA(ctx, internal::SwiGluForwardCuda(ctx, gate, up, y));
   DispatchFloat(gate.dtype(), "SwiGluForward", [&]<class T>() {
     using Acc = Accumulator<T>;
     internal::Map(
-        ctx, gate.numel(), y.data<T>(), [](Acc g, Acc u) { return g * internal::Sigmoid(g) * u; },
+        ctx, gate.numel(), y.data<T>(), [](Acc g, Acc u) { return internal::SwiGluValue()(g, u); },
         gate.data<T>(), up.data<T>());
   });
   return y;
@@ -59,6 +59,7 @@ SwiGluGradients SwiGluBackward(Context& ctx, const Tensor& dy, const Tensor& gat
   CheckSame("SwiGluBackward", gate, up);
   CheckSame("SwiGluBackward", gate, dy);
   SwiGluGradients out{ctx.Empty(gate.shape(), gate.dtype()), ctx.Empty(up.shape(), up.dtype())};
+  LONGSPAN_ON_CUDA(ctx, internal::SwiGluBackwardCuda(ctx, dy, gate, up, out));
   DispatchFloat(gate.dtype(), "SwiGluBackward", [&]<class T>() {
     Gradients<T>(ctx, gate.numel(), dy.data<T>(), gate.data<T>(), up.data<T>(), out.dgate.data<T>(),
                  out.dup.data<T>());

@@ -16,7 +16,17 @@ constexpr bool kCache = false;  // reuse would hide use-after-free and overflow 
 constexpr bool kCache = true;
 #endif
 
+class HostMemorySource : public MemorySource {
+ public:
+  void* Get(size_t bytes) override { return std::aligned_alloc(64, bytes); }
+  void Return(void* block) noexcept override { std::free(block); }
+  void Fill(void* block, int byte, size_t bytes) override { std::memset(block, byte, bytes); }
+  const char* name() const override { return "host"; }
+};
+
 }  // namespace
+
+std::unique_ptr<MemorySource> HostMemory() { return std::make_unique<HostMemorySource>(); }
 
 Allocator::~Allocator() { Trim(); }
 
@@ -42,18 +52,19 @@ void* Allocator::Allocate(size_t bytes) {
     used_bytes_ += size;
     peak_bytes_ = std::max(peak_bytes_, used_bytes_);
   }
-  if (data == nullptr) data = std::aligned_alloc(64, size);
+  if (data == nullptr) data = source_->Get(size);
   if (data == nullptr) {
     Trim();
-    data = std::aligned_alloc(64, size);
+    data = source_->Get(size);
   }
   if (data == nullptr) {
     std::lock_guard lock(mutex_);
     used_bytes_ -= size;
-    throw Error(Str("out of host memory: ", bytes, " bytes were asked for with ", used_bytes_,
+    throw Error(Str("out of ", source_->name(), " memory: ", bytes, " bytes were asked for with ",
+                    used_bytes_,
                     " in use; use a shorter context, fewer rows, or recompute: LAYER"));
   }
-  if (poison_) std::memset(data, 0xff, size);
+  if (poison_) source_->Fill(data, 0xff, size);
   return data;
 }
 
@@ -63,7 +74,7 @@ void Allocator::Free(void* data, size_t bytes) noexcept {
   std::lock_guard lock(mutex_);
   used_bytes_ -= size;
   if (!kCache) {
-    std::free(data);
+    source_->Return(data);
     return;
   }
   free_[size].push_back(data);
@@ -73,7 +84,7 @@ void Allocator::Free(void* data, size_t bytes) noexcept {
 void Allocator::Trim() {
   std::lock_guard lock(mutex_);
   for (auto& [size, blocks] : free_) {
-    for (void* block : blocks) std::free(block);
+    for (void* block : blocks) source_->Return(block);
   }
   free_.clear();
   cached_bytes_ = 0;

@@ -2,17 +2,17 @@
 
 #include <cstring>
 
+#include "ops/core/cuda/backend.h"
 #include "ops/core/parallel_for.h"
 
 namespace longspan {
 
-Context::Context(ContextOptions options)
-    : options_(options),
-      allocator_(std::make_shared<Allocator>(options.poison_buffers)),
-      trace_(std::make_shared<Trace>()) {
-  if (options_.device.kind != DeviceKind::kCpu) {
-    throw Unsupported("device CUDA is not built into this binary; use device: CPU");
+Context::Context(ContextOptions options) : options_(options), trace_(std::make_shared<Trace>()) {
+  if (options_.device.kind == DeviceKind::kCuda) {
+    runtime_ = cuda::MakeRuntime(options_.device.index, options_.sync_checks);
   }
+  allocator_ = std::make_shared<Allocator>(
+      options_.poison_buffers, runtime_ != nullptr ? cuda::DeviceMemory(runtime_) : HostMemory());
   if (options_.threads <= 0) options_.threads = AvailableCores();
 }
 
@@ -23,7 +23,12 @@ Tensor Context::Empty(Shape shape, DType dtype) {
 
 Tensor Context::Zeros(Shape shape, DType dtype) {
   Tensor t = Empty(shape, dtype);
-  if (t.bytes() > 0) std::memset(t.raw(), 0, t.bytes());
+  if (t.bytes() == 0) return t;
+  if (runtime_ != nullptr) {
+    cuda::Set(*runtime_, t.raw(), 0, t.bytes());
+  } else {
+    std::memset(t.raw(), 0, t.bytes());
+  }
   return t;
 }
 

@@ -14,6 +14,7 @@ struct ContextOptions {
   int threads = 0;                       // host threads for kernels; 0 = all cores of the process
   bool deterministic = true;             // same bits for the same layout; CPU kernels always are
   bool poison_buffers = kPoisonDefault;  // fill fresh memory with NaN bytes
+  bool sync_checks = false;  // GPU: wait after every kernel, so that errors have a place
 
 #ifdef NDEBUG
   static constexpr bool kPoisonDefault = false;
@@ -21,6 +22,10 @@ struct ContextOptions {
   static constexpr bool kPoisonDefault = true;
 #endif
 };
+
+namespace cuda {
+class Runtime;
+}
 
 // Everything an op needs besides its operands: device, memory, threads, timers, and the hook that
 // kernels call between tasks so that messages move while they compute. One per rank; several can
@@ -42,11 +47,19 @@ class Context {
     if (progress_) progress_();
   }
 
+  // The GPU of this Context; InvalidArgument on another device.
+  cuda::Runtime& cuda() const {
+    LONGSPAN_CHECK(runtime_ != nullptr)
+        << "a GPU is needed, and the device is " << ToString(options_.device);
+    return *runtime_;
+  }
+
   Trace& trace() { return *trace_; }
   Allocator& allocator() { return *allocator_; }
 
  private:
   ContextOptions options_;
+  std::shared_ptr<cuda::Runtime> runtime_;  // on a GPU only
   std::shared_ptr<Allocator> allocator_;
   std::shared_ptr<Trace> trace_;
   std::function<void()> progress_;

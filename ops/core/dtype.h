@@ -5,6 +5,7 @@
 #include <string>
 #include <type_traits>
 
+#include "ops/core/device_code.h"
 #include "ops/core/error.h"
 
 namespace longspan {
@@ -16,7 +17,7 @@ struct BF16 {
   uint16_t bits = 0;
   BF16() = default;
   // Round to nearest even; a NaN stays a (quiet) NaN.
-  explicit BF16(float value) {
+  LONGSPAN_HD explicit BF16(float value) {
     const uint32_t u = std::bit_cast<uint32_t>(value);
     if ((u & 0x7fffffffu) > 0x7f800000u) {
       bits = static_cast<uint16_t>((u >> 16) | 0x40u);
@@ -24,10 +25,10 @@ struct BF16 {
       bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
     }
   }
-  explicit operator float() const {
+  LONGSPAN_HD explicit operator float() const {
     return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
   }
-  explicit operator double() const { return static_cast<float>(*this); }
+  LONGSPAN_HD explicit operator double() const { return static_cast<float>(*this); }
 };
 static_assert(sizeof(BF16) == 2);
 

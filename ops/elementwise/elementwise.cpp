@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
+#include "ops/elementwise/elementwise_cuda.h"
 #include "ops/elementwise/rows.h"
 
 namespace longspan::ops {
@@ -39,6 +41,7 @@ To Convert(From value) {
 
 void AddInto(Context& ctx, Tensor& dst, const Tensor& src) {
   CheckOperands("AddInto", dst, src);
+  LONGSPAN_ON_CUDA(ctx, internal::AddIntoCuda(ctx, dst, src));
   DispatchPair("AddInto", dst.dtype(), src.dtype(), [&]<class A, class B>() {
     internal::Update(
         ctx, dst.numel(), dst.data<A>(), [](auto x, auto y) { return x + y; }, src.data<B>());
@@ -48,6 +51,7 @@ void AddInto(Context& ctx, Tensor& dst, const Tensor& src) {
 Tensor Add(Context& ctx, const Tensor& a, const Tensor& b) {
   CheckOperands("Add", a, b);
   Tensor sum = ctx.Empty(a.shape(), a.dtype());
+  LONGSPAN_ON_CUDA(ctx, internal::AddCuda(ctx, a, b, sum));
   DispatchPair("Add", a.dtype(), b.dtype(), [&]<class A, class B>() {
     internal::Map(
         ctx, a.numel(), sum.data<A>(), [](auto x, auto y) { return x + y; }, a.data<A>(),
@@ -57,6 +61,7 @@ Tensor Add(Context& ctx, const Tensor& a, const Tensor& b) {
 }
 
 void Scale(Context& ctx, Tensor& t, double factor) {
+  LONGSPAN_ON_CUDA(ctx, internal::ScaleCuda(ctx, t, factor));
   DispatchFloat(t.dtype(), "Scale", [&]<class T>() {
     T* data = t.data<T>();
     const auto f = static_cast<Accumulator<T>>(factor);
@@ -67,6 +72,7 @@ void Scale(Context& ctx, Tensor& t, double factor) {
 }
 
 void Fill(Context& ctx, Tensor& t, double value) {
+  LONGSPAN_ON_CUDA(ctx, internal::FillCuda(ctx, t, value));
   DispatchFloat(t.dtype(), "Fill", [&]<class T>() {
     T* data = t.data<T>();
     const T element = Convert<T>(value);
@@ -79,6 +85,7 @@ void Fill(Context& ctx, Tensor& t, double value) {
 void CastInto(Context& ctx, const Tensor& src, Tensor& dst) {
   LONGSPAN_CHECK(src.shape() == dst.shape())
       << "CastInto: " << src.Describe() << " into " << dst.Describe();
+  LONGSPAN_ON_CUDA(ctx, internal::CastIntoCuda(ctx, src, dst));
   DispatchFloat(src.dtype(), "CastInto", [&]<class From>() {
     DispatchFloat(dst.dtype(), "CastInto", [&]<class To>() {
       const From* in = src.data<From>();
@@ -100,6 +107,7 @@ void AddRowsInto(Context& ctx, Tensor& dst, const Tensor& rows) {
   LONGSPAN_CHECK(rows.rank() == 2 && dst.rank() == 1 && rows.dim(1) == dst.dim(0) &&
                  rows.dtype() == dst.dtype() && dst.dtype() != DType::kBF16)
       << "AddRowsInto: rows " << rows.Describe() << " into " << dst.Describe();
+  LONGSPAN_ON_CUDA(ctx, internal::AddRowsIntoCuda(ctx, dst, rows));
   const int64_t count = rows.dim(0), width = dst.dim(0);
   DispatchFloat(dst.dtype(), "AddRowsInto", [&]<class T>() {
     if constexpr (!std::is_same_v<T, BF16>) {

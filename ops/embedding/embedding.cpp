@@ -2,8 +2,10 @@
 
 #include <algorithm>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 #include "ops/elementwise/rows.h"
+#include "ops/embedding/embedding_cuda.h"
 
 namespace longspan::ops {
 namespace {
@@ -17,6 +19,7 @@ void CheckIds(const char* op, const Tensor& ids, const char* name, const Tensor&
       << op << ": ids are " << ids.Describe() << ", not i32[T]";
   LONGSPAN_CHECK(table.rank() == 2 && IsFloat(table.dtype()))
       << op << ": " << name << " is " << table.Describe() << ", not a float matrix";
+  if (ids.device().kind != DeviceKind::kCpu) return;  // their values cannot be read here
   const int32_t* id = ids.data<int32_t>();
   for (int64_t t = 0; t < ids.dim(0); ++t) {
     if (id[t] < 0 || id[t] >= table.dim(0)) {
@@ -36,6 +39,7 @@ Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DT
       << "EmbeddingForward: output " << ToString(out) << " from table " << table.Describe();
   const int64_t tokens = ids.dim(0), width = table.dim(1);
   Tensor y = ctx.Empty({tokens, width}, out);
+  LONGSPAN_ON_CUDA(ctx, internal::EmbeddingForwardCuda(ctx, ids, table, y));
   const int32_t* id = ids.data<int32_t>();
   const int64_t tokens_per_task =
       std::max<int64_t>(1, internal::kTaskElements / std::max<int64_t>(1, width));
@@ -67,6 +71,7 @@ void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor
   LONGSPAN_CHECK(dy.shape() == Shape({ids.dim(0), dtable.dim(1)}) &&
                  dtable.dtype() == AccumulatorOf(dy.dtype()))
       << "EmbeddingBackward: dy " << dy.Describe() << " into dtable " << dtable.Describe();
+  LONGSPAN_ON_CUDA(ctx, internal::EmbeddingBackwardCuda(ctx, ids, dy, dtable));
   const int64_t tokens = ids.dim(0), width = dtable.dim(1);
   const int32_t* id = ids.data<int32_t>();
   DispatchFloat(dy.dtype(), "EmbeddingBackward", [&]<class T>() {

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <vector>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 #include "ops/elementwise/elementwise.h"
 #include "ops/elementwise/rows.h"
+#include "ops/norm/rms_norm_cuda.h"
 
 namespace longspan::ops {
 namespace {
@@ -113,6 +115,7 @@ RmsNormResult RmsNormForward(Context& ctx, const Tensor& x, const Tensor& w, dou
   RmsNormResult result{ctx.Empty(x.shape(), x.dtype()),
                        ctx.Empty({x.dim(0)}, AccumulatorOf(x.dtype()))};
   const Tensor wide = WideWeight(ctx, w);
+  LONGSPAN_ON_CUDA(ctx, internal::RmsNormForwardCuda(ctx, x, wide, eps, result));
   DispatchFloat(x.dtype(), "RmsNormForward",
                 [&]<class T>() { Forward<T>(ctx, x, wide, eps, result); });
   return result;
@@ -129,6 +132,7 @@ Tensor RmsNormBackward(Context& ctx, const Tensor& dy, const Tensor& x, const Te
   LONGSPAN_CHECK(!dw.defined() || (dw.shape() == w.shape() && dw.dtype() == wide_dtype))
       << "RmsNormBackward: dw is " << dw.Describe() << " for w " << w.Describe();
   const Tensor wide = WideWeight(ctx, w);
+  LONGSPAN_ON_CUDA(ctx, internal::RmsNormBackwardCuda(ctx, dy, x, wide, rstd, dw));
   return DispatchFloat(x.dtype(), "RmsNormBackward",
                        [&]<class T>() { return Backward<T>(ctx, dy, x, wide, rstd, dw); });
 }

@@ -2,8 +2,10 @@
 
 #include <cmath>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 #include "ops/elementwise/rows.h"
+#include "ops/rope/rope_cuda.h"
 
 namespace longspan::ops {
 namespace {
@@ -50,6 +52,7 @@ Tensor Apply(Context& ctx, const char* op, const Tensor& x, const RopeTable& tab
                  table.sin.dtype() == table.cos.dtype())
       << op << ": table " << table.cos.Describe() << " for x " << x.Describe();
   Tensor y = ctx.Empty(x.shape(), x.dtype());
+  LONGSPAN_ON_CUDA(ctx, internal::RotateCuda(ctx, op, x, table, direction, y));
   DispatchFloat(x.dtype(), op, [&]<class T>() {
     Rotate<T>(ctx, x, table, static_cast<Accumulator<T>>(direction), y);
   });

@@ -1,0 +1,60 @@
+#pragma once
+#include "ops/core/device_code.h"
+#include "ops/elementwise/exp.h"
+
+// The activations per element, for host and device.
+namespace longspan::ops::internal {
+
+// y = silu(gate) up
+struct SwiGluValue {
+  template <class Real>
+  LONGSPAN_HD Real operator()(Real gate, Real up) const {
+    return gate * Sigmoid(gate) * up;
+  }
+};
+
+// dup = dy silu(g),  dgate = dy up silu'(g) with silu'(g) = s + g s (1 - s), s = sigmoid(g).
+struct SwiGluSlopes {
+  template <class Real>
+  LONGSPAN_HD void operator()(Real& dgate, Real& dup, Real dy, Real gate, Real up) const {
+    const Real s = Sigmoid(gate), silu = gate * s;
+    dgate = dy * up * (s + silu * (Real(1) - s));
+    dup = dy * silu;
+  }
+};
+
+// y = x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3), because 1 + tanh(u) = 2 sigmoid(2 u);
+// no cancellation for negative x.
+struct GeluValue {
+  static constexpr double kTwoSqrt = 1.5957691216057308;  // 2 sqrt(2 / pi)
+  static constexpr double kCubic = 0.044715;
+
+  // The gate is 0 or 1 in every dtype long before +-20; without the limit x^2 would overflow in f32
+  // and 0 * infinity make a NaN. NaN passes.
+  template <class Real>
+  static LONGSPAN_HD Real Limited(Real x) {
+    x = x < Real(-20) ? Real(-20) : x;
+    return x > Real(20) ? Real(20) : x;
+  }
+  template <class Real>
+  static LONGSPAN_HD Real Gate(Real limited) {
+    const Real square = limited * limited;
+    return Sigmoid(limited * (Real(kTwoSqrt) + Real(kTwoSqrt * kCubic) * square));
+  }
+  template <class Real>
+  LONGSPAN_HD Real operator()(Real x) const {
+    return x * Gate(Limited(x));
+  }
+};
+
+struct GeluSlope {
+  template <class Real>
+  LONGSPAN_HD Real operator()(Real dy, Real value) const {
+    const Real x = GeluValue::Limited(value), s = GeluValue::Gate(x);
+    const Real slope =
+        Real(GeluValue::kTwoSqrt) + Real(3 * GeluValue::kTwoSqrt * GeluValue::kCubic) * x * x;
+    return dy * (s + x * s * (Real(1) - s) * slope);
+  }
+};
+
+}  // namespace longspan::ops::internal

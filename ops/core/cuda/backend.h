@@ -1,0 +1,31 @@
+#pragma once
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "ops/core/allocator.h"
+
+// What the rest of the code needs of a GPU without CUDA's own headers. The cuda preset builds it
+// from runtime.cpp; the others from backend_none.cpp, which has no device and refuses to make a
+// Runtime.
+namespace longspan::cuda {
+
+class Runtime;  // runtime.h
+
+// Number of GPUs that this process can use; 0 also without a driver. `why` says why there is none.
+int DeviceCount(std::string* why = nullptr);
+
+// Errors: Unsupported in a binary without CUDA; CudaError when there is no such device.
+std::shared_ptr<Runtime> MakeRuntime(int device, bool sync_checks);
+
+// Source of stream-ordered memory; keeps the runtime alive.
+std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime> runtime);
+
+// In the order of the runtime's stream; see Runtime.
+void Set(Runtime& runtime, void* to, int byte, size_t bytes);
+void Upload(Runtime& runtime, void* to, const void* from, size_t bytes);
+void Download(Runtime& runtime, void* to, const void* from, size_t bytes);
+void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes);
+void Synchronize(Runtime& runtime);
+
+}  // namespace longspan::cuda

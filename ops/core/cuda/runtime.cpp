@@ -1,0 +1,179 @@
+#include "ops/core/cuda/runtime.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops/core/error.h"
+
+namespace longspan::cuda {
+namespace {
+
+constexpr size_t kSlotBytes = size_t{1} << 20;
+constexpr size_t kSlots = 16;
+constexpr int kOldestMajor = 8;  // sm_80: bf16 mma, cp.async
+
+// Memory of the device's default pool, which keeps what is returned until the process ends. Order
+// on the stream makes a freed block safe to reuse before the kernels that read it have run.
+class StreamMemory : public MemorySource {
+ public:
+  explicit StreamMemory(std::shared_ptr<Runtime> runtime) : runtime_(std::move(runtime)) {
+    cudaMemPool_t pool = nullptr;
+    LONGSPAN_CUDA(cudaDeviceGetDefaultMemPool(&pool, runtime_->device()));
+    uint64_t keep = UINT64_MAX;
+    LONGSPAN_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+  }
+  void* Get(size_t bytes) override {
+    runtime_->MakeCurrent();
+    void* block = nullptr;
+    const cudaError_t status = cudaMallocAsync(&block, bytes, runtime_->stream());
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // not sticky: the next call is not to report it
+      return nullptr;
+    }
+    LONGSPAN_CUDA(status);
+    return block;
+  }
+  // A failure here means that the device is already lost, which the next launch reports.
+  void Return(void* block) noexcept override {
+    if (cudaSetDevice(runtime_->device()) == cudaSuccess) cudaFreeAsync(block, runtime_->stream());
+  }
+  void Fill(void* block, int byte, size_t bytes) override { runtime_->Set(block, byte, bytes); }
+  const char* name() const override { return "GPU"; }
+
+ private:
+  const std::shared_ptr<Runtime> runtime_;  // tensors may outlive the Context that made them
+};
+
+}  // namespace
+
+std::shared_ptr<Runtime> MakeRuntime(int device, bool sync_checks) {
+  return std::make_shared<Runtime>(device, sync_checks);
+}
+std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime> runtime) {
+  return std::make_unique<StreamMemory>(std::move(runtime));
+}
+void Set(Runtime& runtime, void* to, int byte, size_t bytes) { runtime.Set(to, byte, bytes); }
+void Upload(Runtime& runtime, void* to, const void* from, size_t bytes) {
+  runtime.Upload(to, from, bytes);
+}
+void Download(Runtime& runtime, void* to, const void* from, size_t bytes) {
+  runtime.Download(to, from, bytes);
+}
+void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes) {
+  runtime.Copy(to, from, bytes);
+}
+void Synchronize(Runtime& runtime) { runtime.Synchronize(); }
+
+void Check(cudaError_t status, const char* expression, const char* file, int line) {
+  if (status == cudaSuccess) return;
+  throw CudaError(Str(cudaGetErrorString(status), " (", cudaGetErrorName(status), ") from ",
+                      expression, " at ", file, ":", line));
+}
+
+int DeviceCount(std::string* why) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && count > 0) return count;
+  if (why != nullptr) {
+    *why = status == cudaSuccess ? "the driver reports no device" : cudaGetErrorString(status);
+  }
+  cudaGetLastError();
+  return 0;
+}
+
+Event::Event(bool timing) {
+  LONGSPAN_CUDA(
+      cudaEventCreateWithFlags(&event_, timing ? cudaEventDefault : cudaEventDisableTiming));
+}
+Event::~Event() { cudaEventDestroy(event_); }
+void Event::Record(cudaStream_t stream) { LONGSPAN_CUDA(cudaEventRecord(event_, stream)); }
+void Event::Wait(cudaStream_t stream) const {
+  LONGSPAN_CUDA(cudaStreamWaitEvent(stream, event_, 0));
+}
+bool Event::Done() const {
+  const cudaError_t status = cudaEventQuery(event_);
+  if (status == cudaErrorNotReady) return false;
+  LONGSPAN_CUDA(status);
+  return true;
+}
+void Event::Synchronize() const { LONGSPAN_CUDA(cudaEventSynchronize(event_)); }
+float Event::MillisecondsSince(const Event& start) const {
+  float milliseconds = 0;
+  LONGSPAN_CUDA(cudaEventElapsedTime(&milliseconds, start.event_, event_));
+  return milliseconds;
+}
+
+Runtime::Runtime(int device, bool sync_checks) : device_(device), sync_checks_(sync_checks) {
+  std::string why;
+  const int count = DeviceCount(&why);
+  if (count == 0) {
+    throw CudaError(Str("no GPU can be used: ", why, "; use device: CPU, or look at nvidia-smi"));
+  }
+  if (device < 0 || device >= count) {
+    throw CudaError(Str("GPU ", device, " does not exist: this process sees ", count,
+                        "; start at most that many ranks on this node"));
+  }
+  MakeCurrent();
+  LONGSPAN_CUDA(cudaGetDeviceProperties(&properties_, device_));
+  if (properties_.major < kOldestMajor) {
+    throw CudaError(Str("GPU ", device, " (", properties_.name, ") has compute capability ",
+                        properties_.major, ".", properties_.minor, "; 8.0 or newer is needed"));
+  }
+  LONGSPAN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  LONGSPAN_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&staging_), kSlots * kSlotBytes,
+                              cudaHostAllocDefault));
+  for (size_t i = 0; i < kSlots; ++i) {
+    slots_.push_back(std::make_unique<Slot>());
+    slots_.back()->data = staging_ + i * kSlotBytes;
+  }
+}
+
+Runtime::~Runtime() {
+  if (cudaSetDevice(device_) != cudaSuccess) return;
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  slots_.clear();
+  if (staging_ != nullptr) cudaFreeHost(staging_);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+void Runtime::MakeCurrent() const { LONGSPAN_CUDA(cudaSetDevice(device_)); }
+
+void Runtime::Synchronize() const {
+  MakeCurrent();
+  LONGSPAN_CUDA(cudaStreamSynchronize(stream_));
+}
+
+void Runtime::Upload(void* to, const void* from, size_t bytes) {
+  MakeCurrent();
+  auto* target = static_cast<std::byte*>(to);
+  const auto* source = static_cast<const std::byte*>(from);
+  while (bytes > 0) {
+    Slot& slot = *slots_[next_slot_];
+    next_slot_ = (next_slot_ + 1) % slots_.size();
+    if (slot.used) slot.copied.Synchronize();
+    const size_t part = std::min(bytes, kSlotBytes);
+    std::memcpy(slot.data, source, part);
+    LONGSPAN_CUDA(cudaMemcpyAsync(target, slot.data, part, cudaMemcpyHostToDevice, stream_));
+    slot.copied.Record(stream_);
+    slot.used = true;
+    target += part, source += part, bytes -= part;
+  }
+}
+
+void Runtime::Download(void* to, const void* from, size_t bytes) {
+  MakeCurrent();
+  LONGSPAN_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
+  LONGSPAN_CUDA(cudaStreamSynchronize(stream_));
+}
+
+void Runtime::Copy(void* to, const void* from, size_t bytes) const {
+  MakeCurrent();
+  LONGSPAN_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
+}
+
+void Runtime::Set(void* to, int byte, size_t bytes) const {
+  MakeCurrent();
+  LONGSPAN_CUDA(cudaMemsetAsync(to, byte, bytes, stream_));
+}
+
+}  // namespace longspan::cuda

@@ -1,0 +1,82 @@
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ops/core/cuda/backend.h"
+
+namespace longspan::cuda {
+
+// Throws CudaError naming the call, its place and the driver's reason unless `status` is success.
+void Check(cudaError_t status, const char* expression, const char* file, int line);
+#define LONGSPAN_CUDA(expression) \
+  ::longspan::cuda::Check((expression), #expression, __FILE__, __LINE__)
+
+// An event without host timing unless asked for.
+class Event {
+ public:
+  explicit Event(bool timing = false);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  void Record(cudaStream_t stream);
+  void Wait(cudaStream_t stream) const;  // later work of `stream` waits for what was recorded
+  bool Done() const;
+  void Synchronize() const;
+  // Milliseconds from `start`; both timed and done.
+  float MillisecondsSince(const Event& start) const;
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// The GPU of one rank: its compute stream, and pinned memory through which small host data reaches
+// the device without stopping the host. A Runtime is used by one thread at a time, which need not
+// be the one that made it: every call makes its device current first.
+class Runtime {
+ public:
+  // Errors: CudaError when `device` is not among DeviceCount() or is older than sm_80.
+  Runtime(int device, bool sync_checks);
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  int device() const { return device_; }
+  const cudaDeviceProp& properties() const { return properties_; }
+  cudaStream_t stream() const { return stream_; }
+  // Debugging: every launch waits for its kernel, so that an error is reported where it happened.
+  bool sync_checks() const { return sync_checks_; }
+
+  void MakeCurrent() const;
+  void Synchronize() const;
+
+  // Device memory at `to` holds the bytes at `from` for all later work on the stream. The host may
+  // reuse `from` as soon as this returns. Blocks only while the staging memory is full.
+  void Upload(void* to, const void* from, size_t bytes);
+  // Waits for the stream, then copies.
+  void Download(void* to, const void* from, size_t bytes);
+  // In stream order, between or within device memory.
+  void Copy(void* to, const void* from, size_t bytes) const;
+  void Set(void* to, int byte, size_t bytes) const;
+
+ private:
+  // A part of the staging memory, free again when its event is done.
+  struct Slot {
+    std::byte* data = nullptr;
+    Event copied;
+    bool used = false;
+  };
+  const int device_;
+  const bool sync_checks_;
+  cudaDeviceProp properties_{};
+  cudaStream_t stream_ = nullptr;
+  std::byte* staging_ = nullptr;
+  std::vector<std::unique_ptr<Slot>> slots_;
+  size_t next_slot_ = 0;
+};
+
+}  // namespace longspan::cuda
