@@ -1,11 +1,12 @@
 #pragma once
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "ops/core/context.h"
+#include "tests/support/device.h"
 #include "tests/support/numeric.h"
 
 // What the tests of single ops share.
@@ -13,14 +14,19 @@ namespace longspan::test {
 
 inline constexpr DType kFloatDtypes[] = {DType::kF32, DType::kBF16, DType::kF64};
 
-// Fresh memory is NaN, so an element that an op forgets to write shows.
+// The float dtypes of the device that the tests run on.
+inline std::span<const DType> FloatDtypes() {
+  return std::span(kFloatDtypes).first(OnCuda() ? 2 : 3);
+}
+
+// On the device of the tests. Fresh memory is NaN, so an element that an op forgets to write shows.
 inline Context OpContext(int threads = 2) {
-  return Context({.device = {}, .threads = threads, .poison_buffers = true});
+  return Context({.device = TestDevice(), .threads = threads, .poison_buffers = true});
 }
 
 inline Tensor IntTensor(Context& ctx, const std::vector<int32_t>& values) {
   Tensor t = ctx.Empty({static_cast<int64_t>(values.size())}, DType::kI32);
-  std::copy(values.begin(), values.end(), t.data<int32_t>());
+  CopyFromHost(ctx, values.data(), t);
   return t;
 }
 
@@ -39,8 +45,11 @@ inline double Bound(DType dtype, const Vec& reference) {
 }
 
 inline bool SameBits(const Tensor& a, const Tensor& b) {
-  return a.shape() == b.shape() && a.dtype() == b.dtype() &&
-         (a.bytes() == 0 || std::memcmp(a.raw(), b.raw(), a.bytes()) == 0);
+  if (a.shape() != b.shape() || a.dtype() != b.dtype()) return false;
+  std::vector<std::byte> left(a.bytes()), right(b.bytes());
+  CopyToHost(a, left.data());
+  CopyToHost(b, right.data());
+  return left == right;
 }
 
 // Runs `op` on 1, 2 and 3 threads and expects every tensor it returns to have the same bits.

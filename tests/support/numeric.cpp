@@ -6,8 +6,10 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "ops/core/rng.h"
+#include "tests/support/device.h"
 
 namespace longspan::test {
 namespace {
@@ -56,7 +58,7 @@ Tensor FromVec(Context& ctx, Shape shape, DType dtype, const Vec& values) {
   Tensor t = ctx.Empty(shape, dtype);
   LONGSPAN_CHECK(t.numel() == static_cast<int64_t>(values.size()));
   DispatchFloat(dtype, "FromVec", [&]<class T>() {
-    T* out = t.data<T>();
+    std::vector<T> out(values.size());
     for (size_t i = 0; i < values.size(); ++i) {
       if constexpr (std::is_same_v<T, BF16>) {  // its bits are the upper half of the f32
         const auto value = static_cast<float>(RoundToBF16(values[i]));
@@ -65,6 +67,7 @@ Tensor FromVec(Context& ctx, Shape shape, DType dtype, const Vec& values) {
         out[i] = static_cast<T>(values[i]);
       }
     }
+    CopyFromHost(ctx, out.data(), t);
   });
   return t;
 }
@@ -72,7 +75,8 @@ Tensor FromVec(Context& ctx, Shape shape, DType dtype, const Vec& values) {
 Vec ToVec(const Tensor& tensor) {
   Vec v(static_cast<size_t>(tensor.numel()));
   DispatchFloat(tensor.dtype(), "ToVec", [&]<class T>() {
-    const T* in = tensor.data<T>();
+    std::vector<T> in(v.size());
+    CopyToHost(tensor, in.data());
     for (size_t i = 0; i < v.size(); ++i) {
       if constexpr (std::is_same_v<T, BF16>) {
         v[i] = std::bit_cast<float>(uint32_t{in[i].bits} << 16);

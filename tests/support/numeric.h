@@ -18,7 +18,7 @@ Vec Uniform(int64_t n, uint64_t seed, double low, double high);
 // without the class BF16, which tests compare with it.
 Vec RoundedTo(DType dtype, Vec values);
 
-// Host values to a tensor of any float dtype (rounding once), and back.
+// Host values to a tensor of any float dtype on the device of `ctx` (rounding once), and back.
 Tensor FromVec(Context& ctx, Shape shape, DType dtype, const Vec& values);
 Vec ToVec(const Tensor& tensor);
 

@@ -28,4 +28,7 @@ void Download(Runtime& runtime, void* to, const void* from, size_t bytes);
 void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes);
 void Synchronize(Runtime& runtime);
 
+// Waits for all streams of GPU `device`, then copies: for callers without a Runtime, such as tests.
+void DownloadAfterAll(int device, void* to, const void* from, size_t bytes);
+
 }  // namespace longspan::cuda

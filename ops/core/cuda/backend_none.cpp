@@ -22,5 +22,6 @@ void Upload(Runtime&, void*, const void*, size_t) { Refuse(); }
 void Download(Runtime&, void*, const void*, size_t) { Refuse(); }
 void CopyOnDevice(Runtime&, void*, const void*, size_t) { Refuse(); }
 void Synchronize(Runtime&) { Refuse(); }
+void DownloadAfterAll(int, void*, const void*, size_t) { Refuse(); }
 
 }  // namespace longspan::cuda

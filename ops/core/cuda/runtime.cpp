@@ -63,6 +63,11 @@ void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes) {
   runtime.Copy(to, from, bytes);
 }
 void Synchronize(Runtime& runtime) { runtime.Synchronize(); }
+void DownloadAfterAll(int device, void* to, const void* from, size_t bytes) {
+  LONGSPAN_CUDA(cudaSetDevice(device));
+  LONGSPAN_CUDA(cudaDeviceSynchronize());
+  LONGSPAN_CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
+}
 
 void Check(cudaError_t status, const char* expression, const char* file, int line) {
   if (status == cudaSuccess) return;
