@@ -28,6 +28,30 @@ void Download(Runtime& runtime, void* to, const void* from, size_t bytes);
 void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes);
 void Synchronize(Runtime& runtime);
 
+// A point in the order of a runtime's stream, with the device's clock.
+class Mark {
+ public:
+  virtual ~Mark() = default;
+  virtual void Record() = 0;      // here; may be called again and again
+  virtual bool Done() const = 0;  // has the device got there?
+  virtual void Wait() const = 0;  // blocks until then
+  // Milliseconds on the device's clock since `start`; both recorded and done.
+  virtual double MillisecondsSince(const Mark& start) const = 0;
+};
+std::unique_ptr<Mark> MakeMark(Runtime& runtime);
+
+// Brings small results to the host without stopping it: pinned memory and the mark that says when
+// it holds what was asked for. One copy is under way at a time. Neither may outlive the runtime.
+class Readback {
+ public:
+  virtual ~Readback() = default;
+  // The bytes at device address `from`, as they are at this point of the stream's order.
+  virtual void Start(const void* from, size_t bytes) = 0;
+  virtual bool Done() const = 0;
+  virtual const void* Wait() = 0;  // blocks until the copy is done; good until the next Start
+};
+std::unique_ptr<Readback> MakeReadback(Runtime& runtime, size_t capacity_bytes);
+
 // Waits for all streams of GPU `device`, then copies: for callers without a Runtime, such as tests.
 void DownloadAfterAll(int device, void* to, const void* from, size_t bytes);
 

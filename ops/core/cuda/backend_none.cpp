@@ -22,6 +22,8 @@ void Upload(Runtime&, void*, const void*, size_t) { Refuse(); }
 void Download(Runtime&, void*, const void*, size_t) { Refuse(); }
 void CopyOnDevice(Runtime&, void*, const void*, size_t) { Refuse(); }
 void Synchronize(Runtime&) { Refuse(); }
+std::unique_ptr<Mark> MakeMark(Runtime&) { Refuse(); }
+std::unique_ptr<Readback> MakeReadback(Runtime&, size_t) { Refuse(); }
 void DownloadAfterAll(int, void*, const void*, size_t) { Refuse(); }
 
 }  // namespace longspan::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ops/core/check.h"
 #include "ops/core/error.h"
 
 namespace longspan::cuda {
@@ -38,14 +39,76 @@ class StreamMemory : public MemorySource {
     if (cudaSetDevice(runtime_->device()) == cudaSuccess) cudaFreeAsync(block, runtime_->stream());
   }
   void Fill(void* block, int byte, size_t bytes) override { runtime_->Set(block, byte, bytes); }
+  void ToHost(void* host, const void* block, size_t bytes) override {
+    runtime_->Download(host, block, bytes);
+  }
+  void FromHost(void* block, const void* host, size_t bytes) override {
+    runtime_->Upload(block, host, bytes);
+  }
   const char* name() const override { return "GPU"; }
 
  private:
   const std::shared_ptr<Runtime> runtime_;  // tensors may outlive the Context that made them
 };
 
+class StreamMark : public Mark {
+ public:
+  explicit StreamMark(Runtime& runtime) : runtime_(runtime), event_(Current(runtime)) {}
+  void Record() override {
+    runtime_.MakeCurrent();
+    event_.Record(runtime_.stream());
+  }
+  bool Done() const override { return event_.Done(); }
+  void Wait() const override { event_.Synchronize(); }
+  double MillisecondsSince(const Mark& start) const override {
+    return event_.MillisecondsSince(static_cast<const StreamMark&>(start).event_);
+  }
+
+ private:
+  static bool Current(const Runtime& runtime) {
+    runtime.MakeCurrent();
+    return true;  // with timing
+  }
+  Runtime& runtime_;
+  Event event_;
+};
+
+class PinnedReadback : public Readback {
+ public:
+  PinnedReadback(Runtime& runtime, size_t capacity)
+      : runtime_(runtime), capacity_(capacity), mark_(runtime) {
+    LONGSPAN_CUDA(cudaHostAlloc(&data_, capacity_, cudaHostAllocDefault));
+  }
+  ~PinnedReadback() override {
+    // The copy that may be under way writes here.
+    cudaStreamSynchronize(runtime_.stream());
+    cudaFreeHost(data_);
+  }
+  void Start(const void* from, size_t bytes) override {
+    LONGSPAN_CHECK(bytes <= capacity_) << "Readback: " << bytes << " bytes into " << capacity_;
+    runtime_.MakeCurrent();
+    LONGSPAN_CUDA(cudaMemcpyAsync(data_, from, bytes, cudaMemcpyDeviceToHost, runtime_.stream()));
+    mark_.Record();
+  }
+  bool Done() const override { return mark_.Done(); }
+  const void* Wait() override {
+    mark_.Wait();
+    return data_;
+  }
+
+ private:
+  Runtime& runtime_;
+  const size_t capacity_;
+  StreamMark mark_;
+  void* data_ = nullptr;
+};
+
 }  // namespace
 
+std::unique_ptr<Mark> MakeMark(Runtime& runtime) { return std::make_unique<StreamMark>(runtime); }
+std::unique_ptr<Readback> MakeReadback(Runtime& runtime, size_t capacity_bytes) {
+  return std::make_unique<PinnedReadback>(runtime, capacity_bytes);
+}
 std::shared_ptr<Runtime> MakeRuntime(int device, bool sync_checks) {
   return std::make_shared<Runtime>(device, sync_checks);
 }
@@ -136,6 +199,7 @@ Runtime::Runtime(int device, bool sync_checks) : device_(device), sync_checks_(s
 Runtime::~Runtime() {
   if (cudaSetDevice(device_) != cudaSuccess) return;
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  libraries_.clear();
   slots_.clear();
   if (staging_ != nullptr) cudaFreeHost(staging_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);

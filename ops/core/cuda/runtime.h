@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -63,6 +64,10 @@ class Runtime {
   void Copy(void* to, const void* from, size_t bytes) const;
   void Set(void* to, int byte, size_t bytes) const;
 
+  // A place for the state of a library on this GPU (handles, workspaces), by the library's name. It
+  // is destroyed before the stream is, and starts out empty.
+  std::shared_ptr<void>& Library(const std::string& name) { return libraries_[name]; }
+
  private:
   // A part of the staging memory, free again when its event is done.
   struct Slot {
@@ -77,6 +82,7 @@ class Runtime {
   std::byte* staging_ = nullptr;
   std::vector<std::unique_ptr<Slot>> slots_;
   size_t next_slot_ = 0;
+  std::map<std::string, std::shared_ptr<void>> libraries_;
 };
 
 }  // namespace longspan::cuda
