@@ -2,13 +2,12 @@
 
 #include <cmath>
 
+#include "ops/attention/arguments.h"
 #include "ops/attention/cpu/attention_cpu.h"
+#include "ops/attention/cuda/attention_cuda.h"
 
 namespace longspan::ops {
 namespace {
-
-using cpu::BackwardArgs;
-using cpu::ForwardArgs;
 
 // ---- implementation table --------------------------------------------------------------------
 
@@ -39,6 +38,25 @@ std::string Avx512Rejects(const AttentionProblem& problem) {
 
 std::string ReferenceRejects(const AttentionProblem&) { return ""; }
 
+std::string ReferenceCudaRejects(const AttentionProblem& problem) {
+  if (problem.dtype == DType::kF64) return "it computes in f32 and the problem is f64";
+  if (problem.head_dim > internal::kMaxCudaHeadDim) {
+    return Str("head_dim ", problem.head_dim, " is above ", internal::kMaxCudaHeadDim);
+  }
+  return "";
+}
+
+std::string MmaRejects(const AttentionProblem& problem) {
+  if (problem.dtype != DType::kBF16) {
+    return Str("it takes bf16 and the problem is ", ToString(problem.dtype));
+  }
+  if (problem.head_dim % 8 != 0) {
+    return Str("head_dim ", problem.head_dim, " is not a multiple of 8");
+  }
+  if (!problem.aligned) return "q, k, v or d_out has rows that do not start at 16 bytes";
+  return ReferenceCudaRejects(problem);
+}
+
 struct Implementation {
   AttentionImplementation info;
   void (*forward)(Context&, const ForwardArgs&);
@@ -63,27 +81,54 @@ void PortableBackward(Context& ctx, const BackwardArgs& args) {
   cpu::BlockedBackward(ctx, portable::kBlockKernels, args);
 }
 
+constexpr DeviceKind kCpu = DeviceKind::kCpu, kCuda = DeviceKind::kCuda;
+
 constexpr Implementation kTable[] = {
-    {{"avx512", Avx512Rejects}, Avx512Forward, Avx512Backward},
-    {{"portable", BlockedRejects}, PortableForward, PortableBackward},
-    {{"reference", ReferenceRejects}, cpu::ReferenceForward, cpu::ReferenceBackward},
+    {{"avx512", kCpu, Avx512Rejects}, Avx512Forward, Avx512Backward},
+    {{"portable", kCpu, BlockedRejects}, PortableForward, PortableBackward},
+    {{"reference", kCpu, ReferenceRejects}, cpu::ReferenceForward, cpu::ReferenceBackward},
+    {{"mma_bf16", kCuda, MmaRejects}, internal::MmaForward, internal::MmaBackward},
+    {{"reference_cuda", kCuda, ReferenceCudaRejects},
+     internal::ReferenceCudaForward,
+     internal::ReferenceCudaBackward},
 };
 
-const Implementation& Choose(const char* op, const AttentionOptions& options,
-                             const AttentionProblem& problem) {
+std::string NamesOn(DeviceKind device) {
   std::string names;
   for (const Implementation& entry : kTable) {
+    if (entry.info.device != device) continue;
     names += (names.empty() ? "" : ", ") + std::string(entry.info.name);
-    if (!options.implementation.empty() && options.implementation != entry.info.name) continue;
-    const std::string reason = entry.info.rejects(problem);
+  }
+  return names;
+}
+
+const Implementation& Forced(const char* op, const std::string& name, Device device,
+                             const AttentionProblem& problem) {
+  for (const Implementation& entry : kTable) {
+    if (name != entry.info.name) continue;
+    const std::string reason =
+        entry.info.device == device.kind
+            ? entry.info.rejects(problem)
+            : Str("it runs on ", entry.info.device == kCpu ? "a CPU" : "a GPU",
+                  " and the device is ", ToString(device), "; use one of ", NamesOn(device.kind));
     if (reason.empty()) return entry;
-    if (!options.implementation.empty()) {
-      throw InvalidArgument(
-          Str(op, ": implementation ", options.implementation, " cannot run this: ", reason));
-    }
+    throw InvalidArgument(Str(op, ": implementation ", name, " cannot run this: ", reason));
   }
   throw InvalidArgument(
-      Str(op, ": implementation ", options.implementation, " does not exist; use one of ", names));
+      Str(op, ": implementation ", name, " does not exist; use one of ", NamesOn(device.kind)));
+}
+
+const Implementation& Choose(const char* op, const AttentionOptions& options, Device device,
+                             const AttentionProblem& problem) {
+  if (!options.implementation.empty()) return Forced(op, options.implementation, device, problem);
+  std::string reasons;
+  for (const Implementation& entry : kTable) {
+    if (entry.info.device != device.kind) continue;
+    const std::string reason = entry.info.rejects(problem);
+    if (reason.empty()) return entry;
+    reasons += Str(reasons.empty() ? "" : "; ", entry.info.name, ": ", reason);
+  }
+  throw Unsupported(Str(op, ": nothing on ", ToString(device), " can run this: ", reasons));
 }
 
 // ---- validation ------------------------------------------------------------------------------
@@ -101,24 +146,29 @@ void RequireTensor(const char* op, const char* name, const Tensor& t, Shape shap
               shape.ToString()));
 }
 
+// Kernels read pointers as memory of the Context's device.
+void RequireDevice(const Context& ctx, const char* op, const char* name, const Tensor& t) {
+  Require(!t.defined() || t.device() == ctx.device(), op,
+          Str(name, " is on ", ToString(t.device()), " but the Context is on ",
+              ToString(ctx.device())));
+}
+
 // Every block of the mask must lie inside the storage that the table points to.
-void RequireBlocks(const char* op, const char* name, const BlockMask& mask, int64_t first_block,
-                   int64_t blocks, const std::vector<int64_t>& offsets, int64_t token_stride,
+void RequireBlocks(const char* op, const char* name, const BlockMask& mask, const KvTable& table,
                    int64_t head_dim, int64_t numel) {
   const int64_t heads = mask.kv_heads(), length = mask.documents().row_length;
-  Require(static_cast<int64_t>(offsets.size()) == heads * blocks, op,
-          Str(name, ".offsets has ", offsets.size(),
-              " entries but must have kv heads x blocks = ", heads * blocks));
+  Require(table.kv_heads() == heads, op,
+          Str(name, " has ", table.kv_heads(), " kv heads but the mask has ", heads));
+  Require(table.token_stride() >= head_dim, op,
+          Str(name, ".token_stride is ", table.token_stride(), " but head_dim is ", head_dim));
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t j = 0; j < mask.keys().size(); ++j) {
       if (mask.column_runs().Row(mask.pattern_of(h), j).empty()) continue;
       const int32_t id = mask.keys().ids[static_cast<size_t>(j)];
-      const int64_t at = id - first_block;
-      const int64_t offset =
-          at < 0 || at >= blocks ? -1 : offsets[static_cast<size_t>(h * blocks + at)];
+      const int64_t offset = table.Offset(h, id);
       Require(offset >= 0, op,
               Str(name, " lacks block ", id, " of kv head ", h, ", which the mask needs"));
-      const int64_t end = offset + (BlockTokens(length, id) - 1) * token_stride + head_dim;
+      const int64_t end = offset + (BlockTokens(length, id) - 1) * table.token_stride() + head_dim;
       Require(end <= numel, op,
               Str(name, ": block ", id, " of kv head ", h, " ends at element ", end,
                   " but the storage has ", numel));
@@ -131,8 +181,8 @@ struct Sizes {
   double scale;
 };
 
-Sizes RequireInputs(const char* op, const Tensor& q, const KvView& kv, const BlockMask& mask,
-                    const AttentionOptions& options) {
+Sizes RequireInputs(const Context& ctx, const char* op, const Tensor& q, const KvView& kv,
+                    const BlockMask& mask, const AttentionOptions& options) {
   Require(q.defined() && q.rank() == 3 && IsFloat(q.dtype()), op,
           Str("q is ", q.defined() ? q.Describe() : "undefined",
               " but must be f32, bf16 or f64 [Tq, Hq, D]"));
@@ -141,19 +191,20 @@ Sizes RequireInputs(const char* op, const Tensor& q, const KvView& kv, const Blo
           Str("q is ", q.Describe(), " but mask.queries() has ", tokens, " tokens"));
   Require(q.dim(2) >= 1 && q.dim(2) == kv.head_dim, op,
           Str("q is ", q.Describe(), " but kv.head_dim is ", kv.head_dim));
-  Require(kv.kv_heads == mask.kv_heads(), op,
-          Str("kv has ", kv.kv_heads, " kv heads but the mask has ", mask.kv_heads()));
-  Require(
-      q.dim(1) >= 1 && q.dim(1) % kv.kv_heads == 0, op,
-      Str("q has ", q.dim(1), " heads, which is not a multiple of the ", kv.kv_heads, " kv heads"));
+  RequireDevice(ctx, op, "q", q);
+  Require(kv.table != nullptr, op, "kv has no table");
+  Require(kv.kv_heads() == mask.kv_heads(), op,
+          Str("kv has ", kv.kv_heads(), " kv heads but the mask has ", mask.kv_heads()));
+  Require(q.dim(1) >= 1 && q.dim(1) % kv.kv_heads() == 0, op,
+          Str("q has ", q.dim(1), " heads, which is not a multiple of the ", kv.kv_heads(),
+              " kv heads"));
   if (!mask.empty()) {
     Require(
         kv.k.defined() && kv.v.defined() && kv.k.dtype() == q.dtype() && kv.v.dtype() == q.dtype(),
         op, Str("kv.k and kv.v must have the dtype of q, ", ToString(q.dtype())));
-    Require(kv.token_stride >= kv.head_dim, op,
-            Str("kv.token_stride is ", kv.token_stride, " but head_dim is ", kv.head_dim));
-    RequireBlocks(op, "kv", mask, kv.first_block, kv.blocks, kv.offsets, kv.token_stride,
-                  kv.head_dim, std::min(kv.k.numel(), kv.v.numel()));
+    RequireDevice(ctx, op, "kv.k", kv.k);
+    RequireDevice(ctx, op, "kv.v", kv.v);
+    RequireBlocks(op, "kv", mask, *kv.table, kv.head_dim, std::min(kv.k.numel(), kv.v.numel()));
   }
   Require(std::isfinite(options.scale), op, Str("options.scale is ", options.scale));
   const double scale =
@@ -161,8 +212,19 @@ Sizes RequireInputs(const char* op, const Tensor& q, const KvView& kv, const Blo
   return {tokens, q.dim(1), q.dim(2), scale};
 }
 
-AttentionProblem ProblemOf(const Tensor& q, const KvView& kv) {
-  return {.dtype = q.dtype(), .heads = q.dim(1), .kv_heads = kv.kv_heads, .head_dim = q.dim(2)};
+bool RowsAt16(const Tensor& t, int64_t elements_apart) {
+  return !t.defined() || (reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0 &&
+                          elements_apart * static_cast<int64_t>(SizeOf(t.dtype())) % 16 == 0);
+}
+
+AttentionProblem ProblemOf(const Tensor& q, const KvView& kv, const Tensor& d_out) {
+  const int64_t apart = kv.table->alignment();
+  return {.dtype = q.dtype(),
+          .heads = q.dim(1),
+          .kv_heads = kv.kv_heads(),
+          .head_dim = q.dim(2),
+          .aligned = RowsAt16(q, q.dim(2)) && RowsAt16(d_out, q.dim(2)) && RowsAt16(kv.k, apart) &&
+                     RowsAt16(kv.v, apart)};
 }
 
 }  // namespace
@@ -179,8 +241,8 @@ const std::vector<AttentionImplementation>& AttentionImplementations() {
 AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv,
                                  const BlockMask& mask, const AttentionOptions& options) {
   constexpr const char* kOp = "AttentionForward";
-  const Sizes sizes = RequireInputs(kOp, q, kv, mask, options);
-  const Implementation& chosen = Choose(kOp, options, ProblemOf(q, kv));
+  const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
+  const Implementation& chosen = Choose(kOp, options, ctx.device(), ProblemOf(q, kv, {}));
   const TraceScope trace(ctx.trace(), "attention");
   const DType wide = AccumulatorOf(q.dtype());
   AttentionResult result{.o = ctx.Empty(q.shape(), options.round_output ? q.dtype() : wide),
@@ -196,7 +258,7 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
                        const Tensor& lse, const Tensor& delta, const BlockMask& mask, Tensor& dq,
                        const KvGradView& dkv, const AttentionOptions& options, const Tensor& dlse) {
   constexpr const char* kOp = "AttentionBackward";
-  const Sizes sizes = RequireInputs(kOp, q, kv, mask, options);
+  const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
   const DType wide = AccumulatorOf(q.dtype());
   const Shape rows{sizes.tokens, sizes.heads};
   RequireTensor(kOp, "d_out", d_out, q.shape(), wide, q.dtype());
@@ -204,16 +266,22 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
   RequireTensor(kOp, "delta", delta, rows, wide, wide);
   if (dlse.defined()) RequireTensor(kOp, "dlse", dlse, rows, wide, wide);
   RequireTensor(kOp, "dq", dq, q.shape(), wide, wide);
+  RequireDevice(ctx, kOp, "d_out", d_out);
+  RequireDevice(ctx, kOp, "lse", lse);
+  RequireDevice(ctx, kOp, "delta", delta);
+  RequireDevice(ctx, kOp, "dlse", dlse);
+  RequireDevice(ctx, kOp, "dq", dq);
   if (!mask.empty()) {
     Require(
         dkv.dk.defined() && dkv.dv.defined() && dkv.dk.dtype() == wide && dkv.dv.dtype() == wide,
         kOp, Str("dkv.dk and dkv.dv must be ", ToString(wide)));
-    Require(dkv.token_stride >= kv.head_dim, kOp,
-            Str("dkv.token_stride is ", dkv.token_stride, " but head_dim is ", kv.head_dim));
-    RequireBlocks(kOp, "dkv", mask, dkv.first_block, dkv.blocks, dkv.offsets, dkv.token_stride,
-                  kv.head_dim, std::min(dkv.dk.numel(), dkv.dv.numel()));
+    Require(dkv.table != nullptr, kOp, "dkv has no table");
+    RequireDevice(ctx, kOp, "dkv.dk", dkv.dk);
+    RequireDevice(ctx, kOp, "dkv.dv", dkv.dv);
+    RequireBlocks(kOp, "dkv", mask, *dkv.table, kv.head_dim,
+                  std::min(dkv.dk.numel(), dkv.dv.numel()));
   }
-  const Implementation& chosen = Choose(kOp, options, ProblemOf(q, kv));
+  const Implementation& chosen = Choose(kOp, options, ctx.device(), ProblemOf(q, kv, d_out));
   const TraceScope trace(ctx.trace(), "attention");
   chosen.backward(ctx, {.d_out = d_out,
                         .q = q,

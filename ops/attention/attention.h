@@ -22,8 +22,10 @@ namespace longspan::ops {
 // Empty     a row that sees nothing gives o = 0 and lse = -inf, and contributes no gradient.
 // Partials  results over disjoint key sets merge exactly (MergePartial); the backward of each part
 //           takes the final lse and delta.
-// Errors    InvalidArgument naming the argument, before anything is written.
-// Devices   cpu
+// Errors    InvalidArgument naming the argument, before anything is written; Unsupported for what
+//           no implementation of the device takes (f64 or head_dim > 256 on a GPU).
+// Devices   cpu, cuda: all tensors on ctx.device(); the mask and the tables are uploaded at their
+//           first use and kept with them.
 struct AttentionOptions {
   double scale = 0;            // 0: 1 / sqrt(D)
   std::string implementation;  // empty: the first that accepts; else this one or InvalidArgument
@@ -53,16 +55,21 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
 // Both lse = -inf: o = 0, lse = -inf.
 void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const Tensor& lse2);
 
-// The implementation table, most specialised first, reference last:
-//   avx512     64 x 64 blocks in f32, head_dim a multiple of 8 up to 256, processors with AVX-512
-//   portable   the same blocks in plain vector code, head_dim up to 256
-//   reference  token by token from Visible(), any head_dim; the only one for f64
+// The implementation table, for each device most specialised first, reference last:
+//   avx512          64 x 64 blocks in f32, head_dim a multiple of 8 up to 256, processors with
+//                   AVX-512
+//   portable        the same blocks in plain vector code, head_dim up to 256
+//   reference       token by token from Visible(), any head_dim; the only one for f64
+//   mma_bf16        GPU, tensor cores: bf16 operands, head_dim a multiple of 8 up to 256
+//   reference_cuda  GPU, f32 products of f32 or bf16 operands, head_dim up to 256
 struct AttentionProblem {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
+  bool aligned = true;  // the rows of q, k, v (and d_out) start at 16 bytes
 };
 struct AttentionImplementation {
   const char* name;
+  DeviceKind device;
   // Why this entry cannot run the problem here; empty when it can.
   std::string (*rejects)(const AttentionProblem& problem);
 };

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/attention/documents.h"
+#include "ops/attention/kv_table.h"
 #include "ops/attention/pattern.h"
 #include "ops/attention/visible.h"
 
@@ -44,8 +45,8 @@ struct BlockRun {
   int32_t count;
   int32_t step : 31;
   uint32_t partial : 1;
-  BlockKind kind() const { return partial ? BlockKind::kPartial : BlockKind::kFull; }
-  int32_t block(int32_t i) const { return first + i * step; }
+  LONGSPAN_HD BlockKind kind() const { return partial ? BlockKind::kPartial : BlockKind::kFull; }
+  LONGSPAN_HD int32_t block(int32_t i) const { return first + i * step; }
 };
 static_assert(sizeof(BlockRun) == 12);
 
@@ -103,6 +104,10 @@ class BlockMask {
   // scaled down to at most `max_size` rows and columns (a cell shows its strongest entry).
   std::string Ascii(int64_t kv_head, int64_t max_size = 64) const;
 
+  // Made from the mask when first wanted, then shared by all layers and threads that use it.
+  const KvTableCache& kv_tables() const { return kv_tables_; }          // kv_view.h
+  const DeviceCopies& device_copies() const { return device_copies_; }  // cuda/device_mask.h
+
  private:
   friend class BlockMaskBuilder;
   int64_t PairsOfPattern(int64_t pattern) const;
@@ -114,6 +119,8 @@ class BlockMask {
   std::shared_ptr<const Documents> documents_;
   VisibleRule rule_{};
   BlockRuns rows_, columns_;
+  KvTableCache kv_tables_;
+  DeviceCopies device_copies_;
 };
 
 // `documents` must outlive the rule.

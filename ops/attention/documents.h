@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "ops/attention/device_copies.h"
+
 namespace longspan::ops {
 
 // The documents of one micro-batch: `rows` packed rows of `row_length` tokens laid one after
@@ -15,6 +17,7 @@ struct Documents {
   int64_t row_length = 0;
   std::vector<int32_t> doc_begin;  // [rows * row_length]
   std::vector<int32_t> doc_end;    // [rows * row_length]
+  DeviceCopies device_copies;      // of doc_begin; see cuda/device_mask.h
 
   int64_t tokens() const { return rows * row_length; }
   bool operator==(const Documents&) const = default;

@@ -1,31 +1,29 @@
 #include "ops/attention/kv_view.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace longspan::ops {
 namespace {
 
-struct Table {
-  int64_t first_block = 0, blocks = 0;
-  std::vector<int64_t> offsets;
-};
-
 // Block i of `keys` starts at row first_rows[i] of storage [rows, heads, dim].
-Table MakeTable(const BlockList& keys, std::span<const int64_t> first_rows, int64_t heads,
-                int64_t dim) {
-  Table table;
-  if (keys.ids.empty()) return table;
-  const auto [low, high] = std::minmax_element(keys.ids.begin(), keys.ids.end());
-  table.first_block = *low;
-  table.blocks = *high - *low + 1;
-  table.offsets.assign(static_cast<size_t>(heads * table.blocks), -1);
-  for (int64_t h = 0; h < heads; ++h) {
-    for (size_t i = 0; i < keys.ids.size(); ++i) {
-      table.offsets[static_cast<size_t>(h * table.blocks + keys.ids[i] - table.first_block)] =
-          (first_rows[i] * heads + h) * dim;
+std::shared_ptr<const KvTable> MakeTable(const BlockList& keys, std::span<const int64_t> first_rows,
+                                         int64_t heads, int64_t dim) {
+  int64_t first_block = 0;
+  std::vector<int64_t> offsets;
+  if (!keys.ids.empty()) {
+    const auto [low, high] = std::minmax_element(keys.ids.begin(), keys.ids.end());
+    first_block = *low;
+    const int64_t blocks = *high - *low + 1;
+    offsets.assign(static_cast<size_t>(heads * blocks), -1);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (size_t i = 0; i < keys.ids.size(); ++i) {
+        offsets[static_cast<size_t>(h * blocks + keys.ids[i] - first_block)] =
+            (first_rows[i] * heads + h) * dim;
+      }
     }
   }
-  return table;
+  return std::make_shared<const KvTable>(heads, heads * dim, first_block, std::move(offsets));
 }
 
 void CheckPlain(const char* op, const Tensor& a, const Tensor& b, const BlockList& keys) {
@@ -63,48 +61,83 @@ std::span<const int64_t> PlainRows(const BlockList& keys) {
   return std::span(keys.token_begin).first(keys.ids.size());
 }
 
-KvView View(const Tensor& k, const Tensor& v, Table table) {
-  return {.k = k,
-          .v = v,
-          .token_stride = k.dim(1) * k.dim(2),
-          .kv_heads = k.dim(1),
-          .head_dim = k.dim(2),
-          .first_block = table.first_block,
-          .blocks = table.blocks,
-          .offsets = std::move(table.offsets)};
+using Table = std::shared_ptr<const KvTable>;
+
+Table PlainTable(const char* op, const Tensor& a, const Tensor& b, const BlockList& keys) {
+  CheckPlain(op, a, b, keys);
+  return MakeTable(keys, PlainRows(keys), a.dim(1), a.dim(2));
+}
+Table PlainTable(const char* op, const Tensor& a, const Tensor& b, const BlockMask& mask) {
+  CheckPlain(op, a, b, mask.keys());
+  return mask.kv_tables().Get({a.dim(1), a.dim(2), {}}, [&] {
+    return MakeTable(mask.keys(), PlainRows(mask.keys()), a.dim(1), a.dim(2));
+  });
+}
+Table ScatteredTable(const char* op, const Tensor& a, const Tensor& b, const BlockList& keys,
+                     std::span<const int64_t> first_rows) {
+  CheckScattered(op, a, b, keys, first_rows);
+  return MakeTable(keys, first_rows, a.dim(1), a.dim(2));
+}
+Table ScatteredTable(const char* op, const Tensor& a, const Tensor& b, const BlockMask& mask,
+                     std::span<const int64_t> first_rows) {
+  CheckScattered(op, a, b, mask.keys(), first_rows);
+  return mask.kv_tables().Get({a.dim(1), a.dim(2), {first_rows.begin(), first_rows.end()}}, [&] {
+    return MakeTable(mask.keys(), first_rows, a.dim(1), a.dim(2));
+  });
 }
 
-KvGradView GradView(const Tensor& dk, const Tensor& dv, Table table) {
-  return {.dk = dk,
-          .dv = dv,
-          .token_stride = dk.dim(1) * dk.dim(2),
-          .first_block = table.first_block,
-          .blocks = table.blocks,
-          .offsets = std::move(table.offsets)};
+KvView View(const Tensor& k, const Tensor& v, Table table) {
+  return {k, v, k.dim(2), std::move(table)};
 }
 
 }  // namespace
 
-KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys) {
-  CheckPlain("MakeKvView", k, v, keys);
-  return View(k, v, MakeTable(keys, PlainRows(keys), k.dim(1), k.dim(2)));
+KvTable::KvTable(int64_t kv_heads, int64_t token_stride, int64_t first_block,
+                 std::vector<int64_t> offsets)
+    : kv_heads_(kv_heads),
+      token_stride_(token_stride),
+      first_block_(first_block),
+      blocks_(0),
+      offsets_(std::move(offsets)) {
+  const auto entries = static_cast<int64_t>(offsets_.size());
+  if (kv_heads < 1 || entries % kv_heads != 0) {
+    throw InvalidArgument(Str("KvTable: ", entries, " offsets for ", kv_heads,
+                              " kv heads; give each head the same number of blocks"));
+  }
+  blocks_ = entries / kv_heads;
+  for (const int64_t offset : offsets_) {
+    if (offset >= 0) alignment_ = std::gcd(std::gcd(alignment_, offset), token_stride_);
+  }
 }
 
+KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys) {
+  return View(k, v, PlainTable("MakeKvView", k, v, keys));
+}
 KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockList& keys,
                   std::span<const int64_t> first_rows) {
-  CheckScattered("MakeKvView", k, v, keys, first_rows);
-  return View(k, v, MakeTable(keys, first_rows, k.dim(1), k.dim(2)));
+  return View(k, v, ScatteredTable("MakeKvView", k, v, keys, first_rows));
+}
+KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockMask& mask) {
+  return View(k, v, PlainTable("MakeKvView", k, v, mask));
+}
+KvView MakeKvView(const Tensor& k, const Tensor& v, const BlockMask& mask,
+                  std::span<const int64_t> first_rows) {
+  return View(k, v, ScatteredTable("MakeKvView", k, v, mask, first_rows));
 }
 
 KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockList& keys) {
-  CheckPlain("MakeKvGradView", dk, dv, keys);
-  return GradView(dk, dv, MakeTable(keys, PlainRows(keys), dk.dim(1), dk.dim(2)));
+  return {dk, dv, PlainTable("MakeKvGradView", dk, dv, keys)};
 }
-
 KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockList& keys,
                           std::span<const int64_t> first_rows) {
-  CheckScattered("MakeKvGradView", dk, dv, keys, first_rows);
-  return GradView(dk, dv, MakeTable(keys, first_rows, dk.dim(1), dk.dim(2)));
+  return {dk, dv, ScatteredTable("MakeKvGradView", dk, dv, keys, first_rows)};
+}
+KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockMask& mask) {
+  return {dk, dv, PlainTable("MakeKvGradView", dk, dv, mask)};
+}
+KvGradView MakeKvGradView(const Tensor& dk, const Tensor& dv, const BlockMask& mask,
+                          std::span<const int64_t> first_rows) {
+  return {dk, dv, ScatteredTable("MakeKvGradView", dk, dv, mask, first_rows)};
 }
 
 }  // namespace longspan::ops

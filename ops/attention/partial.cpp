@@ -2,6 +2,8 @@
 #include <limits>
 
 #include "ops/attention/attention.h"
+#include "ops/attention/cuda/attention_cuda.h"
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 
 namespace longspan::ops {
@@ -43,6 +45,7 @@ Tensor AttentionDelta(Context& ctx, const Tensor& d_out, const Tensor& o) {
   }
   const int64_t rows = o.dim(0) * o.dim(1), dim = o.dim(2);
   Tensor delta = ctx.Empty({o.dim(0), o.dim(1)}, AccumulatorOf(o.dtype()));
+  LONGSPAN_ON_CUDA(ctx, internal::AttentionDeltaCuda(ctx, d_out, o, delta));
   DispatchFloat(o.dtype(), "AttentionDelta", [&]<class O>() {
     DispatchFloat(d_out.dtype(), "AttentionDelta", [&]<class D>() {
       using A = Accumulator<O>;
@@ -73,6 +76,7 @@ void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const 
                               describe(o2), ", lse2 ", describe(lse2),
                               " must be two pairs of [T, H, D] and [T, H], all f32 or all f64"));
   }
+  LONGSPAN_ON_CUDA(ctx, internal::MergePartialCuda(ctx, o, lse, o2, lse2));
   const int64_t rows = lse.numel(), dim = o.dim(2);
   const auto merge = [&]<class A>() {
     ParallelRanges(ctx, rows, kGrain, [&](int64_t begin, int64_t end) {

@@ -1,11 +1,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LONGSPAN_HD __host__ __device__
-#else
-#define LONGSPAN_HD
-#endif
+#include "ops/core/device_code.h"
 
 namespace longspan::ops {
 

@@ -47,7 +47,7 @@ ContextAttentionResult AllGatherForward(Context& ctx, Communicator& comm, const 
   const ops::BlockMask& mask = *plan.stages[0].mask;
   ops::AttentionOptions whole = options;
   whole.round_output = true;
-  const auto kv = ops::MakeKvView(all.k, all.v, mask.keys(), FirstRows(mask.keys(), k.dim(0)));
+  const auto kv = ops::MakeKvView(all.k, all.v, mask, FirstRows(mask.keys(), k.dim(0)));
   const auto r = ops::AttentionForward(ctx, q, kv, mask, whole);
   return {r.o, r.lse, {}};
 }
@@ -60,9 +60,8 @@ void AllGatherBackward(Context& ctx, Communicator& comm, const AttentionPlan& pl
   const ops::BlockMask& mask = *plan.stages[0].mask;
   const Gathered grads = Split(ctx.Zeros(all.buffer.shape(), dkv.dtype()), k.dim(0));
   const std::vector<int64_t> rows = FirstRows(mask.keys(), k.dim(0));
-  ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(all.k, all.v, mask.keys(), rows), saved.lse,
-                         delta, mask, dq, ops::MakeKvGradView(grads.k, grads.v, mask.keys(), rows),
-                         options);
+  ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(all.k, all.v, mask, rows), saved.lse, delta,
+                         mask, dq, ops::MakeKvGradView(grads.k, grads.v, mask, rows), options);
   TraceScope scope(ctx.trace(), "communication wait");
   comm.ReduceScatter(grads.buffer, dkv.Reshape({2 * k.dim(0), k.dim(1), k.dim(2)})).Wait();
 }

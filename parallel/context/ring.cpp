@@ -46,7 +46,7 @@ ContextAttentionResult RingForward(Context& ctx, Communicator& comm, const Atten
     }
     const ops::BlockMask& mask = *plan.stages[static_cast<size_t>(s)].mask;
     if (s == 0 || !mask.empty()) {  // stage 0 always runs: it initialises o and lse
-      const auto kv = ops::MakeKvView(FirstHalf(held), SecondHalf(held), mask.keys());
+      const auto kv = ops::MakeKvView(FirstHalf(held), SecondHalf(held), mask);
       const auto part = ops::AttentionForward(ctx, q, kv, mask, options);
       if (s == 0) {
         o = part.o;
@@ -84,11 +84,11 @@ void RingBackward(Context& ctx, Communicator& comm, const AttentionPlan& plan, c
     Tensor share = own ? dkv : ctx.Zeros(dkv.shape(), dkv.dtype());
     if (!mask.empty()) {
       const Tensor& source = held;
-      const auto kv = own ? ops::MakeKvView(k, v, mask.keys())
-                          : ops::MakeKvView(FirstHalf(source), SecondHalf(source), mask.keys());
+      const auto kv = own ? ops::MakeKvView(k, v, mask)
+                          : ops::MakeKvView(FirstHalf(source), SecondHalf(source), mask);
       const Tensor dk = FirstHalf(share), dv = SecondHalf(share);
       ops::AttentionBackward(ctx, d_out, q, kv, saved.lse, delta, mask, dq,
-                             ops::MakeKvGradView(dk, dv, mask.keys()), options);
+                             ops::MakeKvGradView(dk, dv, mask), options);
     }
     WaitTraced(ctx, hop);
     if (t > 0) ops::AddInto(ctx, share, arriving);

@@ -51,7 +51,7 @@ ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
     ops::AttentionOptions whole = options;
     whole.round_output = true;
     const ops::BlockMask& mask = *plan.stages[0].mask;
-    auto r = ops::AttentionForward(ctx, q, ops::MakeKvView(k, v, mask.keys()), mask, whole);
+    auto r = ops::AttentionForward(ctx, q, ops::MakeKvView(k, v, mask), mask, whole);
     return {r.o, r.lse, {}};
   }
   return plan.strategy == StrategyKind::kRing
@@ -73,8 +73,8 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
   if (plan.ranks == 1) {
     const ops::BlockMask& mask = *plan.stages[0].mask;
     const Tensor dk = internal::FirstHalf(dkv), dv = internal::SecondHalf(dkv);
-    ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(k, v, mask.keys()), saved.lse, delta,
-                           mask, dq, ops::MakeKvGradView(dk, dv, mask.keys()), options);
+    ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(k, v, mask), saved.lse, delta, mask, dq,
+                           ops::MakeKvGradView(dk, dv, mask), options);
   } else if (plan.strategy == StrategyKind::kRing) {
     internal::RingBackward(ctx, comm, plan, d_out, q, k, v, delta, saved, options, dq, dkv);
   } else {

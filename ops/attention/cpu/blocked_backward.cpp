@@ -40,7 +40,7 @@ struct Backward {
     PackBlock(kernels, shape, from, first_token * stride + head * shape.dim, stride, tokens, to);
   }
   void PackKeys(const Tensor& from, int64_t kv_head, int32_t key, int64_t keys, float* to) const {
-    PackBlock(kernels, shape, from, args.kv.Offset(kv_head, key), args.kv.token_stride, keys, to);
+    PackBlock(kernels, shape, from, args.kv.Offset(kv_head, key), args.kv.token_stride(), keys, to);
   }
   void Transpose(const float* from, int64_t rows, float* to) const {
     kernels.transpose(from, shape.ld, static_cast<int>(rows), static_cast<int>(shape.dim), to);
@@ -231,8 +231,8 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
   }
   const int64_t offset = b.args.dkv.Offset(task.kv_head, key);
   b.AddRows(dk, keys, static_cast<float>(b.args.scale), b.args.dkv.dk.data<float>() + offset,
-            b.args.dkv.token_stride);
-  b.AddRows(dv, keys, 1.0f, b.args.dkv.dv.data<float>() + offset, b.args.dkv.token_stride);
+            b.args.dkv.token_stride());
+  b.AddRows(dv, keys, 1.0f, b.args.dkv.dv.data<float>() + offset, b.args.dkv.token_stride());
 }
 
 }  // namespace

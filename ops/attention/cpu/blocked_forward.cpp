@@ -78,8 +78,8 @@ class ForwardTask {
   void Step(int32_t key, BlockKind kind, Scratch::Cursor heads) {
     const int64_t keys = BlockTokens(args_.mask.documents().row_length, key);
     const int64_t offset = args_.kv.Offset(task_.kv_head, key);
-    PackBlock(kernels_, shape_, args_.kv.k, offset, args_.kv.token_stride, keys, k_);
-    PackBlock(kernels_, shape_, args_.kv.v, offset, args_.kv.token_stride, keys, v_);
+    PackBlock(kernels_, shape_, args_.kv.k, offset, args_.kv.token_stride(), keys, k_);
+    PackBlock(kernels_, shape_, args_.kv.v, offset, args_.kv.token_stride(), keys, v_);
     uint64_t bits[64];
     if (kind == BlockKind::kPartial) {
       VisibleBitsOfKeys(args_.mask.rule(), args_.mask.documents(), task_.kv_head, query_, key,
@@ -155,8 +155,8 @@ class ForwardTask {
 BlockedShape MakeBlockedShape(const Tensor& q, const KvView& kv) {
   const int64_t dim = kv.head_dim, padded = (dim + 15) / 16 * 16;
   return {.heads = q.dim(1),
-          .kv_heads = kv.kv_heads,
-          .group = q.dim(1) / kv.kv_heads,
+          .kv_heads = kv.kv_heads(),
+          .group = q.dim(1) / kv.kv_heads(),
           .dim = dim,
           .padded = padded,
           .ld = padded + 16};

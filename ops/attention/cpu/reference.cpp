@@ -40,7 +40,7 @@ void ForEachKey(const KvView& kv, const BlockMask& mask, int64_t kv_head, int64_
   const int64_t offset = kv.Offset(kv_head, block);
   for (int64_t j = 0; j < n; ++j) {
     if (kind == BlockKind::kFull || Visible(mask.rule(), kv_head, query, first + j)) {
-      visit(offset + j * kv.token_stride);
+      visit(offset + j * kv.token_stride());
     }
   }
 }
@@ -107,7 +107,7 @@ void ForwardRow(const ForwardArgs& args, const std::vector<int64_t>& offsets, in
 template <class T>
 void ForwardTask(const ForwardArgs& args, BlockTask task) {
   using A = Accumulator<T>;
-  const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads;
+  const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads();
   std::vector<int64_t> offsets;
   std::vector<A> p;
   const QueryTokens tokens = TokensOfRow(args.mask, task.index);
@@ -162,7 +162,7 @@ PairGradient<A> Pair(const BackwardArgs& args, const RowState<A>& row, int64_t o
 template <class T>
 void QueryGradientTask(const BackwardArgs& args, BlockTask task) {
   using A = Accumulator<T>;
-  const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads, dim = args.kv.head_dim;
+  const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads(), dim = args.kv.head_dim;
   std::vector<int64_t> offsets;
   const QueryTokens tokens = TokensOfRow(args.mask, task.index);
   for (int64_t i = tokens.begin; i < tokens.end; ++i) {
@@ -186,7 +186,7 @@ void KeyGradientTask(const BackwardArgs& args, const std::vector<int64_t>& query
                      BlockTask task) {
   using A = Accumulator<T>;
   const BlockMask& mask = args.mask;
-  const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads, dim = args.kv.head_dim;
+  const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads(), dim = args.kv.head_dim;
   const int64_t length = mask.documents().row_length;
   const int32_t key = mask.keys().ids[static_cast<size_t>(task.index)];
   const auto runs = mask.column_runs().Row(mask.pattern_of(task.kv_head), task.index);
@@ -204,7 +204,7 @@ void KeyGradientTask(const BackwardArgs& args, const std::vector<int64_t>& query
           const RowState<A> row = LoadRow<T>(args, (local + i) * heads + h);
           ForEachKey(args.kv, mask, task.kv_head, global + i, key, run.kind(), [&](int64_t offset) {
             const PairGradient<A> pair = Pair<T>(args, row, offset);
-            const int64_t j = (offset - base) / args.kv.token_stride;
+            const int64_t j = (offset - base) / args.kv.token_stride();
             AddScaled(pair.p, row.d_out.data(), dim, dv.data() + j * dim);
             AddScaled(pair.ds, row.q.data(), dim, dk.data() + j * dim);
           });
@@ -214,7 +214,7 @@ void KeyGradientTask(const BackwardArgs& args, const std::vector<int64_t>& query
   }
   const int64_t out = args.dkv.Offset(task.kv_head, key);
   for (int64_t j = 0; j < BlockTokens(length, key); ++j) {
-    const int64_t at = out + j * args.dkv.token_stride;
+    const int64_t at = out + j * args.dkv.token_stride();
     AddScaled(static_cast<A>(args.scale), dk.data() + j * dim, dim, args.dkv.dk.data<A>() + at);
     AddScaled(A{1}, dv.data() + j * dim, dim, args.dkv.dv.data<A>() + at);
   }

@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "ops/attention/attention.h"
-#include "tests/support/numeric.h"
+#include "tests/ops/attention/attention_fixture.h"
 
 namespace longspan::test {
 namespace {
@@ -17,6 +17,8 @@ using ops::BlockList;
 using ops::BlockMask;
 
 constexpr int64_t kTokens = 100, kHeads = 4, kKvHeads = 2, kDim = 16;
+// Plain storage: elements between tokens, and the second block of the second kv head.
+constexpr int64_t kStride = kKvHeads * kDim, kSecond = 64 * kStride + kDim;
 
 // A valid problem; each test spoils one part of it.
 struct Problem {
@@ -36,6 +38,12 @@ struct Problem {
   ops::AttentionOptions options;
 
   Tensor Zeros(Shape shape, DType dtype = DType::kF32) { return ctx.Zeros(shape, dtype); }
+  // Another table for kv or dkv.
+  template <class View>
+  void Table(View& view, int64_t kv_heads, int64_t token_stride, int64_t first_block,
+             const std::vector<int64_t>& offsets) {
+    view.table = std::make_shared<ops::KvTable>(kv_heads, token_stride, first_block, offsets);
+  }
   void Forward() { ops::AttentionForward(ctx, q, kv, *mask, options); }
   void Backward() {
     ops::AttentionBackward(ctx, d_out, q, kv, lse, delta, *mask, dq, dkv, options, dlse);
@@ -72,23 +80,26 @@ TEST(AttentionErrorsTest, InputsOfBothDirections) {
     ExpectRefusal(backward, "kv.head_dim is 16", [](Problem& p) {
       p.q = p.Zeros({kTokens, kHeads, kDim + 8});
     });
-    ExpectRefusal(backward, "kv has 3 kv heads", [](Problem& p) { p.kv.kv_heads = 3; });
+    ExpectRefusal(backward, "kv has 3 kv heads",
+                  [](Problem& p) { p.Table(p.kv, 3, kStride, 0, {}); });
     ExpectRefusal(backward, "not a multiple of the 2 kv heads", [](Problem& p) {
       p.q = p.Zeros({kTokens, 3, kDim});
     });
     ExpectRefusal(backward, "must have the dtype of q",
                   [](Problem& p) { p.kv.v = p.Zeros(p.kv.v.shape(), DType::kBF16); });
-    ExpectRefusal(backward, "kv lacks block 1 of kv head 0",
-                  [](Problem& p) { p.kv.offsets[1] = -1; });
-    ExpectRefusal(backward, "kv lacks block 0 of kv head 0", [](Problem& p) {
-      p.kv.first_block = 1;
-      p.kv.blocks = 1;
-      p.kv.offsets = {64 * 32, 64 * 32 + 16};
+    ExpectRefusal(backward, "kv lacks block 1 of kv head 0", [](Problem& p) {
+      p.Table(p.kv, kKvHeads, kStride, 0, {0, -1, kDim, kSecond});
     });
-    ExpectRefusal(backward, "but the storage has 3200", [](Problem& p) { ++p.kv.offsets[3]; });
-    ExpectRefusal(backward, "kv.offsets has 3 entries",
-                  [](Problem& p) { p.kv.offsets.pop_back(); });
-    ExpectRefusal(backward, "kv.token_stride is 15", [](Problem& p) { p.kv.token_stride = 15; });
+    ExpectRefusal(backward, "kv lacks block 0 of kv head 0", [](Problem& p) {
+      p.Table(p.kv, kKvHeads, kStride, 1, {64 * 32, 64 * 32 + 16});
+    });
+    ExpectRefusal(backward, "but the storage has 3200", [](Problem& p) {
+      p.Table(p.kv, kKvHeads, kStride, 0, {0, 64 * kStride, kDim, kSecond + 1});
+    });
+    ExpectRefusal(backward, "kv has no table", [](Problem& p) { p.kv.table = nullptr; });
+    ExpectRefusal(backward, "kv.token_stride is 15", [](Problem& p) {
+      p.Table(p.kv, kKvHeads, 15, 0, {0, 64 * kStride, kDim, kSecond});
+    });
     ExpectRefusal(backward, "options.scale",
                   [](Problem& p) { p.options.scale = std::numeric_limits<double>::quiet_NaN(); });
     ExpectRefusal(backward, "use one of avx512, portable, reference",
@@ -108,8 +119,14 @@ TEST(AttentionErrorsTest, InputsOfBackward) {
   expect("dq is bf16", [](Problem& p) { p.dq = p.Zeros(p.q.shape(), DType::kBF16); });
   expect("dkv.dk and dkv.dv must be f32",
          [](Problem& p) { p.dkv.dk = p.Zeros(p.dkv.dk.shape(), DType::kF64); });
-  expect("dkv lacks block 1 of kv head 1", [](Problem& p) { p.dkv.offsets[3] = -1; });
-  expect("dkv: block 1", [](Problem& p) { ++p.dkv.offsets[3]; });
+  expect("dkv lacks block 1 of kv head 1", [](Problem& p) {
+    p.Table(p.dkv, kKvHeads, kStride, 0, {0, 64 * kStride, kDim, -1});
+  });
+  expect("dkv: block 1", [](Problem& p) {
+    p.Table(p.dkv, kKvHeads, kStride, 0, {0, 64 * kStride, kDim, kSecond + 1});
+  });
+  expect("dkv has 3 kv heads", [](Problem& p) { p.Table(p.dkv, 3, kStride, 0, {}); });
+  expect("dkv has no table", [](Problem& p) { p.dkv.table = nullptr; });
 }
 
 TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
@@ -137,17 +154,20 @@ TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
 
 TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
   const auto& table = AttentionImplementations();
-  ASSERT_EQ(table.size(), 3u);
+  ASSERT_EQ(table.size(), 5u);
   EXPECT_STREQ(table[0].name, "avx512");
   EXPECT_STREQ(table[1].name, "portable");
   EXPECT_STREQ(table[2].name, "reference");
+  EXPECT_STREQ(table[3].name, "mma_bf16");
+  EXPECT_STREQ(table[4].name, "reference_cuda");
   for (const AttentionProblem& problem :
        {AttentionProblem{DType::kF32, 4, 2, 16}, AttentionProblem{DType::kF32, 4, 2, 12},
         AttentionProblem{DType::kF64, 4, 2, 16}, AttentionProblem{DType::kBF16, 4, 2, 512}}) {
     EXPECT_TRUE(table[2].rejects(problem).empty());
     std::string first;
     for (const auto& entry : table) {
-      if (first.empty() && entry.rejects(problem).empty()) first = entry.name;
+      if (entry.device == DeviceKind::kCpu && first.empty() && entry.rejects(problem).empty())
+        first = entry.name;
     }
     Problem p;
     p.q = p.Zeros({kTokens, problem.heads, problem.head_dim}, problem.dtype);
@@ -161,18 +181,23 @@ TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
 
 // A NaN in a query must reach its row of the result, never look like a row that sees nothing.
 TEST(AttentionErrorsTest, NanReachesTheResult) {
-  for (const auto& entry : AttentionImplementations()) {
+  for (const std::string& name :
+       ImplementationsFor(Problem().ctx, {DType::kF32, kHeads, kKvHeads, kDim})) {
     Problem p;
-    if (!entry.rejects({DType::kF32, kHeads, kKvHeads, kDim}).empty()) continue;
     p.q.data<float>()[(70 * kHeads + 1) * kDim] = std::numeric_limits<float>::quiet_NaN();
-    p.options.implementation = entry.name;
+    p.options.implementation = name;
     const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
     for (int64_t row = 0; row < kTokens * kHeads; ++row) {
       const bool bad = row == 70 * kHeads + 1;
-      EXPECT_EQ(std::isnan(result.lse.data<float>()[row]), bad) << entry.name << " row " << row;
-      EXPECT_EQ(std::isnan(result.o.data<float>()[row * kDim + 3]), bad) << entry.name;
+      EXPECT_EQ(std::isnan(result.lse.data<float>()[row]), bad) << name << " row " << row;
+      EXPECT_EQ(std::isnan(result.o.data<float>()[row * kDim + 3]), bad) << name;
     }
   }
+}
+
+TEST(KvViewTest, TablesNeedEqualHeads) {
+  EXPECT_THROW(ops::KvTable(2, kStride, 0, {0, 5, 10}), InvalidArgument);
+  EXPECT_THROW(ops::KvTable(0, kStride, 0, {}), InvalidArgument);
 }
 
 TEST(KvViewTest, RejectsTensorsThatDoNotMatchTheKeys) {

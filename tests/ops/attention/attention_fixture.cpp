@@ -86,6 +86,17 @@ Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, uin
   return at;
 }
 
+std::vector<std::string> ImplementationsFor(const Context& ctx,
+                                            const ops::AttentionProblem& problem) {
+  std::vector<std::string> names;
+  for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
+    if (entry.device == ctx.device().kind && entry.rejects(problem).empty()) {
+      names.push_back(entry.name);
+    }
+  }
+  return names;
+}
+
 AttentionInputs MakeInputs(const AttentionCase& c) {
   const ops::BlockList& queries = c.mask_case.shard.queries;
   const ops::BlockList& keys = c.mask_case.shard.keys;
@@ -122,14 +133,8 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
   const auto storage = [&](const Vec& plain) {
     return FromVec(ctx, {at.elements}, c.dtype, Place(at, keys, kv_heads, c.dim, plain));
   };
-  const ops::KvView kv{.k = storage(in.k),
-                       .v = storage(in.v),
-                       .token_stride = at.token_stride,
-                       .kv_heads = kv_heads,
-                       .head_dim = c.dim,
-                       .first_block = at.first_block,
-                       .blocks = at.blocks,
-                       .offsets = at.offsets};
+  const ops::KvView kv{
+      .k = storage(in.k), .v = storage(in.v), .head_dim = c.dim, .table = at.Table(kv_heads)};
   const ops::AttentionOptions options{.scale = c.scale, .implementation = implementation};
   const Tensor q = FromVec(ctx, {rows, c.heads(), c.dim}, c.dtype, in.q);
   const ops::AttentionResult forward = ops::AttentionForward(ctx, q, kv, *mask, options);
@@ -140,10 +145,7 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
   Tensor dq = FromVec(ctx, q.shape(), wide, Vec(in.q.size(), kStart));
   const ops::KvGradView dkv{.dk = FromVec(ctx, {grad_at.elements}, wide, start_kv),
                             .dv = FromVec(ctx, {grad_at.elements}, wide, start_kv),
-                            .token_stride = grad_at.token_stride,
-                            .first_block = grad_at.first_block,
-                            .blocks = grad_at.blocks,
-                            .offsets = grad_at.offsets};
+                            .table = grad_at.Table(kv_heads)};
   const Tensor dlse = c.with_dlse ? FromVec(ctx, forward.lse.shape(), wide, in.dlse) : Tensor();
   ops::AttentionBackward(ctx, d_out, q, kv, forward.lse, delta, *mask, dq, dkv, options, dlse);
   return {.o = ToVec(forward.o),

@@ -28,6 +28,10 @@ struct AttentionInputs {
 };
 AttentionInputs MakeInputs(const AttentionCase& c);
 
+// The implementations of ctx's device that take a problem.
+std::vector<std::string> ImplementationsFor(const Context& ctx,
+                                            const ops::AttentionProblem& problem);
+
 // What one implementation computed.
 struct AttentionRun {
   Vec o, lse, dq, dk, dv;
@@ -43,6 +47,9 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
 struct Scattered {
   int64_t elements = 0, token_stride = 0, first_block = 0, blocks = 0;
   std::vector<int64_t> offsets;
+  std::shared_ptr<const ops::KvTable> Table(int64_t kv_heads) const {
+    return std::make_shared<const ops::KvTable>(kv_heads, token_stride, first_block, offsets);
+  }
 };
 Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, uint64_t seed);
 

@@ -1,8 +1,8 @@
+#include "ops/attention/tasks.h"
+
 #include <algorithm>
 
-#include "ops/attention/cpu/attention_cpu.h"
-
-namespace longspan::ops::cpu {
+namespace longspan::ops {
 
 std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs) {
   struct Costed {
@@ -37,4 +37,4 @@ std::vector<int64_t> QueryTokenOffsets(const BlockMask& mask) {
   return offsets;
 }
 
-}  // namespace longspan::ops::cpu
+}  // namespace longspan::ops

@@ -1,0 +1,31 @@
+#pragma once
+#include "ops/attention/block_mask.h"
+#include "ops/attention/kv_view.h"
+#include "ops/core/tensor.h"
+
+namespace longspan::ops {
+
+// Validated arguments of one call (attention.cpp), as implementations on any device take them;
+// outputs are allocated. Shapes and dtypes: attention.h.
+struct ForwardArgs {
+  const Tensor& q;
+  const KvView& kv;
+  const BlockMask& mask;
+  double scale;
+  Tensor& o;
+  Tensor& lse;
+};
+struct BackwardArgs {
+  const Tensor& d_out;
+  const Tensor& q;
+  const KvView& kv;
+  const Tensor& lse;
+  const Tensor& delta;
+  const Tensor& dlse;  // may be undefined
+  const BlockMask& mask;
+  double scale;
+  Tensor& dq;
+  const KvGradView& dkv;
+};
+
+}  // namespace longspan::ops

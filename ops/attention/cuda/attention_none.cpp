@@ -1,0 +1,21 @@
+// Binaries without CUDA: no Context on a GPU exists, so nothing gets here.
+#include "ops/attention/cuda/attention_cuda.h"
+#include "ops/core/error.h"
+
+namespace longspan::ops::internal {
+namespace {
+
+[[noreturn]] void Refuse() {
+  throw Unsupported("device CUDA is not built into this binary; use device: CPU");
+}
+
+}  // namespace
+
+void ReferenceCudaForward(Context&, const ForwardArgs&) { Refuse(); }
+void ReferenceCudaBackward(Context&, const BackwardArgs&) { Refuse(); }
+void MmaForward(Context&, const ForwardArgs&) { Refuse(); }
+void MmaBackward(Context&, const BackwardArgs&) { Refuse(); }
+Tensor AttentionDeltaCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
+void MergePartialCuda(Context&, Tensor&, Tensor&, const Tensor&, const Tensor&) { Refuse(); }
+
+}  // namespace longspan::ops::internal

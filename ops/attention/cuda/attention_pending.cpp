@@ -1,0 +1,21 @@
+// Stands in for kernels that are not in the tree yet.
+#include "ops/attention/cuda/attention_cuda.h"
+#include "ops/core/error.h"
+
+namespace longspan::ops::internal {
+namespace {
+
+[[noreturn]] void Refuse() {
+  throw Unsupported("attention is not built for GPUs yet");
+}
+
+}  // namespace
+
+void ReferenceCudaForward(Context&, const ForwardArgs&) { Refuse(); }
+void ReferenceCudaBackward(Context&, const BackwardArgs&) { Refuse(); }
+void MmaForward(Context&, const ForwardArgs&) { Refuse(); }
+void MmaBackward(Context&, const BackwardArgs&) { Refuse(); }
+Tensor AttentionDeltaCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
+void MergePartialCuda(Context&, Tensor&, Tensor&, const Tensor&, const Tensor&) { Refuse(); }
+
+}  // namespace longspan::ops::internal

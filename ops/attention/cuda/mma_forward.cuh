@@ -1,0 +1,251 @@
+#pragma once
+#include "ops/attention/cuda/mma_arguments.h"
+#include "ops/attention/cuda/mma_tile.cuh"
+#include "ops/core/cuda/kernel.cuh"
+#include "ops/core/cuda/launch.h"
+
+namespace longspan::ops::mma {
+
+// Online softmax of the rows of a warp. Scores are those before the scale, which is positive here.
+template <int kM>
+struct SoftmaxRows {
+  float maximum[kM][2], sum[kM][2];  // of rows 16 m + g and + 8; the sum is this thread's share
+
+  __device__ SoftmaxRows() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      maximum[m][0] = maximum[m][1] = kMinusInfinity;
+      sum[m][0] = sum[m][1] = 0;
+    }
+  }
+
+  // s becomes exp2(scale * (s - maximum)); `o` and the sums follow the new maxima. A row that has
+  // seen nothing keeps maximum -inf, and 0 stands for it in the exponent.
+  template <int kN, int kO>
+  __device__ __forceinline__ void Step(Accumulator<kM, kN>& s, Accumulator<kM, kO>& o,
+                                       float scale) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float top = maximum[m][r];
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          top = fmaxf(top, fmaxf(s.at[m][n][2 * r], s.at[m][n][2 * r + 1]));
+        }
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float shift = top == kMinusInfinity ? 0.0f : top * scale;
+        const float rescale = cuda::ptx::Exp2(maximum[m][r] * scale - shift);
+        maximum[m][r] = top;
+        float total = 0;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) {
+            s.at[m][n][e] = cuda::ptx::Exp2(s.at[m][n][e] * scale - shift);
+            total += s.at[m][n][e];
+          }
+        }
+        sum[m][r] = sum[m][r] * rescale + total;
+#pragma unroll
+        for (int n = 0; n < kO; ++n) {
+          o.at[m][n][2 * r] *= rescale;
+          o.at[m][n][2 * r + 1] *= rescale;
+        }
+      }
+    }
+  }
+};
+
+// Hidden scores become -inf. `token` is the warp's first row among the queries of the block.
+template <int kM>
+__device__ __forceinline__ void HideScores(Accumulator<kM, kBlock / 8>& s, const std::byte* words,
+                                           int token) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t* row = reinterpret_cast<const uint32_t*>(words) +
+                            2 * (token + 16 * m + 8 * r + lane / 4);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bits = row[half] >> (lane % 4 * 2);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          float(&pair)[4] = s.at[m][4 * half + n];
+          if (!(bits >> (8 * n) & 1)) pair[2 * r] = kMinusInfinity;
+          if (!(bits >> (8 * n) & 2)) pair[2 * r + 1] = kMinusInfinity;
+        }
+      }
+    }
+  }
+}
+
+// One tile: the 64 tokens of query block task.index for query heads [first_head, + kHeads).
+template <int kDim, int kHeads>
+class ForwardTile {
+ public:
+  using Shape = ForwardShape<kDim, kHeads>;
+  static constexpr int kM = kHeads;  // 16-row pieces of a warp
+
+  __device__ ForwardTile(const ForwardProblem& problem, std::byte* shared, BlockTask task,
+                         int64_t first_head)
+      : p_(problem),
+        tiles_{shared},
+        kv_head_(task.kv_head),
+        query_(problem.mask.rows.ids[task.index]),
+        row_(problem.mask, query_),
+        first_row_(problem.mask.rows.token_begin[task.index] * problem.heads + first_head) {}
+
+  __device__ __forceinline__ void Run(EntryCursor cursor) {
+    Accumulator<kM, kDim / 8> o;
+    o.Clear();
+    SoftmaxRows<kM> softmax;
+    Step now(cursor);
+    if (now.valid()) {
+      LoadQueries();
+      Load(p_.k, now);
+      if constexpr (Shape::kRing == 3) Load(p_.v, now);
+      bool negate = p_.negate;
+      while (now.valid()) {
+        cursor.Next();
+        const Step next(cursor);
+        const bool masked = now.partial || row_.Tokens(now.block) < kBlock;
+        if (masked) {
+          FillMask(tiles_.shared + Shape::kMask, p_.mask.rule, row_, kv_head_, query_, now.block);
+        }
+        const int k = Arrived();
+        if (negate) NegateQueries();
+        negate = false;
+        if constexpr (Shape::kRing == 3) {
+          Load(p_.k, next);
+        } else {
+          Load(p_.v, now);
+        }
+        Accumulator<kM, kBlock / 8> s;
+        MultiplyRows<kDim>(s, tiles_, Shape::kQ + WarpRow() * kDim * 2, k);
+        if (masked) HideScores(s, tiles_.shared + Shape::kMask, WarpRow() % kBlock);
+        softmax.Step(s, o, p_.scale_log2);
+        const Weights<kM, kBlock / 16> weights(s);
+        const int v = Arrived();
+        Load(Shape::kRing == 3 ? p_.v : p_.k, next);
+        AddProduct<kDim>(o, tiles_, weights, v);
+        now = next;
+      }
+    }
+    Store(o, softmax);
+  }
+
+ private:
+  // First row of this warp in the tile of queries: rows are tokens of one head, then of the next.
+  __device__ int WarpRow() const { return static_cast<int>(threadIdx.x) / 32 * 16 * kM; }
+
+  // Without a commit: arrives with the first tile of keys.
+  __device__ void LoadQueries() {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      CopyTileAsync<kDim>(tiles_.shared + Shape::kQ + h * TileBytes<kDim>(),
+                          p_.q + (first_row_ + h) * p_.dim, p_.q_stride, row_.Tokens(query_),
+                          p_.dim);
+    }
+  }
+
+  // Starts the next tile of the ring; behind the last block an empty group keeps the count.
+  __device__ __forceinline__ void Load(const BF16* from, const Step& step) {
+    if (step.valid()) {
+      CopyTileAsync<kDim>(tiles_.shared + fill_, from + p_.table.Offset(kv_head_, step.block),
+                          p_.kv_stride, row_.Tokens(step.block), p_.dim);
+    }
+    cuda::ptx::CopyAsyncCommit();
+    fill_ = Following(fill_);
+  }
+
+  // The oldest tile, once it is there for all threads; the tile before it is then free.
+  __device__ __forceinline__ int Arrived() {
+    cuda::ptx::CopyAsyncWait<Shape::kRing - 2>();
+    __syncthreads();
+    const int tile = use_;
+    use_ = Following(use_);
+    return tile;
+  }
+  __device__ static int Following(int tile) {
+    constexpr int kLast = Shape::kTiles + (Shape::kRing - 1) * TileBytes<kDim>();
+    return tile == kLast ? Shape::kTiles : tile + TileBytes<kDim>();
+  }
+
+  // The maxima of a negative scale are those of the negated scores.
+  __device__ void NegateQueries() {
+    auto* words = reinterpret_cast<uint32_t*>(tiles_.shared + Shape::kQ);
+    for (int i = static_cast<int>(threadIdx.x); i < kHeads * TileBytes<kDim>() / 4; i += kThreads) {
+      words[i] ^= 0x80008000u;
+    }
+    __syncthreads();
+  }
+
+  __device__ void Store(const Accumulator<kM, kDim / 8>& o, const SoftmaxRows<kM>& softmax) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum = softmax.sum[m][r];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int tile_row = WarpRow() + 16 * m + 8 * r + lane / 4;
+        const int token = tile_row % kBlock;
+        if (token >= row_.Tokens(query_)) continue;
+        const int64_t row = first_row_ + token * p_.heads + tile_row / kBlock;
+        const bool empty = softmax.maximum[m][r] == kMinusInfinity;
+        if (lane % 4 == 0) {
+          p_.lse[row] =
+              empty ? kMinusInfinity : softmax.maximum[m][r] * p_.scale_abs + logf(sum);
+        }
+        const float inverse = empty ? 0.0f : 1.0f / sum;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          const int column = 8 * n + lane % 4 * 2;
+          if (column >= p_.dim) break;
+          const float a = o.at[m][n][2 * r] * inverse, b = o.at[m][n][2 * r + 1] * inverse;
+          if (p_.o_bf16) {
+            auto* to = reinterpret_cast<uint32_t*>(static_cast<BF16*>(p_.o) + row * p_.dim);
+            to[column / 2] = cuda::ptx::PackBf16(a, b);
+          } else {
+            auto* to = reinterpret_cast<float2*>(static_cast<float*>(p_.o) + row * p_.dim);
+            to[column / 2] = make_float2(a, b);
+          }
+        }
+      }
+    }
+  }
+
+  const ForwardProblem& p_;
+  const Tiles<kDim> tiles_;
+  const int64_t kv_head_;
+  const int32_t query_;  // global id of the block
+  const RowPlace row_;
+  const int64_t first_row_;                        // of o, lse [Tq * Hq]: first token and head
+  int fill_ = Shape::kTiles, use_ = Shape::kTiles;  // in the ring
+};
+
+template <int kDim, int kHeads>
+__global__ __launch_bounds__(kThreads, (ForwardShape<kDim, kHeads>::kResident)) void ForwardKernel(
+    const ForwardProblem problem, const TileGrid grid) {
+  LONGSPAN_DYNAMIC_SHARED(shared);
+  const BlockTask task = problem.mask.rows.tasks[blockIdx.x / grid.tiles];
+  const int64_t head = task.kv_head * problem.group + grid.first_head +
+                       static_cast<int64_t>(blockIdx.x % grid.tiles) * kHeads;
+  ForwardTile<kDim, kHeads>(problem, shared, task, head)
+      .Run(problem.mask.Entries(problem.mask.rows, task));
+}
+
+template <int kDim, int kHeads>
+void LaunchForward(cuda::Runtime& runtime, const ForwardProblem& problem, const TileGrid& grid) {
+  cuda::Launch(runtime, "AttentionForward mma_bf16", ForwardKernel<kDim, kHeads>,
+               {dim3(static_cast<unsigned>(problem.mask.rows.task_count * grid.tiles)),
+                dim3(kThreads), ForwardShape<kDim, kHeads>::kBytes},
+               problem, grid);
+}
+
+}  // namespace longspan::ops::mma

@@ -1,0 +1,113 @@
+#pragma once
+#include <cstdint>
+
+#include "ops/attention/block_mask.h"
+#include "ops/core/device_code.h"
+
+// Launch geometry and shared memory layouts of the tensor-core attention kernels, in plain C++ so
+// that tests on the host check them.
+namespace longspan::ops::mma {
+
+inline constexpr int kBlock = static_cast<int>(kMaskBlock);  // keys (queries) per step
+inline constexpr int kWarps = 4;
+inline constexpr int kThreads = 32 * kWarps;
+inline constexpr int kMaxDim = 256;
+
+// Head sizes with kernels of their own; others are filled up with zeros to the next one.
+inline constexpr int kPaddedDims[] = {32, 64, 96, 128, 192, 256};
+constexpr int PaddedDim(int64_t dim) {
+  for (const int padded : kPaddedDims) {
+    if (dim <= padded) return padded;
+  }
+  return 0;
+}
+
+// Tiles are [rows][dim] bf16 in shared memory, in chunks of 16 bytes. The chunks of a row are
+// exchanged by an exclusive or with a number made of the row, such that eight neighbouring rows
+// hold the same chunk in eight different groups of banks: ldmatrix then has no bank conflicts, and
+// neither has the copy that fills whole rows.
+template <int kDim>
+LONGSPAN_HD constexpr int Twist(int row) {
+  static_assert(kDim % 32 == 0);
+  return kDim % 64 == 0 ? row & 7 : (row >> 1) & 3;
+}
+template <int kDim>
+LONGSPAN_HD constexpr int ChunkOffset(int row, int chunk) {  // bytes
+  return row * kDim * 2 + (chunk ^ Twist<kDim>(row)) * 16;
+}
+template <int kDim>
+constexpr int TileBytes(int rows = kBlock) {
+  return rows * kDim * 2;
+}
+
+// Row (of 16) and chunk (of 2) of a 16 x 16 tile that a lane names to ldmatrix.x4.
+struct FragmentPlace {
+  int row, chunk;
+};
+// Operand A, rows x inner; also operand B stored as [inner][columns], by the transposing load.
+LONGSPAN_HD constexpr FragmentPlace PlaceInRows(int lane) { return {lane % 16, lane / 16}; }
+// Operand B stored as [columns][inner].
+LONGSPAN_HD constexpr FragmentPlace PlaceInColumns(int lane) {
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
+}
+
+// Which queries see which keys of two blocks: words[query][half], bit j of a half stands for key
+// 32 * half + j.
+inline constexpr int kMaskBytes = kBlock * 2 * 4;
+
+// Forward. A warp owns 16 * kHeads rows; a block of threads holds the 64 tokens of a query block
+// for kHeads query heads of one kv head, which share its list of key blocks, and so 64 or 128 rows.
+// K and V blocks pass through a ring of tiles: K, V, K, V...
+template <int kDim, int kHeads>
+struct ForwardShape {
+  static constexpr int kRing = kDim <= 128 ? 3 : 2;
+  static constexpr int kQ = 0;
+  static constexpr int kTiles = kQ + TileBytes<kDim>(kHeads * kBlock);
+  static constexpr int kMask = kTiles + kRing * TileBytes<kDim>();
+  static constexpr int kBytes = kMask + kMaskBytes;
+  // Blocks of threads per multiprocessor that the registers shall allow.
+  static constexpr int kResident = kDim * kHeads <= 64 ? 4 : kDim * kHeads <= 128 ? 3 : 2;
+};
+
+// Gradient of q: Q and dO stay, K is double-buffered because it is also the last operand of a step,
+// V is free again in the middle of it.
+template <int kDim, int kHeads>
+struct QueryGradientShape {
+  static constexpr int kQ = 0;
+  static constexpr int kDOut = kQ + TileBytes<kDim>(kHeads * kBlock);
+  static constexpr int kK = kDOut + TileBytes<kDim>(kHeads * kBlock);  // two tiles
+  static constexpr int kV = kK + 2 * TileBytes<kDim>();
+  static constexpr int kMask = kV + TileBytes<kDim>();
+  static constexpr int kBytes = kMask + kMaskBytes;
+  static constexpr int kStepKeys = kDim * kHeads >= 128 ? 32 : 64;  // scores held at a time
+  static constexpr int kResident = kDim * kHeads <= 64 ? 3 : 2;
+};
+
+// Gradients of k and v: K and V stay; Q is double-buffered, dO is free in the middle of a step.
+// Above 128 a block accumulates half of the columns of dK and dV, and gridDim.y is 2.
+template <int kDim>
+struct KeyGradientShape {
+  static constexpr int kParts = kDim <= 128 ? 1 : 2;
+  static constexpr int kColumns = kDim / kParts;
+  static constexpr int kK = 0;
+  static constexpr int kV = kK + TileBytes<kDim>();
+  static constexpr int kQ = kV + TileBytes<kDim>();  // two tiles
+  static constexpr int kDOut = kQ + 2 * TileBytes<kDim>();
+  static constexpr int kStatistics = kDOut + TileBytes<kDim>();  // two times {lse, delta} per row
+  static constexpr int kMask = kStatistics + 2 * kBlock * 8;
+  static constexpr int kBytes = kMask + kMaskBytes;
+  static constexpr int kStepQueries = kColumns >= 96 ? 32 : 64;
+  static constexpr int kResident = kColumns <= 32 ? 4 : kColumns <= 64 ? 3 : 2;
+};
+
+// How the query heads of a group are cut into tiles of `heads` each: pairs as far as they go where
+// the kernel takes pairs, single heads for the rest.
+struct HeadTiles {
+  int pairs, singles;
+};
+constexpr HeadTiles TilesOfGroup(int64_t group, int padded_dim) {
+  const int pairs = padded_dim <= 128 ? static_cast<int>(group / 2) : 0;
+  return {pairs, static_cast<int>(group) - 2 * pairs};
+}
+
+}  // namespace longspan::ops::mma
