@@ -14,7 +14,36 @@ Tensor ToTensor(Context& ctx, const std::vector<T>& values) {
   return t;
 }
 
+// Kernels on a GPU cannot say which token was wrong. Datasets are checked when they are opened, so
+// this finds what changed afterwards.
+void CheckRange(const std::vector<int32_t>& values, int32_t smallest, int64_t vocab_size,
+                const char* what) {
+  for (const int32_t value : values) {
+    if (value >= smallest && value < vocab_size) continue;
+    throw DataError(
+        Str("the training or validation data give the ", what, " ", value, ", which is outside [",
+            smallest, ", ", vocab_size,
+            ") of model.vocab_size; the dataset's .bin file has changed since it was opened"));
+  }
+}
+
+Tensor OnDevice(Context& ctx, const Tensor& host) {
+  Tensor t = ctx.Empty(host.shape(), host.dtype());
+  if (host.bytes() > 0) t.WriteFrom(host.raw());
+  return t;
+}
+
 }  // namespace
+
+LocalBatch ToDevice(Context& ctx, const LocalBatch& host) {
+  if (ctx.device().kind == DeviceKind::kCpu) return host;
+  const MemoryScope scope(ctx.allocator(), MemoryCategory::kStaging);
+  LocalBatch device = host;
+  device.ids = OnDevice(ctx, host.ids);
+  device.labels = OnDevice(ctx, host.labels);
+  device.rope = {OnDevice(ctx, host.rope.cos), OnDevice(ctx, host.rope.sin)};
+  return device;
+}
 
 BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placement,
                            parallel::StrategyKind strategy, int cp_rank)
@@ -26,6 +55,9 @@ BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placem
 
 std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch) {
   LONGSPAN_CHECK(batch.rows == placement_.rows() && batch.row_length == placement_.row_length());
+  const TraceScope scope(ctx_.trace(), "prepare batch");
+  CheckRange(batch.tokens, 0, model_.vocab_size, "token id");
+  CheckRange(batch.labels, -1, model_.vocab_size, "label");
   auto prepared = std::make_shared<PreparedBatch>();
   LocalBatch& local = prepared->local;
   local.ids = ToTensor(ctx_, placement_.Slice(batch.tokens, cp_rank_));

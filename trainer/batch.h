@@ -9,7 +9,7 @@
 
 namespace longspan::trainer {
 
-// A LocalBatch and what the step reports about it.
+// A LocalBatch in host memory and what the step reports about it.
 struct PreparedBatch {
   LocalBatch local;
   // (query, key, query head) triples that attention evaluates on this rank, summed over layers: the
@@ -17,16 +17,23 @@ struct PreparedBatch {
   double attention_pairs = 0;
 };
 
+// The batch with its tensors on the device of `ctx`: `host` itself on a CPU, else copies that are
+// made in the order of the compute stream, without waiting for it. The host's may go at once.
+LocalBatch ToDevice(Context& ctx, const LocalBatch& host);
+
 // Turns micro-batches of the loader into this rank's part: picks the tokens of its placement,
 // builds RoPE tables and attention plans. Plans are cached by documents, so rows without document
 // borders are planned once. Owns a single-threaded Context, because it runs in the loader's thread
 // while the step computes. One thread at a time.
+//
+// Errors    DataError naming a token id or label that model.vocab_size does not cover
 class BatchBuilder {
  public:
   BatchBuilder(const ModelOptions& model, parallel::Placement placement,
                parallel::StrategyKind strategy, int cp_rank);
 
   std::shared_ptr<PreparedBatch> Build(const data::MicroBatch& batch);
+  Trace& trace() { return ctx_.trace(); }  // "prepare batch"
 
  private:
   struct Plans {

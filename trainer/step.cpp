@@ -35,14 +35,15 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step,
     const bool last = m + 1 == options_.accumulation();
     const data::MicroBatch batch = loader.Next();
     const auto prepared = std::static_pointer_cast<PreparedBatch>(batch.attachment);
+    const LocalBatch local = ToDevice(ctx_, prepared->local);
     autograd::Tape tape(ctx_);
     const BucketHook ready = [&](size_t bucket) { reducer.BucketReady(static_cast<int>(bucket)); };
-    const auto loss = DecoderForward(tape, mesh_.axis("cp"), options_.model, store_,
-                                     prepared->local, last ? ready : BucketHook());
+    const auto loss = DecoderForward(tape, mesh_.axis("cp"), options_.model, store_, local,
+                                     last ? ready : BucketHook());
     s[kLoss] += loss.loss_sum;
     s[kZLoss] += loss.z_loss_sum;
     s[kValid] += static_cast<double>(loss.valid);
-    s[kTokens] += static_cast<double>(prepared->local.ids.numel());
+    s[kTokens] += static_cast<double>(local.ids.numel());
     s[kPairs] += prepared->attention_pairs;
     tape.Backward();
   }

@@ -75,7 +75,7 @@ EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
     reader.Load(WeightsOf(store), kWeights);
   });
   RequireSame(mesh.world(), "the validation data", sampler->Fingerprint());
-  store.RefreshValues(ctx);
+  store.RefreshValues();
   BatchBuilder builder(options.model, PlacementOf(options), options.strategy, mesh.cp_index());
   return EvaluateLoss(ctx, mesh, options, store, *sampler, builder, rows);
 }
@@ -91,7 +91,7 @@ Trainer::Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& o
   if (validation_ != nullptr) {
     RequireSame(mesh.world(), "the validation data", validation_->Fingerprint());
   }
-  store_.Initialize(ctx, options_.seed);
+  store_.Initialize(options_.seed);
 }
 
 Trainer::~Trainer() = default;
@@ -194,13 +194,13 @@ void Trainer::Resume(const CheckpointReader& reader) {
   step_ = info.step;
   const auto skipped = info.extra.find(kSkippedSteps);
   skipped_steps_ = skipped == info.extra.end() ? 0 : std::stoll(skipped->second);
-  store_.RefreshValues(ctx_);
+  store_.RefreshValues();
   loader_.reset();
 }
 
 void Trainer::InitFrom(const CheckpointReader& reader) {
   OnAllRanks(mesh_.world(), [&] { reader.Load(WeightsOf(store_), kWeights); });
-  store_.RefreshValues(ctx_);
+  store_.RefreshValues();
 }
 
 }  // namespace longspan::trainer

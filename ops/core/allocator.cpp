@@ -21,10 +21,22 @@ class HostMemorySource : public MemorySource {
   void* Get(size_t bytes) override { return std::aligned_alloc(64, bytes); }
   void Return(void* block) noexcept override { std::free(block); }
   void Fill(void* block, int byte, size_t bytes) override { std::memset(block, byte, bytes); }
+  void ToHost(void* host, const void* block, size_t bytes) override {
+    std::memcpy(host, block, bytes);
+  }
+  void FromHost(void* block, const void* host, size_t bytes) override {
+    std::memcpy(block, host, bytes);
+  }
   const char* name() const override { return "host"; }
 };
 
 }  // namespace
+
+const char* ToString(MemoryCategory category) {
+  constexpr const char* kNames[kMemoryCategories] = {"activations", "parameters", "gradients",
+                                                     "optimizer",   "workspace",  "staging"};
+  return kNames[static_cast<size_t>(category)];
+}
 
 std::unique_ptr<MemorySource> HostMemory() { return std::make_unique<HostMemorySource>(); }
 
@@ -38,7 +50,17 @@ size_t Allocator::ClassOf(size_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
-void* Allocator::Allocate(size_t bytes) {
+std::string Allocator::Usage() const {
+  std::string text;
+  for (size_t i = 0; i < kMemoryCategories; ++i) {
+    if (used_by_[i] == 0) continue;
+    text +=
+        Str(text.empty() ? " (" : ", ", ToString(static_cast<MemoryCategory>(i)), " ", used_by_[i]);
+  }
+  return Str(used_bytes_, text.empty() ? "" : text + ")");
+}
+
+void* Allocator::Allocate(size_t bytes, MemoryCategory category) {
   const size_t size = ClassOf(bytes);
   void* data = nullptr;
   {
@@ -50,7 +72,11 @@ void* Allocator::Allocate(size_t bytes) {
       cached_bytes_ -= size;
     }
     used_bytes_ += size;
-    peak_bytes_ = std::max(peak_bytes_, used_bytes_);
+    used_by_[static_cast<size_t>(category)] += size;
+    if (used_bytes_ > peak_bytes_) {
+      peak_bytes_ = used_bytes_;
+      peak_by_ = used_by_;
+    }
   }
   if (data == nullptr) data = source_->Get(size);
   if (data == nullptr) {
@@ -60,19 +86,20 @@ void* Allocator::Allocate(size_t bytes) {
   if (data == nullptr) {
     std::lock_guard lock(mutex_);
     used_bytes_ -= size;
+    used_by_[static_cast<size_t>(category)] -= size;
     throw Error(Str("out of ", source_->name(), " memory: ", bytes, " bytes were asked for with ",
-                    used_bytes_,
-                    " in use; use a shorter context, fewer rows, or recompute: LAYER"));
+                    Usage(), " in use; use a shorter context, fewer rows, or recompute: LAYER"));
   }
   if (poison_) source_->Fill(data, 0xff, size);
   return data;
 }
 
-void Allocator::Free(void* data, size_t bytes) noexcept {
+void Allocator::Free(void* data, size_t bytes, MemoryCategory category) noexcept {
   if (data == nullptr) return;
   const size_t size = ClassOf(bytes);
   std::lock_guard lock(mutex_);
   used_bytes_ -= size;
+  used_by_[static_cast<size_t>(category)] -= size;
   if (!kCache) {
     source_->Return(data);
     return;
@@ -97,6 +124,18 @@ size_t Allocator::used_bytes() const {
 size_t Allocator::peak_bytes() const {
   std::lock_guard lock(mutex_);
   return peak_bytes_;
+}
+BytesByCategory Allocator::peak_by_category() const {
+  std::lock_guard lock(mutex_);
+  return peak_by_;
+}
+MemoryCategory Allocator::category() const {
+  std::lock_guard lock(mutex_);
+  return category_;
+}
+void Allocator::SetCategory(MemoryCategory category) {
+  std::lock_guard lock(mutex_);
+  category_ = category;
 }
 size_t Allocator::cached_bytes() const {
   std::lock_guard lock(mutex_);

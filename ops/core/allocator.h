@@ -1,9 +1,11 @@
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 namespace longspan {
@@ -15,9 +17,27 @@ class MemorySource {
   virtual void* Get(size_t bytes) = 0;  // nullptr when there is no more
   virtual void Return(void* block) noexcept = 0;
   virtual void Fill(void* block, int byte, size_t bytes) = 0;
+  // Copies between blocks and the host. ToHost waits for all earlier work on the block; FromHost
+  // acts before all later work, and the host may change its bytes when it returns.
+  virtual void ToHost(void* host, const void* block, size_t bytes) = 0;
+  virtual void FromHost(void* block, const void* host, size_t bytes) = 0;
   virtual const char* name() const = 0;  // "host", "GPU", for messages
 };
 std::unique_ptr<MemorySource> HostMemory();
+
+// What memory is used for, in reports. Activations are also what has no other name: whatever a
+// step makes and drops.
+enum class MemoryCategory : uint8_t {
+  kActivations,
+  kParameters,  // weights as stored and as used
+  kGradients,
+  kOptimizer,  // its state: moments
+  kWorkspace,  // scratch that libraries and kernels keep
+  kStaging,    // batches, and buffers of communication
+};
+inline constexpr size_t kMemoryCategories = 6;
+const char* ToString(MemoryCategory category);  // "activations", ...
+using BytesByCategory = std::array<size_t, kMemoryCategories>;
 
 // Memory for tensors: freed blocks are kept by size class, so that a steady training step asks the
 // source for nothing. On a GPU a block may be handed out again while kernels that used it still
@@ -34,21 +54,49 @@ class Allocator {
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  void* Allocate(size_t bytes);
-  void Free(void* data, size_t bytes) noexcept;
+  // Freed with the same category.
+  void* Allocate(size_t bytes, MemoryCategory category = MemoryCategory::kActivations);
+  void Free(void* data, size_t bytes,
+            MemoryCategory category = MemoryCategory::kActivations) noexcept;
   void Trim();  // returns cached blocks to the source
 
   size_t used_bytes() const;    // handed out now
   size_t peak_bytes() const;    // high-water mark of used_bytes
   size_t cached_bytes() const;  // held for reuse
+  // What peak_bytes consisted of when it was reached; adds up to it.
+  BytesByCategory peak_by_category() const;
+
+  // What tensors made from now on are for; see MemoryScope.
+  MemoryCategory category() const;
+  void SetCategory(MemoryCategory category);
+  MemorySource& source() { return *source_; }
 
  private:
   static size_t ClassOf(size_t bytes);
+  std::string Usage() const;  // for messages; called with the lock held
   const bool poison_;
   const std::unique_ptr<MemorySource> source_;
   mutable std::mutex mutex_;
   std::map<size_t, std::vector<void*>> free_;  // by size class
   size_t used_bytes_ = 0, peak_bytes_ = 0, cached_bytes_ = 0;
+  BytesByCategory used_by_{}, peak_by_{};
+  MemoryCategory category_ = MemoryCategory::kActivations;
+};
+
+// While alive, tensors that are made of `allocator` count as `category`.
+class MemoryScope {
+ public:
+  MemoryScope(Allocator& allocator, MemoryCategory category)
+      : allocator_(allocator), former_(allocator.category()) {
+    allocator_.SetCategory(category);
+  }
+  ~MemoryScope() { allocator_.SetCategory(former_); }
+  MemoryScope(const MemoryScope&) = delete;
+  MemoryScope& operator=(const MemoryScope&) = delete;
+
+ private:
+  Allocator& allocator_;
+  const MemoryCategory former_;
 };
 
 }  // namespace longspan

@@ -40,6 +40,7 @@ class Context {
 
   Tensor Empty(Shape shape, DType dtype);  // uninitialised
   Tensor Zeros(Shape shape, DType dtype);
+  void SetZero(const Tensor& t);  // all bytes of a tensor on this device
 
   // Called on the Context's own thread between kernel tasks; must be cheap and must not throw.
   void SetProgress(std::function<void()> progress) { progress_ = std::move(progress); }
@@ -53,6 +54,9 @@ class Context {
         << "a GPU is needed, and the device is " << ToString(options_.device);
     return *runtime_;
   }
+
+  // The same for those that keep it (Communicator::UseDevice); null on another device.
+  const std::shared_ptr<cuda::Runtime>& runtime() const { return runtime_; }
 
   Trace& trace() { return *trace_; }
   Allocator& allocator() { return *allocator_; }

@@ -12,10 +12,23 @@ std::string Shape::ToString() const {
 
 Storage::Storage(std::shared_ptr<Allocator> allocator, size_t bytes)
     : allocator_(std::move(allocator)),
-      data_(static_cast<std::byte*>(allocator_->Allocate(bytes))),
+      category_(allocator_->category()),
+      data_(static_cast<std::byte*>(allocator_->Allocate(bytes, category_))),
       bytes_(bytes) {}
 
-Storage::~Storage() { allocator_->Free(data_, bytes_); }
+Storage::~Storage() { allocator_->Free(data_, bytes_, category_); }
+
+void Tensor::ReadRange(size_t offset, size_t bytes, void* to) const {
+  LONGSPAN_CHECK(defined() && offset + bytes <= this->bytes())
+      << "Tensor::ReadRange [" << offset << ", " << offset + bytes << ") of " << Describe();
+  if (bytes > 0) storage_->allocator().source().ToHost(to, data_ + offset, bytes);
+}
+
+void Tensor::WriteRange(size_t offset, size_t bytes, const void* from) const {
+  LONGSPAN_CHECK(defined() && offset + bytes <= this->bytes())
+      << "Tensor::WriteRange [" << offset << ", " << offset + bytes << ") of " << Describe();
+  if (bytes > 0) storage_->allocator().source().FromHost(data_ + offset, from, bytes);
+}
 
 Tensor Tensor::Rows(int64_t begin, int64_t end) const {
   LONGSPAN_CHECK(defined() && rank() >= 1) << "Tensor::Rows of a scalar or undefined tensor";

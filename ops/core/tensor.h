@@ -49,6 +49,7 @@ class Shape {
 };
 
 class Allocator;
+enum class MemoryCategory : uint8_t;
 
 // A block of device memory that returns to its allocator with the last tensor that uses it.
 class Storage {
@@ -59,9 +60,11 @@ class Storage {
   Storage& operator=(const Storage&) = delete;
   std::byte* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+  Allocator& allocator() const { return *allocator_; }
 
  private:
   std::shared_ptr<Allocator> allocator_;
+  const MemoryCategory category_;
   std::byte* data_;
   size_t bytes_;
 };
@@ -99,6 +102,14 @@ class Tensor {
         << "Tensor of " << ToString(dtype_) << " read as " << ToString(DTypeOf<T>());
     return reinterpret_cast<T*>(data_);
   }
+
+  // Copies of elements between the host and the tensor's device, whichever that is; offsets and
+  // sizes in bytes. Reading waits for earlier work on the tensor. For state and tests: kernels and
+  // a step's own data go through ops.
+  void ReadRange(size_t offset, size_t bytes, void* to) const;
+  void WriteRange(size_t offset, size_t bytes, const void* from) const;
+  void ReadTo(void* to) const { ReadRange(0, bytes(), to); }
+  void WriteFrom(const void* from) const { WriteRange(0, bytes(), from); }
 
   Tensor Rows(int64_t begin, int64_t end) const;  // view of rows [begin, end) of dim 0
   Tensor Reshape(Shape shape) const;              // same elements, another shape

@@ -137,10 +137,6 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
   for (const NamedTensor& named : into) {
     LONGSPAN_CHECK(named.tensor.defined() && wanted.emplace(named.name, &named).second)
         << "CheckpointReader: tensor '" << named.name << "' is undefined or there twice";
-    if (named.tensor.device().kind != DeviceKind::kCpu) {
-      throw Unsupported(Str("CheckpointReader: tensor ", named.name, " is on ",
-                            ToString(named.tensor.device()), "; checkpoints are loaded to cpu"));
-    }
   }
   std::vector<std::string> differences;
   std::vector<std::pair<int, Tensor>> plan;
@@ -179,12 +175,17 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
                               "; change the model section or choose another checkpoint"));
   }
   ShardFiles files(state_->path, state_->manifest);
+  std::vector<std::byte> staged;  // for tensors that are not in host memory
   for (const auto& [index, target] : plan) {
     const checkpoint::Tensor& tensor = state_->manifest.tensors(index);
+    const bool direct = target.device().kind == DeviceKind::kCpu;
     for (const checkpoint::Shard& shard : tensor.shards()) {
-      files.Read(tensor, shard,
-                 target.raw() + static_cast<size_t>(shard.begin()) * SizeOf(target.dtype()),
-                 PayloadBytes(shard, target.dtype()));
+      const size_t offset = static_cast<size_t>(shard.begin()) * SizeOf(target.dtype());
+      const size_t bytes = PayloadBytes(shard, target.dtype());
+      if (!direct && staged.size() < bytes) staged.resize(bytes);
+      std::byte* to = direct ? target.raw() + offset : staged.data();
+      files.Read(tensor, shard, to, bytes);
+      if (!direct) target.WriteRange(offset, bytes, to);
     }
   }
 }

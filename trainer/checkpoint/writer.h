@@ -52,7 +52,8 @@ struct CheckpointWriterOptions {
 //           (names the file, the system's reason, and the checkpoint that stays). The .tmp folder
 //           is removed, nothing else changes, and the writer can be used again.
 //           InvalidArgument: no name, a name twice, or lists or steps that differ between ranks.
-// Devices   cpu (Unsupported otherwise)
+// Devices   all: tensors on a GPU are copied through pinned memory after the work that was issued
+//           before; the file does not say where a tensor was
 class CheckpointWriter {
  public:
   CheckpointWriter(CheckpointWriterOptions options, parallel::Communicator& world);

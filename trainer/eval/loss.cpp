@@ -45,10 +45,10 @@ EvaluationLoss EvaluateLoss(Context& ctx, parallel::DeviceMesh& mesh, const Trai
         AppendBlankRow(batch);
       }
     }
-    const auto prepared = builder.Build(batch);
+    const LocalBatch local = ToDevice(ctx, builder.Build(batch)->local);
     autograd::Tape tape(ctx, /*recording=*/false);
     const auto loss =
-        DecoderForward(tape, mesh.axis("cp"), options.model, store, prepared->local, {});
+        DecoderForward(tape, mesh.axis("cp"), options.model, store, local, {});
     s[0] += loss.loss_sum;
     s[1] += static_cast<double>(loss.valid);
   }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "ops/core/parallel_for.h"
 #include "ops/core/rng.h"
@@ -63,7 +62,8 @@ int64_t CountMatmulParameters(const ModelOptions& options) {
   return n;
 }
 
-ParameterStore::ParameterStore(Context& ctx, const ModelOptions& options, bool training) {
+ParameterStore::ParameterStore(Context& ctx, const ModelOptions& options, bool training)
+    : ctx_(ctx) {
   const DType wide = AccumulatorOf(options.compute);
   for (BucketSpec& spec : ListParameters(options)) {
     Bucket b;
@@ -76,12 +76,17 @@ ParameterStore::ParameterStore(Context& ctx, const ModelOptions& options, bool t
       n += p.shape.numel();
       if (p.decay) b.decay_end = n;
     }
-    b.master = ctx.Zeros({n}, wide);
-    b.value = options.compute == wide ? b.master : ctx.Zeros({n}, options.compute);
+    const auto zeros = [&](MemoryCategory category, DType dtype) {
+      const MemoryScope scope(ctx.allocator(), category);
+      return ctx.Zeros({n}, dtype);
+    };
+    b.master = zeros(MemoryCategory::kParameters, wide);
+    b.value =
+        options.compute == wide ? b.master : zeros(MemoryCategory::kParameters, options.compute);
     if (training) {
-      b.grad = ctx.Zeros({n}, wide);
-      b.m = ctx.Zeros({n}, wide);
-      b.v = ctx.Zeros({n}, wide);
+      b.grad = zeros(MemoryCategory::kGradients, wide);
+      b.m = zeros(MemoryCategory::kOptimizer, wide);
+      b.v = zeros(MemoryCategory::kOptimizer, wide);
     }
     for (size_t i = 0; i < b.specs.size(); ++i) {
       const ParameterSpec& p = b.specs[i];
@@ -105,16 +110,19 @@ const autograd::Parameter& ParameterStore::Find(const std::string& name) const {
   throw InvalidArgument("no parameter is called " + name);
 }
 
-void ParameterStore::Initialize(Context& ctx, uint64_t seed) {
+void ParameterStore::Initialize(uint64_t seed) {
   for (Bucket& b : buckets_) {
     for (size_t i = 0; i < b.specs.size(); ++i) {
       const ParameterSpec& p = b.specs[i];
-      const int64_t n = p.shape.numel(), offset = b.offsets[i];
       const Philox rng(seed, StreamOf(p.name.c_str()));
+      Tensor weights = b.master.Rows(b.offsets[i], b.offsets[i] + p.shape.numel());
       DispatchFloat(b.master.dtype(), "Initialize", [&]<class T>() {
         if constexpr (!std::is_same_v<T, BF16>) {
-          T* out = b.master.data<T>() + offset;
-          ParallelRanges(ctx, n, 1 << 16, [&](int64_t begin, int64_t end) {
+          // Always computed on the host, so that all devices start from the same bits.
+          const bool direct = ctx_.device().kind == DeviceKind::kCpu;
+          std::vector<T> staged(direct ? 0 : static_cast<size_t>(weights.numel()));
+          T* out = direct ? weights.data<T>() : staged.data();
+          ParallelRanges(ctx_, weights.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
             for (int64_t j = begin; j < end; ++j) {
               // Rounded to f32 in every mode, so that F32 and F64 runs start from the same weights.
               out[j] = p.init_std == 0 ? T(1)
@@ -122,21 +130,22 @@ void ParameterStore::Initialize(Context& ctx, uint64_t seed) {
                                              p.init_std * rng.Normal(static_cast<uint64_t>(j))));
             }
           });
+          if (!direct) weights.WriteFrom(staged.data());
         }
       });
     }
   }
-  RefreshValues(ctx);
+  RefreshValues();
 }
 
-void ParameterStore::RefreshValues(Context& ctx) {
+void ParameterStore::RefreshValues() {
   for (Bucket& b : buckets_) {
-    if (b.value.raw() != b.master.raw()) ops::CastInto(ctx, b.master, b.value);
+    if (b.value.raw() != b.master.raw()) ops::CastInto(ctx_, b.master, b.value);
   }
 }
 
 void ParameterStore::ZeroGrads() {
-  for (Bucket& b : buckets_) std::memset(b.grad.raw(), 0, b.grad.bytes());
+  for (Bucket& b : buckets_) ctx_.SetZero(b.grad);
 }
 
 }  // namespace longspan::trainer

@@ -45,20 +45,22 @@ struct Bucket {
 // All trained state of one model replica.
 class ParameterStore {
  public:
-  // `training` false: no gradient and optimizer buffers (evaluation).
+  // Everything is on the device of `ctx`, which outlives the store. `training` false: no gradient
+  // and optimizer buffers (evaluation).
   ParameterStore(Context& ctx, const ModelOptions& options, bool training);
 
   std::vector<Bucket>& buckets() { return buckets_; }
   const autograd::Parameter& Find(const std::string& name) const;
   int64_t total() const { return total_; }
 
-  // Values that depend on (seed, name, index) only: the same in every layout.
-  void Initialize(Context& ctx, uint64_t seed);
+  // Values that depend on (seed, name, index) only: the same in every layout and on every device.
+  void Initialize(uint64_t seed);
   // Refreshes the compute copies from the masters.
-  void RefreshValues(Context& ctx);
+  void RefreshValues();
   void ZeroGrads();
 
  private:
+  Context& ctx_;
   std::vector<Bucket> buckets_;
   int64_t total_ = 0;
 };

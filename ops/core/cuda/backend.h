@@ -52,6 +52,19 @@ class Readback {
 };
 std::unique_ptr<Readback> MakeReadback(Runtime& runtime, size_t capacity_bytes);
 
+// Nested ranges of the calling thread for profilers (NVTX), which cost next to nothing without one.
+void PushRange(const char* name);
+void PopRange();
+
+// What is known of GPU `index`, for choosing peaks and for telling GPUs apart.
+struct DeviceFacts {
+  std::string name;          // "NVIDIA H100 80GB HBM3"
+  std::string id;            // the same for every process of a node that uses this GPU
+  int major = 0, minor = 0;  // compute capability
+  int64_t l2_bytes = 0, memory_bytes = 0;
+};
+DeviceFacts FactsOf(int index);
+
 // Waits for all streams of GPU `device`, then copies: for callers without a Runtime, such as tests.
 void DownloadAfterAll(int device, void* to, const void* from, size_t bytes);
 

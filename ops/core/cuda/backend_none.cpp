@@ -24,6 +24,9 @@ void CopyOnDevice(Runtime&, void*, const void*, size_t) { Refuse(); }
 void Synchronize(Runtime&) { Refuse(); }
 std::unique_ptr<Mark> MakeMark(Runtime&) { Refuse(); }
 std::unique_ptr<Readback> MakeReadback(Runtime&, size_t) { Refuse(); }
+void PushRange(const char*) { Refuse(); }
+void PopRange() { Refuse(); }
+DeviceFacts FactsOf(int) { Refuse(); }
 void DownloadAfterAll(int, void*, const void*, size_t) { Refuse(); }
 
 }  // namespace longspan::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 
 #include "ops/core/check.h"
 #include "ops/core/error.h"
@@ -126,6 +127,20 @@ void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes) {
   runtime.Copy(to, from, bytes);
 }
 void Synchronize(Runtime& runtime) { runtime.Synchronize(); }
+DeviceFacts FactsOf(int index) {
+  cudaDeviceProp p{};
+  LONGSPAN_CUDA(cudaGetDeviceProperties(&p, index));
+  DeviceFacts facts;
+  facts.name = p.name;
+  facts.id = Str(p.pciDomainID, ":", p.pciBusID, ":", p.pciDeviceID);
+  // Slices of one GPU (MIG) share its bus id and have identifiers of their own.
+  for (const char byte : p.uuid.bytes) facts.id += Str(":", static_cast<int>(byte) & 0xff);
+  facts.major = p.major;
+  facts.minor = p.minor;
+  facts.l2_bytes = p.l2CacheSize;
+  facts.memory_bytes = static_cast<int64_t>(p.totalGlobalMem);
+  return facts;
+}
 void DownloadAfterAll(int device, void* to, const void* from, size_t bytes) {
   LONGSPAN_CUDA(cudaSetDevice(device));
   LONGSPAN_CUDA(cudaDeviceSynchronize());
@@ -212,14 +227,19 @@ void Runtime::Synchronize() const {
   LONGSPAN_CUDA(cudaStreamSynchronize(stream_));
 }
 
+Runtime::Slot& Runtime::FreeSlot() {
+  Slot& slot = *slots_[next_slot_];
+  next_slot_ = (next_slot_ + 1) % slots_.size();
+  if (slot.used && !slot.copied.Done()) slot.copied.Synchronize();
+  return slot;
+}
+
 void Runtime::Upload(void* to, const void* from, size_t bytes) {
   MakeCurrent();
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
   while (bytes > 0) {
-    Slot& slot = *slots_[next_slot_];
-    next_slot_ = (next_slot_ + 1) % slots_.size();
-    if (slot.used) slot.copied.Synchronize();
+    Slot& slot = FreeSlot();
     const size_t part = std::min(bytes, kSlotBytes);
     std::memcpy(slot.data, source, part);
     LONGSPAN_CUDA(cudaMemcpyAsync(target, slot.data, part, cudaMemcpyHostToDevice, stream_));
@@ -229,10 +249,35 @@ void Runtime::Upload(void* to, const void* from, size_t bytes) {
   }
 }
 
+// Through the staging memory: while one part travels, the one before it is copied on. A transfer
+// into pageable memory would take a multiple of the time.
 void Runtime::Download(void* to, const void* from, size_t bytes) {
   MakeCurrent();
-  LONGSPAN_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
-  LONGSPAN_CUDA(cudaStreamSynchronize(stream_));
+  auto* target = static_cast<std::byte*>(to);
+  const auto* source = static_cast<const std::byte*>(from);
+  struct Part {
+    Slot* slot;
+    std::byte* target;
+    size_t bytes;
+  };
+  std::deque<Part> under_way;
+  const auto take_oldest = [&] {
+    const Part part = under_way.front();
+    under_way.pop_front();
+    part.slot->copied.Synchronize();
+    std::memcpy(part.target, part.slot->data, part.bytes);
+  };
+  while (bytes > 0) {
+    if (under_way.size() == slots_.size() / 2) take_oldest();
+    Slot& slot = FreeSlot();
+    const size_t part = std::min(bytes, kSlotBytes);
+    LONGSPAN_CUDA(cudaMemcpyAsync(slot.data, source, part, cudaMemcpyDeviceToHost, stream_));
+    slot.copied.Record(stream_);
+    slot.used = true;
+    under_way.push_back({&slot, target, part});
+    target += part, source += part, bytes -= part;
+  }
+  while (!under_way.empty()) take_oldest();
 }
 
 void Runtime::Copy(void* to, const void* from, size_t bytes) const {

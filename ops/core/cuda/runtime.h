@@ -75,6 +75,8 @@ class Runtime {
     Event copied;
     bool used = false;
   };
+  Slot& FreeSlot();
+
   const int device_;
   const bool sync_checks_;
   cudaDeviceProp properties_{};

@@ -58,7 +58,7 @@ std::vector<Vec> Gradients(const ModelOptions& m, const data::MicroBatch& batch,
   parallel::RunLocal(ranks, [&](parallel::Communicator& comm) {
     Context ctx(ContextOptions{.threads = 1, .poison_buffers = true});
     ParameterStore store(ctx, m, true);
-    store.Initialize(ctx, 11);
+    store.Initialize(11);
     const parallel::Placement placement(parallel::PlacementKind::kZigzag, batch.rows, kLength,
                                         ranks);
     BatchBuilder builder(m, placement, strategy, comm.rank());
@@ -80,7 +80,7 @@ void CheckAgainstFiniteDifferences(const ModelOptions& m, parallel::StrategyKind
   Context ctx(ContextOptions{.threads = 1});
   parallel::SelfCommunicator self;
   ParameterStore store(ctx, m, true);
-  store.Initialize(ctx, 11);
+  store.Initialize(11);
   BatchBuilder builder(m, parallel::Placement(parallel::PlacementKind::kZigzag, 1, kLength, 1),
                        parallel::StrategyKind::kRing, 0);
   const auto prepared = builder.Build(batch);
