@@ -160,6 +160,13 @@ void CheckHeads(const Config& config, Problems& problems) {
                                " (give head_dim, or another hidden_size or num_heads)")});
     return;
   }
+  constexpr int64_t kMostOnCuda = 256;
+  if (config.run().device() == Run::CUDA && HeadDim(model) > kMostOnCuda) {
+    problems.push_back(
+        {"model.head_dim", Str(HeadDim(model), " is too large for the attention kernels of CUDA (",
+                               "use at most ", kMostOnCuda, ")")});
+    return;
+  }
   const FieldDescriptor& head_dim = *Model::descriptor()->FindFieldByName("head_dim");
   if (HeadDim(model) % 2 != 0) {
     problems.push_back({"model.head_dim", Str(HeadDim(model), " is odd (RoPE needs an even one: ",
@@ -174,6 +181,10 @@ void CheckPrecision(const Config& config, Problems& problems) {
   const Precision precision = config.run().precision();
   if (precision == F64 && config.run().device() == Run::CUDA) {
     problems.push_back({"run.precision", "F64 exists on the CPU only (use F32 or BF16 on CUDA)"});
+  }
+  if (config.run().device() == Run::CPU && config.parallel().backend() == Parallel::NCCL) {
+    problems.push_back(
+        {"parallel.backend", "NCCL connects GPUs only (use AUTO, or run.device: CUDA)"});
   }
   const Precision residual = ResidualDtype(config);
   const bool widened = precision == BF16 && residual == F32;

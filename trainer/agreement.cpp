@@ -27,6 +27,14 @@ void RequireSame(parallel::Communicator& world, const std::string& what, uint64_
   });
 }
 
+std::vector<std::string> GatherStrings(parallel::Communicator& world, const std::string& text) {
+  std::vector<std::string> texts;
+  for (int rank = 0; rank < world.size(); ++rank) {
+    texts.push_back(parallel::BroadcastString(world, rank == world.rank() ? text : "", rank));
+  }
+  return texts;
+}
+
 std::filesystem::path AgreeOnCheckpoint(parallel::Communicator& world,
                                         const std::filesystem::path& path) {
   std::string resolved;

@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "parallel/comm/communicator.h"
 
@@ -17,6 +18,9 @@ void OnAllRanks(parallel::Communicator& world, const std::function<void()>& body
 // message sizes do not depend on what is in a file, so nothing else would notice that one rank
 // reads another version of it.
 void RequireSame(parallel::Communicator& world, const std::string& what, uint64_t fingerprint);
+
+// The texts of all ranks, in order of rank, on every rank.
+std::vector<std::string> GatherStrings(parallel::Communicator& world, const std::string& text);
 
 // The checkpoint that a user means by `path` (ResolveCheckpoint), chosen by rank 0 for all: while
 // another job saves into that run, each rank could find another newest one.

@@ -6,6 +6,8 @@
 
 #include "configs/defaults.h"
 #include "ops/core/check.h"
+#include "ops/core/cuda/backend.h"
+#include "parallel/comm/nccl.h"
 #include "parallel/context/placement.h"
 
 namespace longspan::trainer {
@@ -81,6 +83,17 @@ std::vector<DataSource> SourcesFrom(
   return sources;
 }
 
+CommBackend BackendFrom(configs::Parallel::Backend backend) {
+  switch (backend) {
+    case configs::Parallel::NCCL:
+      return CommBackend::kNccl;
+    case configs::Parallel::MPI:
+      return CommBackend::kMpi;
+    default:
+      return CommBackend::kAuto;
+  }
+}
+
 void FillOptions(const configs::Config& c, TrainOptions& o) {
   const configs::Run& run = c.run();
   o.model = ModelFromConfig(c);
@@ -91,6 +104,7 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.global_batch_tokens = run.global_batch_tokens();
   o.threads = static_cast<int>(run.threads());
   o.deterministic = run.deterministic();
+  o.device = run.device() == configs::Run::CUDA ? DeviceKind::kCuda : DeviceKind::kCpu;
   o.on_nonfinite =
       run.on_nonfinite() == configs::Run::SKIP ? NonFinitePolicy::kSkip : NonFinitePolicy::kStop;
   o.max_skipped_steps = run.max_skipped_steps();
@@ -103,6 +117,7 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.strategy = c.parallel().strategy() == configs::Parallel::ALL_GATHER
                    ? parallel::StrategyKind::kAllGather
                    : parallel::StrategyKind::kRing;
+  o.backend = BackendFrom(c.parallel().backend());
   o.train = SourcesFrom(c.data().train());
   o.validation = SourcesFrom(c.data().validation());
   o.document_mask = c.data().document_mask();
@@ -163,8 +178,11 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   TrainOptions options;
   FillOptions(c, options);
   std::vector<configs::Problem> problems;
-  if (c.run().device() != configs::Run::CPU) {
-    problems.push_back({"run.device", "CUDA is not built into this binary; use CPU"});
+  std::string why;
+  if (options.device == DeviceKind::kCuda && cuda::DeviceCount(&why) == 0) {
+    problems.push_back({"run.device", Str("CUDA cannot be used: ", why, "; use CPU")});
+  } else if (options.backend == CommBackend::kNccl && !parallel::NcclBuiltIn()) {
+    problems.push_back({"parallel.backend", "this binary was built without NCCL; use MPI"});
   }
   if (options.dp * options.cp != world_size) {
     problems.push_back(

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <deque>
 #include <map>
+#include <numeric>
 
 #include "parallel/comm/bootstrap.h"
 #include "trainer/agreement.h"
@@ -14,6 +16,7 @@
 #include "trainer/metrics/jsonl_sink.h"
 #include "trainer/metrics/terminal_line.h"
 #include "trainer/resume.h"
+#include "trainer/run_directory/file_io.h"
 #include "trainer/run_directory/run_directory.h"
 
 namespace longspan::trainer {
@@ -58,6 +61,10 @@ class Reporter {
   std::unique_ptr<TerminalLine> line_;
 };
 
+// What each rank notes beside the sums of a step; kDeviceBytes by category of memory.
+enum RankValue { kSentBytes, kPeakRssBytes, kReportFailed, kDeviceBytes };
+constexpr size_t kNotes = kDeviceBytes + kMemoryCategories;
+
 // The run of one rank: everything that RunTraining needs at hand.
 class Run {
  public:
@@ -73,6 +80,7 @@ class Run {
     const std::string checkpoint = ClaimAndDecide();
     trainer_ = std::make_unique<Trainer>(ctx, mesh, options_);
     Restore(checkpoint);
+    first_step_ = trainer_->step();
     CheckpointWriterOptions writer;
     writer.directory = directory_.checkpoints();
     writer.retention = {static_cast<int>(options_.keep_last), options_.keep_every};
@@ -84,6 +92,7 @@ class Run {
       directory_.WriteConfig(settings_.config_text);
       for (const std::string& note : notes_) reporter_->Note(note);
     });
+    StartTrace();
   }
 
   RunSummary Loop();
@@ -189,7 +198,7 @@ class Run {
     throw Error(error);
   }
 
-  void Report(const StepResult& r, double seconds);
+  void Report(const StepResult& r);
   void Evaluate();
   void Save() {
     writer_->Save(trainer_->Info(settings_.config_text), trainer_->State());
@@ -200,17 +209,43 @@ class Run {
     if (saved_step_ != trainer_->step() && resumed_step_ != trainer_->step()) Save();
     writer_->Wait();
   }
-  StepResult Step() {
-    try {
-      return trainer_->Step([this] { return Wish(); });
-    } catch (const StepFailure& e) {
-      EndWith(e.what());
-    }
+  PendingStep BeginStep() {
+    return trainer_->BeginStep([this] { return Note(); });
   }
+  // Results of the steps begun, oldest first, until `left` remain.
+  void FinishSteps(size_t left);
+  RankNote Note() const;
   StopWish Wish() const {
     if (settings_.stop_requested && settings_.stop_requested()) return StopWish::kSignal;
     return settings_.max_seconds > 0 && Seconds(start_) >= settings_.max_seconds ? StopWish::kTimeUp
                                                                                  : StopWish::kNone;
+  }
+  bool OnGpu() const { return ctx_.device().kind == DeviceKind::kCuda; }
+  // Whether attention and waiting are measured in the step after `step` steps. A CPU always knows;
+  // on a GPU it costs events, so only some steps do. The first one also loads kernels.
+  bool IsTimed(int64_t step) const {
+    constexpr int64_t kEvery = 16;
+    const int64_t index = step - first_step_;
+    const int64_t traced = settings_.trace_file.empty() ? 0 : settings_.trace_steps;
+    return !OnGpu() || index < traced || index % kEvery == 1;
+  }
+  void StartTrace();
+  void FinishTrace();
+  void AddShares();
+  // Around the issue of a step: evaluations and saves do not count.
+  void BeginTracing() {
+    if (OnGpu()) {
+      ctx_.trace().TimeDevice(IsTimed(trainer_->step()));
+    } else {
+      ctx_.trace().Reset();
+    }
+  }
+  void EndTracing() {
+    if (OnGpu()) {
+      ctx_.trace().TimeDevice(false);
+    } else {
+      for (const auto& [category, seconds] : ctx_.trace().Totals()) traced_[category] += seconds;
+    }
   }
   bool Due(int64_t every) const {
     return every > 0 && (trainer_->step() % every == 0 || trainer_->step() == options_.steps);
@@ -231,44 +266,75 @@ class Run {
   std::string report_error_;
   int64_t resumed_step_ = -1, saved_step_ = -1;
   int64_t seen_bytes_ = 0, tokens_ = 0;
-  std::map<std::string, double> traced_;  // seconds in steps by category
+  int64_t first_step_ = 0;                // steps done when this process started
+  std::map<std::string, double> traced_;  // seconds in timed steps by category
+  double timed_seconds_ = 0;              // of those steps
+  std::shared_ptr<TraceRecorder> tracing_;
+  std::deque<PendingStep> pending_;
+  bool stop_ = false, time_is_up_ = false;
   RunSummary summary_;
 };
 
-void Run::Report(const StepResult& r, double seconds) {
-  // One small gather a step: traffic and memory of each rank, and whether its files failed.
-  constexpr int kValues = 3;
-  Tensor mine = ctx_.Empty({1, kValues}, DType::kF64);
-  Tensor all = ctx_.Empty({world_.size(), kValues}, DType::kF64);
-  const int64_t bytes = counted_.counts().Total().bytes;
-  mine.data<double>()[0] = static_cast<double>(bytes - seen_bytes_);
-  mine.data<double>()[1] = static_cast<double>(PeakRssBytes());
-  mine.data<double>()[2] = report_error_.empty() ? 0 : 1;
-  world_.AllGather(mine, all).Wait();
+RankNote Run::Note() const {
+  std::vector<double> values(kNotes);
+  values[kSentBytes] = static_cast<double>(counted_.counts().Total().bytes - seen_bytes_);
+  values[kPeakRssBytes] = static_cast<double>(PeakRssBytes());
+  values[kReportFailed] = report_error_.empty() ? 0 : 1;
+  const BytesByCategory peak = ctx_.allocator().peak_by_category();
+  for (size_t c = 0; c < peak.size(); ++c) values[kDeviceBytes + c] = static_cast<double>(peak[c]);
+  return {Wish(), std::move(values)};
+}
 
+void Run::Report(const StepResult& r) {
   StepMetrics m;
-  m.step = trainer_->step();
+  m.step = r.step;
   m.loss = r.loss;
   m.grad_norm = r.grad_norm;
   m.lr = r.lr;
   m.tokens = r.tokens;
   m.valid_tokens = r.valid_tokens;
-  m.step_ms = seconds * 1e3;
-  m.tokens_per_s = static_cast<double>(r.tokens) / seconds;
-  if (settings_.peak_flops > 0) m.mfu = r.flops / seconds / settings_.peak_flops;
-  for (int i = 0; i < world_.size(); ++i) {
-    const double* rank = all.data<double>() + kValues * i;
-    m.comm_bytes += static_cast<int64_t>(rank[0]);
-    m.peak_rss_bytes = std::max(m.peak_rss_bytes, static_cast<int64_t>(rank[1]));
-    if (rank[2] != 0) RaiseReportError();
+  m.step_ms = r.seconds * 1e3;
+  m.tokens_per_s = static_cast<double>(r.tokens) / r.seconds;
+  if (settings_.peak_flops > 0) m.mfu = r.flops / r.seconds / settings_.peak_flops;
+  for (size_t rank = 0; rank < r.notes.size(); rank += kNotes) {
+    m.comm_bytes += std::llround(r.notes[rank + kSentBytes]);
+    m.peak_rss_bytes =
+        std::max(m.peak_rss_bytes, static_cast<int64_t>(r.notes[rank + kPeakRssBytes]));
+    if (r.notes[rank + kReportFailed] != 0) RaiseReportError();
+    const double* peak = &r.notes[rank + kDeviceBytes];
+    const auto bytes = std::llround(std::accumulate(peak, peak + kMemoryCategories, 0.0));
+    if (bytes <= m.peak_device_bytes) continue;
+    m.peak_device_bytes = bytes;
+    m.peak_device_memory.clear();
+    for (size_t c = 0; c < kMemoryCategories; ++c) {
+      m.peak_device_memory.emplace_back(ToString(static_cast<MemoryCategory>(c)),
+                                        std::llround(peak[c]));
+    }
   }
-  summary_.seconds += seconds;
+  if (IsTimed(r.step - 1)) timed_seconds_ += r.seconds;
+  summary_.seconds += r.seconds;
   tokens_ += r.tokens;
   summary_.last_loss = r.loss;
   Tell([&](Reporter& reporter) {
     reporter.Step(m);
     if (r.skipped) reporter.Note(Str("step ", m.step, " skipped: not finite"));
   });
+}
+
+void Run::FinishSteps(size_t left) {
+  while (pending_.size() > left) {
+    PendingStep oldest = std::move(pending_.front());
+    pending_.pop_front();
+    StepResult r;
+    try {
+      r = trainer_->FinishStep(std::move(oldest));
+    } catch (const StepFailure& e) {
+      EndWith(e.what());
+    }
+    Report(r);
+    stop_ = stop_ || r.stop_requested;
+    time_is_up_ = time_is_up_ || r.time_is_up;
+  }
 }
 
 void Run::Evaluate() {
@@ -279,19 +345,64 @@ void Run::Evaluate() {
   });
 }
 
+void Run::StartTrace() {
+  if (settings_.trace_file.empty()) return;
+  OnRoot([&] {  // a file that cannot be written is known before hours of training
+    FileWriter(settings_.trace_file, FileWriter::Mode::kTruncate).Close();
+  });
+  tracing_ = std::make_shared<TraceRecorder>(world_.rank());
+  ctx_.trace().Record(tracing_, "compute");
+  trainer_->Record(tracing_);
+}
+
+void Run::FinishTrace() {
+  if (tracing_ == nullptr) return;
+  ctx_.trace().WaitForDevice();
+  ctx_.trace().Record(nullptr, "");
+  trainer_->Record(nullptr);
+  const std::vector<std::string> events = GatherStrings(world_, tracing_->Events());
+  tracing_.reset();
+  Tell([&](Reporter& reporter) {
+    try {
+      FileWriter file(settings_.trace_file, FileWriter::Mode::kTruncate);
+      file.Write(ChromeTrace(events));
+      file.Close();
+      reporter.Note(Str("trace of the first steps in ", settings_.trace_file.string()));
+    } catch (const CheckpointError& e) {  // no reason to end a run
+      reporter.Note(Str("there is no trace: ", e.what()));
+    }
+  });
+}
+
+void Run::AddShares() {
+  if (OnGpu()) {
+    ctx_.trace().WaitForDevice();
+    traced_ = ctx_.trace().Totals();
+  }
+  if (timed_seconds_ <= 0) return;
+  const auto share = [&](const char* category) {
+    const auto it = traced_.find(category);
+    return it == traced_.end() ? 0.0 : it->second / timed_seconds_;
+  };
+  summary_.attention_share = share("attention");
+  summary_.wait_share = share("communication wait") + share("gradient reduction wait");
+}
+
 RunSummary Run::Loop() {
-  bool stop = false;
-  while (trainer_->step() < options_.steps && !stop) {
-    // What evaluations and saves added does not count.
-    ctx_.trace().Reset();
+  // A GPU works on one step while the host issues the next and reports the last.
+  const size_t ahead = OnGpu() ? 1 : 0;
+  while (trainer_->step() < options_.steps && !stop_) {
+    BeginTracing();
     seen_bytes_ = counted_.counts().Total().bytes;
-    const auto start = Clock::now();
-    const StepResult r = Step();
-    Report(r, Seconds(start));
-    for (const auto& [category, seconds] : ctx_.trace().Totals()) traced_[category] += seconds;
-    stop = r.stop_requested;
+    pending_.push_back(BeginStep());
+    EndTracing();
+    const bool pause = Due(options_.evaluation_every_steps) ||
+                       Due(options_.checkpoint_every_steps) || trainer_->step() == options_.steps;
+    FinishSteps(pause ? 0 : ahead);
+    if (stop_) FinishSteps(0);
+    if (trainer_->step() - first_step_ >= settings_.trace_steps) FinishTrace();
     writer_->Poll();
-    if (r.time_is_up) {  // little may be left: first what must not be lost
+    if (time_is_up_) {  // little may be left: first what must not be lost
       SaveNow();
       if (options_.evaluation_every_steps > 0) Evaluate();
       break;
@@ -299,6 +410,7 @@ RunSummary Run::Loop() {
     if (Due(options_.evaluation_every_steps)) Evaluate();
     if (Due(options_.checkpoint_every_steps)) Save();
   }
+  FinishTrace();
   SaveNow();
   OnAllRanks(world_, [&] {
     if (!report_error_.empty()) throw Error(report_error_);
@@ -308,12 +420,7 @@ RunSummary Run::Loop() {
   summary_.skipped_steps = trainer_->skipped_steps();
   if (summary_.seconds > 0) {
     summary_.tokens_per_s = static_cast<double>(tokens_) / summary_.seconds;
-    auto share = [&](const char* category) {
-      const auto it = traced_.find(category);
-      return it == traced_.end() ? 0.0 : it->second / summary_.seconds;
-    };
-    summary_.attention_share = share("attention");
-    summary_.wait_share = share("communication wait") + share("gradient reduction wait");
+    AddShares();
   }
   return summary_;
 }

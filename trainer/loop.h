@@ -22,12 +22,15 @@ struct RunSettings {
   std::chrono::milliseconds lock_wait = std::chrono::seconds(30);
   std::function<bool()> stop_requested;  // polled once a step and while waiting for the lock
   // Save, then validate, then end after the step in which this time since the start of RunTraining
-  // is over; 0: no limit.
+  // is over (on a GPU after the next one, which has been issued by then); 0: no limit.
   double max_seconds = 0;
   // For tests that interrupt a save: limits the writer. 0: no limit.
   uint64_t checkpoint_bytes_per_second = 0;
   double peak_flops = 0;  // of all ranks together; 0: unknown, mfu is null
   bool quiet = false;     // no progress lines
+  // Where to write a Chrome trace of the first `trace_steps` steps of this process; empty: none.
+  std::filesystem::path trace_file;
+  int64_t trace_steps = 3;
 };
 
 struct RunSummary {
@@ -38,8 +41,10 @@ struct RunSummary {
   double seconds = 0;                  // in steps, this process
   std::optional<double> tokens_per_s;  // over those
   int64_t skipped_steps = 0;
-  double attention_share = 0;  // of the time in steps, on rank 0
-  double wait_share = 0;       // waiting for other ranks
+  // Of the time in steps, on rank 0. On a GPU of every 16th step, on its own clock; none when no
+  // step was timed.
+  std::optional<double> attention_share;
+  std::optional<double> wait_share;  // waiting for other ranks
 };
 
 // Trains from where the run directory stands to options.steps, or until a stop is requested:

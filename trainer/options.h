@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/core/device.h"
 #include "parallel/context/placement.h"
 #include "parallel/context/plan.h"
 #include "trainer/model/options.h"
@@ -20,6 +21,8 @@ struct AdamWSettings {
 };
 
 enum class NonFinitePolicy { kStop, kSkip };
+// What carries data between the GPUs of ranks; kAuto: NCCL where it is built in, else MPI.
+enum class CommBackend { kAuto, kNccl, kMpi };
 
 // Everything a training run needs, as plain values; trainer/from_config fills it from protobuf.
 struct TrainOptions {
@@ -32,10 +35,12 @@ struct TrainOptions {
   int64_t global_batch_tokens = 0;  // tokens of an optimizer step, over all replicas
   int threads = 0;                  // per rank; 0 = cores / ranks on this host
   bool deterministic = true;
+  DeviceKind device = DeviceKind::kCpu;
 
   int64_t dp = 1, cp = 1;
   parallel::PlacementKind placement = parallel::PlacementKind::kZigzag;
   parallel::StrategyKind strategy = parallel::StrategyKind::kRing;
+  CommBackend backend = CommBackend::kAuto;
 
   std::vector<DataSource> train, validation;
   bool document_mask = true;

@@ -131,13 +131,22 @@ void Trainer::StartLoader() {
   loader_ = std::make_unique<data::Loader>(std::move(o));
 }
 
-StepResult Trainer::Step(const std::function<StopWish()>& wish) {
+StepResult Trainer::Step(const std::function<RankNote()>& note) {
+  return FinishStep(BeginStep(note));
+}
+
+PendingStep Trainer::BeginStep(const std::function<RankNote()>& note) {
   if (loader_ == nullptr) StartLoader();
-  const StepResult result = train_step_.Run(*loader_, step_, wish);
+  PendingStep pending = train_step_.Begin(*loader_, step_, note);
   ++step_;
+  return pending;
+}
+
+StepResult Trainer::FinishStep(PendingStep pending) {
+  StepResult result = train_step_.Finish(std::move(pending));
   if (result.skipped && ++skipped_steps_ > options_.max_skipped_steps) {
     throw StepFailure(
-        Str("step ", step_, ": ", skipped_steps_,
+        Str("step ", result.step, ": ", skipped_steps_,
             " steps have been skipped because loss or gradient were not finite, more than ",
             "run.max_skipped_steps = ", options_.max_skipped_steps,
             "; lower optimizer.adamw.lr or look at the data"));
@@ -194,8 +203,13 @@ void Trainer::Resume(const CheckpointReader& reader) {
   step_ = info.step;
   const auto skipped = info.extra.find(kSkippedSteps);
   skipped_steps_ = skipped == info.extra.end() ? 0 : std::stoll(skipped->second);
+  train_step_.SetSkippedSteps(skipped_steps_);
   store_.RefreshValues();
   loader_.reset();
+}
+
+void Trainer::Record(std::shared_ptr<TraceRecorder> recorder) {
+  train_builder_->trace().Record(std::move(recorder), "batches");
 }
 
 void Trainer::InitFrom(const CheckpointReader& reader) {

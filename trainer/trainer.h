@@ -22,14 +22,20 @@ class Trainer {
   Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options);
   ~Trainer();
 
-  // Steps done so far: the next Step() is this one, counted from 0.
+  // Steps begun so far: the next one is this one, counted from 0.
   int64_t step() const { return step_; }
   int64_t skipped_steps() const { return skipped_steps_; }
   ParameterStore& parameters() { return store_; }
   const TrainOptions& options() const { return options_; }
 
-  // Throws Error when more steps have been skipped than the policy allows. `wish`: see TrainStep.
-  StepResult Step(const std::function<StopWish()>& wish = nullptr);
+  // One step: BeginStep, FinishStep.
+  StepResult Step(const std::function<RankNote()>& note = nullptr);
+  // Issues the next step; on a GPU without waiting for it. `note`: see TrainStep.
+  PendingStep BeginStep(const std::function<RankNote()>& note = nullptr);
+  // Its result, in the order of BeginStep. Checkpoints and evaluations need every step finished.
+  // Throws StepFailure for a step that ends the run, which includes having skipped more steps than
+  // the policy allows.
+  StepResult FinishStep(PendingStep pending);
   // Mean validation loss; only with validation data.
   EvaluationLoss Evaluate();
 
@@ -39,6 +45,8 @@ class Trainer {
   // Continues where `reader`'s run stopped. Refuses, by field, one with another model, seed, batch
   // or corpus; the text says how to start a new run from its weights instead.
   void Resume(const CheckpointReader& reader);
+  // Also writes what the loader's thread does into `recorder`; nullptr ends that.
+  void Record(std::shared_ptr<TraceRecorder> recorder);
   // Takes the weights only: a new run that starts at step 0.
   void InitFrom(const CheckpointReader& reader);
 

@@ -202,6 +202,14 @@ TEST(ConfigValidateTest, Precision) {
   ExpectFine({"run.precision=F64"});
   ExpectProblem({"run.device=CUDA", "run.precision=F64"},
                 "run.precision: F64 exists on the CPU only (use F32 or BF16 on CUDA)");
+  ExpectProblem({"parallel.backend=NCCL"},
+                "parallel.backend: NCCL connects GPUs only (use AUTO, or run.device: CUDA)");
+  ExpectFine({"parallel.backend=NCCL", "run.device=CUDA"});
+  ExpectFine({"model.head_dim=256", "run.device=CUDA"});
+  ExpectFine({"model.head_dim=264"});
+  ExpectProblem({"run.device=CUDA", "model.head_dim=264"},
+                "model.head_dim: 264 is too large for the attention kernels of CUDA (use at most "
+                "256)");
   const auto refused = [](const char* residual, const char* precision, const char* right) {
     ExpectProblem({Str("run.precision=", precision), Str("model.residual_dtype=", residual)},
                   Str("model.residual_dtype: ", residual, " does not go with run.precision ",

@@ -215,7 +215,8 @@ class Metrics:
     step."""
 
     KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "step_ms", "tokens_per_s",
-            "mfu", "comm_bytes", "peak_rss_bytes"]
+            "mfu", "comm_bytes", "peak_rss_bytes", "peak_device_bytes", "peak_device_memory"]
+    MEMORY = ["activations", "parameters", "gradients", "optimizer", "workspace", "staging"]
 
     def __init__(self, run):
         self.steps, self.evaluations = [], {}
@@ -228,6 +229,8 @@ class Metrics:
                 self.evaluations[key] = entry["value"]
                 continue
             assert list(entry) == self.KEYS, f"keys of {line}"
+            assert list(entry["peak_device_memory"]) == self.MEMORY, f"categories of {line}"
+            assert sum(entry["peak_device_memory"].values()) == entry["peak_device_bytes"], line
             assert entry["step"] == len(self.steps) + 1, f"step out of order: {line}"
             self.steps.append(entry)
 

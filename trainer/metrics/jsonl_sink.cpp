@@ -64,6 +64,8 @@ JsonlSink::JsonlSink(const std::filesystem::path& path, int64_t last_step) {
 JsonlSink::~JsonlSink() = default;
 
 void JsonlSink::Write(const StepMetrics& metrics) {
+  Json memory = Json::object();
+  for (const auto& [category, bytes] : metrics.peak_device_memory) memory[category] = bytes;
   const Json object = {
       {"step", metrics.step},
       {"loss", metrics.loss},
@@ -76,6 +78,8 @@ void JsonlSink::Write(const StepMetrics& metrics) {
       {"mfu", metrics.mfu ? Json(*metrics.mfu) : Json(nullptr)},
       {"comm_bytes", metrics.comm_bytes},
       {"peak_rss_bytes", metrics.peak_rss_bytes},
+      {"peak_device_bytes", metrics.peak_device_bytes},
+      {"peak_device_memory", memory},
   };
   file_->Write(object.dump() + "\n");
 }

@@ -13,7 +13,9 @@ class FileWriter;
 // keeps all complete lines.
 //
 //   step        {"step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "step_ms",
-//                "tokens_per_s", "mfu", "comm_bytes", "peak_rss_bytes"}
+//                "tokens_per_s", "mfu", "comm_bytes", "peak_rss_bytes", "peak_device_bytes",
+//                "peak_device_memory": {"activations", "parameters", "gradients", "optimizer",
+//                "workspace", "staging"}}
 //   evaluation  {"step", "eval", "value"}
 //
 // Numbers are printed so that reading them gives the same bits back. JSON has no NaN or infinity:

@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace longspan::trainer {
 
@@ -18,6 +20,11 @@ struct StepMetrics {
   std::optional<double> mfu;   // fraction of the device's peak, 0..1; none when unknown
   int64_t comm_bytes = 0;      // sent by all ranks in this step
   int64_t peak_rss_bytes = 0;  // largest of all ranks since their start
+  // Most memory that tensors held at once on the run's device (a GPU's, or the host's), of the rank
+  // with the most, and what it was for at that moment: adds up to it. In order of the categories of
+  // ops/core/allocator.h; the names are theirs.
+  int64_t peak_device_bytes = 0;
+  std::vector<std::pair<std::string, int64_t>> peak_device_memory;
 };
 
 // One result of an evaluation after `step` steps.
