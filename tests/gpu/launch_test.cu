@@ -15,14 +15,13 @@ __global__ void SquaresKernel(int32_t* out, int64_t n) {
   if (i < n) out[i] = static_cast<int32_t>(i * i);
 }
 
-// The helper that starts kernels lives in the shared library; this kernel is in another binary. With
-// a CUDA runtime of its own in each, this one would be unknown to the helper's.
+// The helper that starts kernels lives in the shared library; this kernel is in another binary.
+// With a CUDA runtime of its own in each, this one would be unknown to the helper's.
 TEST(LaunchTest, SmokeStartsAKernelOfAnotherBinary) {
   Context ctx({.device = {DeviceKind::kCuda, 0}});
   constexpr int64_t kN = 1000;  // no multiple of a block
   const Tensor out = ctx.Zeros({kN}, DType::kI32);
-  cuda::Launch(ctx.cuda(), "Squares", SquaresKernel, cuda::Cover(kN), static_cast<int32_t*>(out.raw()),
-               kN);
+  cuda::Launch(ctx.cuda(), "Squares", SquaresKernel, cuda::Cover(kN), out.data<int32_t>(), kN);
   std::vector<int32_t> host(kN);
   CopyToHost(out, host.data());
   for (int64_t i = 0; i < kN; ++i) ASSERT_EQ(host[i], i * i);
