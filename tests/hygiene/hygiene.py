@@ -29,7 +29,7 @@ AUTOGRAD = "ops/autograd"
 # Where protobuf may be seen.
 PROTOBUF = ("configs/", "trainer/from_config", "trainer/checkpoint/", "trainer/metrics/", "tests/",
             "launch/cli/inspect")
-CUDA_PLACES = re.compile(r"_cuda\.|^ops/core/cuda/|^parallel/comm/nccl\.")
+CUDA_PLACES = re.compile(r"_cuda\.|^ops/core/cuda/|^parallel/comm/nccl\.|^tests/emulated_cuda/")
 ENVIRONMENT_FILE = "parallel/comm/bootstrap.cpp"
 
 

@@ -32,11 +32,11 @@ void LaunchChecked(Runtime& runtime, const char* name, const void* kernel, Launc
     LONGSPAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(shape.shared_bytes)));
   }
+  const cudaStream_t stream = shape.stream != nullptr ? shape.stream : runtime.stream();
   const cudaError_t status = cudaLaunchKernel(kernel, shape.grid, shape.block, arguments,
-                                              shape.shared_bytes, runtime.stream());
+                                              shape.shared_bytes, stream);
   Check(status, name, __FILE__, __LINE__);
-  if (runtime.sync_checks())
-    Check(cudaStreamSynchronize(runtime.stream()), name, __FILE__, __LINE__);
+  if (runtime.sync_checks()) Check(cudaStreamSynchronize(stream), name, __FILE__, __LINE__);
 }
 
 }  // namespace longspan::cuda::internal

@@ -11,7 +11,8 @@ namespace longspan::cuda {
 
 struct LaunchShape {
   dim3 grid, block;
-  size_t shared_bytes = 0;  // dynamic shared memory
+  size_t shared_bytes = 0;        // dynamic shared memory
+  cudaStream_t stream = nullptr;  // null: the runtime's compute stream
 };
 
 // Blocks of `threads` that cover n elements, `each` per thread.
@@ -38,6 +39,11 @@ void Launch(Runtime& runtime, const char* name, void (*kernel)(P...), const Laun
             A&&... arguments) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
   std::tuple<std::decay_t<P>...> values(std::forward<A>(arguments)...);
+#ifdef LONGSPAN_EMULATED_CUDA
+  EmulatedKernel bound{name, [kernel, values] { std::apply(kernel, values); }};
+  void* pointers[] = {&bound};
+  internal::LaunchChecked(runtime, name, reinterpret_cast<const void*>(kernel), shape, pointers);
+#else
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))..., nullptr};
@@ -45,6 +51,7 @@ void Launch(Runtime& runtime, const char* name, void (*kernel)(P...), const Laun
                                 pointers);
       },
       values);
+#endif
 }
 
 }  // namespace longspan::cuda

@@ -1,0 +1,58 @@
+#pragma once
+#include <cuda_runtime_api.h>
+#include <emulated_collectives.h>
+#include <emulated_maths.h>
+
+// What the compiler of CUDA C++ adds to C++, for kernels that the emulated device calls as
+// functions.
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(n) __attribute__((aligned(n)))
+// One block runs on one host thread at a time, and no other block runs on it meanwhile.
+#define __shared__ static thread_local
+#define __builtin_assume(condition) static_cast<void>(0)
+
+// Of the thread that runs now.
+extern constinit thread_local uint3 threadIdx;
+extern constinit thread_local uint3 blockIdx;
+extern constinit thread_local dim3 blockDim;
+extern constinit thread_local dim3 gridDim;
+constexpr int warpSize = 32;
+
+// CUDA's overloads for typed pointers.
+template <class T>
+cudaError_t cudaMalloc(T** block, size_t bytes) {
+  return cudaMalloc(reinterpret_cast<void**>(block), bytes);
+}
+template <class T>
+cudaError_t cudaMallocAsync(T** block, size_t bytes, cudaStream_t stream) {
+  return cudaMallocAsync(reinterpret_cast<void**>(block), bytes, stream);
+}
+template <class T>
+cudaError_t cudaHostAlloc(T** block, size_t bytes, unsigned flags) {
+  return cudaHostAlloc(reinterpret_cast<void**>(block), bytes, flags);
+}
+template <class T>
+cudaError_t cudaMallocHost(T** block, size_t bytes) {
+  return cudaMallocHost(reinterpret_cast<void**>(block), bytes);
+}
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(P...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(P...),
+                                                          int block_threads, size_t shared_bytes) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      blocks, reinterpret_cast<const void*>(kernel), block_threads, shared_bytes);
+}
