@@ -1,6 +1,6 @@
 """Checks of the source tree that no compiler makes. Usage: hygiene.py CHECK SOURCE_DIR [BUILD_DIR COMPILER]
 
-CHECK is one of: edges, environment, headers, leaves, length, copies.
+CHECK is one of: edges, kernels, listed, environment, headers, leaves, length, copies.
 """
 
 import json
@@ -29,7 +29,13 @@ AUTOGRAD = "ops/autograd"
 # Where protobuf may be seen.
 PROTOBUF = ("configs/", "trainer/from_config", "trainer/checkpoint/", "trainer/metrics/", "tests/",
             "launch/cli/inspect")
-CUDA_PLACES = re.compile(r"_cuda\.|^ops/core/cuda/|^parallel/comm/nccl\.|^tests/emulated_cuda/")
+CUDA_PLACES = re.compile(r"_cuda\.|\.cuh?$|^ops/core/cuda/|^parallel/comm/nccl\.|^tests/emulated_cuda/"
+                         r"|^tests/parallel/comm/nccl_")
+# Of ops/core/cuda, the header that names nothing of CUDA.
+PLAIN_CUDA_HEADER = "ops/core/cuda/backend.h"
+# Where code may differ between a GPU and the emulated one, and where PTX is written.
+DEVICE_CORE = ("ops/core/cuda/", "tests/")
+PTX_PLACES = re.compile(r"^ops/core/cuda/ptx(_sm90)?\.cuh$|^tests/")
 ENVIRONMENT_FILE = "parallel/comm/bootstrap.cpp"
 
 
@@ -77,6 +83,60 @@ def edge_problems(path, text):
         if re.match(r"(cuda|cublas|nccl|nvtx)", target) and not CUDA_PLACES.search(path):
             problems.append(f"{path}: CUDA headers stay in *_cuda.*, ops/core/cuda, nccl.* ({target})")
     return problems
+
+
+def cuda_problems(path, text):
+    """What only some places may see of CUDA, and what no kernel may use."""
+    problems = []
+    if not CUDA_PLACES.search(path):
+        problems += [f"{path}: {target} needs CUDA headers; include {PLAIN_CUDA_HEADER}"
+                     for kind, target in includes(text)
+                     if kind == '"' and target != PLAIN_CUDA_HEADER
+                     and (target.startswith("ops/core/cuda/") or target.endswith(".cuh"))]
+    if not path.startswith(DEVICE_CORE):
+        if re.search(r"\bLONGSPAN_(EMULATED_CUDA|WITH_CUDA)\b|[<\"]emulat", text):
+            problems.append(f"{path}: only ops/core/cuda and tests know which device library is linked")
+    if path.endswith((".cu", ".cuh")):
+        if not PTX_PLACES.search(path) and re.search(r"\basm\b(\s+volatile)?\s*\(", text):
+            problems.append(f"{path}: PTX is written in ops/core/cuda/ptx.cuh and ptx_sm90.cuh")
+        if not path.startswith("tests/"):
+            if "<<<" in text:
+                problems.append(f"{path}: kernels are started by cuda::Launch")
+            if re.search(r"\batomic[A-Z]\w*\s*\(", text):
+                problems.append(f"{path}: atomics make results depend on the order of threads")
+            if re.search(r"#\s*include\s*<(cuda_bf16|cooperative_groups|cub/|thrust/)", text):
+                problems.append(f"{path}: kernels use none of CUDA's device libraries")
+    return problems
+
+
+def check_kernels(root):
+    return [p for path in sources(root) for p in cuda_problems(path, text_of(root, path))]
+
+
+def is_listed(path, lists):
+    """Whether a source is named by one of the build files above it; a test also by its name without
+    _test.cpp. A folder whose build file globs lists what it holds."""
+    folder, name = os.path.split(path)
+    stem = re.sub(r"(_test)?\.\w+$", "", name)
+    while True:
+        text = lists.get(folder, "")
+        words = re.split(r"[\s()/;]+", text)
+        if "GLOB" in words or name in words or (path.startswith("tests/") and stem in words):
+            return True
+        if not folder:
+            return False
+        folder = os.path.dirname(folder)
+
+
+def check_listed(root):
+    lists = {}
+    for folder in FOLDERS:
+        for directory, _, names in os.walk(os.path.join(root, folder)):
+            if "CMakeLists.txt" in names:
+                place = os.path.relpath(directory, root)
+                lists[place] = text_of(root, os.path.join(place, "CMakeLists.txt"))
+    return [f"{path}: no CMakeLists.txt names it, so it is never built"
+            for path in sources(root) if path.endswith((".cpp", ".cu")) and not is_listed(path, lists)]
 
 
 def check_edges(root):
@@ -161,6 +221,19 @@ def self_test():
     assert edge_problems("trainer/loop.cpp", '#include "x.pb.h"\n')
     assert edge_problems("trainer/loop.cpp", "#include <cuda_runtime.h>\n")
     assert not edge_problems("trainer/loop.cpp", '#include "ops/core/tensor.h"\n')
+    assert cuda_problems("trainer/loop.cpp", '#include "ops/core/cuda/runtime.h"\n')
+    assert not cuda_problems("trainer/loop.cpp", '#include "ops/core/cuda/backend.h"\n')
+    assert cuda_problems("ops/norm/a_cuda.cu", "#ifdef LONGSPAN_EMULATED_CUDA\n")
+    assert cuda_problems("ops/norm/a_cuda.cu", "#include <emulated_ptx.h>\n")
+    assert cuda_problems("ops/norm/a_cuda.cu", "Kernel<<<1, 2>>>();")
+    assert cuda_problems("ops/norm/a_cuda.cu", "atomicAdd(x, 1);")
+    assert cuda_problems("ops/norm/a_cuda.cu", "#include <cuda_bf16.h>\n")
+    assert cuda_problems("ops/norm/a_cuda.cu", 'asm volatile("exit;");')
+    assert not cuda_problems("ops/core/cuda/ptx.cuh", '#include <emulated_ptx.h>\nasm("exit;");')
+    lists = {"ops": "norm/a.cpp", "tests/ops": "foreach(test IN ITEMS a)", "tests/x": "file(GLOB f)"}
+    assert is_listed("ops/norm/a.cpp", lists) and not is_listed("ops/norm/aa.cpp", lists)
+    assert is_listed("tests/ops/a_test.cpp", lists) and not is_listed("tests/ops/b_test.cpp", lists)
+    assert is_listed("tests/x/b_test.cpp", lists)
 
 
 def main():
