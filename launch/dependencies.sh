@@ -7,7 +7,7 @@ readonly kBuildPackages=(
   libprotobuf-dev libxxhash-dev ninja-build nlohmann-json3-dev openmpi-bin pkg-config
   protobuf-compiler
 )
-readonly kTestPackages=(ccache libgtest-dev python3 python3-protobuf python3-xxhash)
+readonly kTestPackages=(ccache libgtest-dev python3 python3-protobuf python3-xxhash xz-utils)
 
 # install_packages PACKAGE...: installs what is missing and says what that is.
 install_packages() {

@@ -284,6 +284,7 @@ class Quickstart:
 
     def __init__(self, run, folder):
         self.run, self.folder = run, folder
+        self.problems = {}  # of the runs that were made
 
     def prepare(self):
         """None, or what went wrong."""
@@ -292,23 +293,30 @@ class Quickstart:
              os.path.join(self.folder, "corpus"), "--validation-fraction", "0.05"])
         return f"prepare: status {status}: {lines[-1] if lines else ''}" if status or timed_out else None
 
+    def command(self, name, device, precision, *options):
+        corpus = os.path.join(self.folder, "corpus")
+        return [self.run.longspan, "train", "configs/quickstart.textproto",
+                "--run-dir", os.path.join(self.folder, name),
+                "--set", f"data.train[0].path={corpus}/train",
+                "--set", f"data.validation[0].path={corpus}/validation",
+                "--set", f"run.device={device}", "--set", f"run.precision={precision}",
+                "--set", f"run.steps={STEPS}", "--set", "evaluation.every_steps=1000",
+                "--set", "checkpoint.every_steps=1000", *options]
+
+    def problem(self, name, lines, status, timed_out):
+        """None, or (result, detail) of a run that did not end well."""
+        if timed_out:
+            return INCOMPLETE, f"the time was up during the run {name}"
+        if status != 0:
+            return FAILED, f"{name}: status {status}: {lines[-1] if lines else 'no output'}"
+        return None
+
     def train(self, name, device, precision, *options):
-        """(its losses, None) or (what there is of them, (result, detail)); a run is made once."""
-        directory = os.path.join(self.folder, name)
-        if not os.path.isdir(directory):
-            corpus = os.path.join(self.folder, "corpus")
-            lines, status, timed_out = self.run.run(
-                [self.run.longspan, "train", "configs/quickstart.textproto", "--run-dir", directory,
-                 "--set", f"data.train[0].path={corpus}/train",
-                 "--set", f"data.validation[0].path={corpus}/validation",
-                 "--set", f"run.device={device}", "--set", f"run.precision={precision}",
-                 "--set", f"run.steps={STEPS}", "--set", "evaluation.every_steps=1000",
-                 "--set", "checkpoint.every_steps=1000", *options])
-            if timed_out:
-                return {}, (INCOMPLETE, f"the time was up during the run {name}")
-            if status != 0:
-                return {}, (FAILED, f"{name}: status {status}: {lines[-1] if lines else 'no output'}")
-        return report.losses(directory), None
+        """(its losses, problem); each run is made once."""
+        if name not in self.problems:
+            ended = self.run.run(self.command(name, device, precision, *options))
+            self.problems[name] = self.problem(name, *ended)
+        return report.losses(os.path.join(self.folder, name)), self.problems[name]
 
 
 def compare_runs(run, check, ours, reference, tolerance):
@@ -338,7 +346,7 @@ def step(run):
             reference = quickstart.train(f"cpu_{precision}", "CPU", precision, *ONE_RANK)
             run.record(check, *compare_runs(run, check, ours, reference, tolerance), start)
         threads_as_ranks(run, quickstart)
-        nccl_processes(run, folder)
+        nccl_processes(run, quickstart)
 
 
 def threads_as_ranks(run, quickstart):
@@ -354,17 +362,30 @@ def threads_as_ranks(run, quickstart):
         run.record(check, *compare_runs(run, check, ours, reference, TOLERANCE["F32"]), start)
 
 
-def nccl_processes(run, folder):
+def nccl_processes(run, quickstart):
     """Two processes on one GPU: NCCL takes them for two machines and sends over loopback sockets."""
-    start, check = time.monotonic(), "2 processes, NCCL"
-    common = {"LONGSPAN_WORLD_SIZE": "2", "LONGSPAN_RENDEZVOUS": os.path.join(folder, "rendezvous"),
-              "LONGSPAN_LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1",
-              "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-    started = [run.start(test_command(run, "--gtest_filter=*NcclProcess*"),
-                         {**common, "LONGSPAN_RANK": str(rank), "NCCL_HOSTID": f"rank{rank}"})
+    def environment(rank, job):
+        return {"LONGSPAN_RANK": str(rank), "LONGSPAN_WORLD_SIZE": "2", "LONGSPAN_LOCAL_RANK": "0",
+                "LONGSPAN_RENDEZVOUS": os.path.join(quickstart.folder, job),
+                "LONGSPAN_JOB_ID": f"{job}-{os.getpid()}", "NCCL_HOSTID": f"rank{rank}",
+                "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1",
+                "NCCL_IB_DISABLE": "1"}
+
+    start = time.monotonic()
+    started = [run.start(test_command(run, "--gtest_filter=*NcclProcess*"), environment(rank, "contract"))
                for rank in range(2)]
     verdicts = [report.judge_gtest(*ended) for ended in run.finish(started)]
-    run.record(check, *next((v for v in verdicts if v[0] != PASSED), verdicts[0]), start)
+    run.record("2 processes, NCCL", *next((v for v in verdicts if v[0] != PASSED), verdicts[0]), start)
+
+    start, check = time.monotonic(), "2 processes, training"
+    started = [run.start(quickstart.command("processes", "CUDA", "F32", "--set", "parallel.cp=2"),
+                         environment(rank, "training")) for rank in range(2)]
+    ended = run.finish(started)
+    problem = next((p for lines, status, late in ended
+                    if (p := quickstart.problem("processes", lines, status, late))), None)
+    ours = (report.losses(os.path.join(quickstart.folder, "processes")), problem)
+    reference = quickstart.train("cuda_F32", "CUDA", "F32", *ONE_RANK)
+    run.record(check, *compare_runs(run, check, ours, reference, TOLERANCE["F32"]), start)
 
 
 PARTS = {"smoke": smoke, "tests": tests, "sanitize": sanitize, "bench": bench, "peers": peers, "step": step}

@@ -125,7 +125,7 @@ elif sys.argv[1] == "bench":
     print(json.dumps({{"op": sys.argv[2], "case": "c", "pass": "forward", "impl": "i", "flops": 4e9,
                       "ms_median": 2.0, "fraction_of_floor": 0.5}}))
 elif sys.argv[1] == "train":
-    os.makedirs(option("--run-dir"))
+    os.makedirs(option("--run-dir"), exist_ok=True)
     wrong = 0.01 if "{mode}" == "wrong" and "run.device=CUDA" in sys.argv else 0
     with open(option("--run-dir") + "/metrics.jsonl", "w") as file:
         for step in range(1, 51):
@@ -208,9 +208,9 @@ class WholeRuns(unittest.TestCase):
         status, output, results = self.run_script("step", gtest=GREEN)
         self.assertEqual(set(results.values()), {"passed"}, output)
         self.assertEqual(status, 0)
-        self.assertEqual(len(results), 5)
+        self.assertEqual(len(results), 6)
         lines = report.read_jsonl(os.path.join(self.out, "step.jsonl"))
-        self.assertEqual(len(lines), 4 * 50)
+        self.assertEqual(len(lines), 5 * 50)
 
     def test_step_with_other_curves_on_the_gpu(self):
         status, _, results = self.run_script("step", mode="wrong")
