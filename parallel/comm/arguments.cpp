@@ -9,10 +9,13 @@
 namespace longspan::parallel::internal {
 namespace {
 
-void CheckHostTensor(const char* op, const char* name, const Tensor& t) {
+void CheckPlace(const char* op, const char* name, const Tensor& t, const Gpu& gpu) {
   LONGSPAN_CHECK(t.defined()) << op << ": " << name << " is undefined";
-  LONGSPAN_CHECK(t.device().kind == DeviceKind::kCpu)
-      << op << ": " << name << " is on " << ToString(t.device()) << "; only host tensors travel";
+  if (!OnGpu(t)) return;
+  LONGSPAN_CHECK(gpu.has_value()) << op << ": " << name << " is on " << ToString(t.device())
+                                  << ", and UseDevice has not been called";
+  LONGSPAN_CHECK(t.device() == *gpu) << op << ": " << name << " is on " << ToString(t.device())
+                                     << ", and this rank uses " << ToString(*gpu);
 }
 
 void CheckReducible(const char* op, const Tensor& t) {
@@ -23,9 +26,12 @@ void CheckReducible(const char* op, const Tensor& t) {
 
 // The larger tensor must be `size` times the smaller one, stacked along dim 0.
 void CheckStacked(const char* op, const char* small_name, const Tensor& small,
-                  const char* large_name, const Tensor& large, int size) {
-  CheckHostTensor(op, small_name, small);
-  CheckHostTensor(op, large_name, large);
+                  const char* large_name, const Tensor& large, int size, const Gpu& gpu) {
+  CheckPlace(op, small_name, small, gpu);
+  CheckPlace(op, large_name, large, gpu);
+  LONGSPAN_CHECK(small.device() == large.device())
+      << op << ": " << small_name << " is on " << ToString(small.device()) << " and " << large_name
+      << " on " << ToString(large.device());
   bool fits = small.dtype() == large.dtype() && small.rank() >= 1 && small.rank() == large.rank() &&
               large.dim(0) == small.dim(0) * size;
   for (int i = 1; fits && i < small.rank(); ++i) fits = small.dim(i) == large.dim(i);
@@ -40,45 +46,59 @@ bool Overlap(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-void CheckAllReduce(const Tensor& t, ReduceOp op) {
-  CheckHostTensor("AllReduce", "t", t);
+void CheckAllReduce(const Tensor& t, ReduceOp op, const Gpu& gpu) {
+  CheckPlace("AllReduce", "t", t, gpu);
   CheckReducible("AllReduce", t);
   LONGSPAN_CHECK(op == ReduceOp::kSum || op == ReduceOp::kMax || op == ReduceOp::kMin)
       << "AllReduce: unknown reduction " << static_cast<int>(op);
 }
 
-void CheckAllGather(const Tensor& in, const Tensor& out, int rank, int size) {
-  CheckStacked("AllGather", "in", in, "out", out, size);
+void CheckAllGather(const Tensor& in, const Tensor& out, int rank, int size, const Gpu& gpu) {
+  CheckStacked("AllGather", "in", in, "out", out, size, gpu);
   const bool in_place = in.raw() == out.raw() + static_cast<size_t>(rank) * in.bytes();
   LONGSPAN_CHECK(in_place || !Overlap(in, out))
       << "AllGather: in overlaps out outside of the rows of rank " << rank;
 }
 
-void CheckReduceScatter(const Tensor& in, const Tensor& out, int size) {
-  CheckStacked("ReduceScatter", "out", out, "in", in, size);
+void CheckReduceScatter(const Tensor& in, const Tensor& out, int size, const Gpu& gpu) {
+  CheckStacked("ReduceScatter", "out", out, "in", in, size, gpu);
   CheckReducible("ReduceScatter", in);
   LONGSPAN_CHECK(!Overlap(in, out)) << "ReduceScatter: in and out overlap";
 }
 
-void CheckBroadcast(const Tensor& t, int root, int size) {
-  CheckHostTensor("Broadcast", "t", t);
+void CheckBroadcast(const Tensor& t, int root, int size, const Gpu& gpu) {
+  CheckPlace("Broadcast", "t", t, gpu);
   LONGSPAN_CHECK(root >= 0 && root < size)
       << "Broadcast: root " << root << " of " << size << " ranks";
 }
 
-void CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int size) {
-  auto check = [size](const char* what, int peer, const void* data, int64_t bytes) {
-    LONGSPAN_CHECK(peer >= 0 && peer < size)
-        << "Exchange: " << what << " with peer " << peer << " of " << size << " ranks";
-    LONGSPAN_CHECK(bytes >= 0) << "Exchange: " << what << " of " << bytes << " bytes";
-    LONGSPAN_CHECK(data != nullptr || bytes == 0)
-        << "Exchange: " << what << " of " << bytes << " bytes at a null pointer";
+bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int size,
+                   const Gpu& gpu) {
+  bool on_gpu = false, on_host = false;
+  auto check = [&](const char* what, const auto& m) {
+    LONGSPAN_CHECK(m.peer >= 0 && m.peer < size)
+        << "Exchange: " << what << " with peer " << m.peer << " of " << size << " ranks";
+    LONGSPAN_CHECK(m.bytes >= 0) << "Exchange: " << what << " of " << m.bytes << " bytes";
+    LONGSPAN_CHECK(m.data != nullptr || m.bytes == 0)
+        << "Exchange: " << what << " of " << m.bytes << " bytes at a null pointer";
+    if (m.bytes == 0) return;
+    if (m.owner.defined()) {
+      CheckPlace("Exchange", what, m.owner, gpu);
+      const auto* data = static_cast<const std::byte*>(m.data);
+      LONGSPAN_CHECK(data >= m.owner.raw() && data + m.bytes <= m.owner.raw() + m.owner.bytes())
+          << "Exchange: " << what << " of " << m.bytes << " bytes outside of its tensor "
+          << m.owner.Describe();
+    }
+    (OnGpu(m.owner) ? on_gpu : on_host) = true;
   };
-  for (const Send& s : sends) check("send", s.peer, s.data, s.bytes);
-  for (const Recv& r : recvs) check("receive", r.peer, r.data, r.bytes);
+  for (const Send& s : sends) check("send", s);
+  for (const Recv& r : recvs) check("receive", r);
+  LONGSPAN_CHECK(!(on_gpu && on_host)) << "Exchange: messages in host memory and in GPU memory";
+  return on_gpu;
 }
 
-void ExchangeWithSelf(std::vector<Send>& sends, std::vector<Recv>& recvs, int rank) {
+void ExchangeWithSelf(std::vector<Send>& sends, std::vector<Recv>& recvs, int rank,
+                      const CopyBytes& copy) {
   auto to_self = [rank](const auto& message) { return message.peer == rank && message.bytes > 0; };
   std::vector<Send> own_sends;
   std::vector<Recv> own_recvs;
@@ -95,11 +115,13 @@ void ExchangeWithSelf(std::vector<Send>& sends, std::vector<Recv>& recvs, int ra
     }
   }
   for (size_t i = 0; i < own_sends.size(); ++i) {
-    std::memmove(own_recvs[i].data, own_sends[i].data, static_cast<size_t>(own_sends[i].bytes));
+    copy(own_recvs[i].data, own_sends[i].data, static_cast<size_t>(own_sends[i].bytes));
   }
   std::erase_if(sends, to_self);
   std::erase_if(recvs, to_self);
 }
+
+void MoveOnHost(void* to, const void* from, size_t bytes) { std::memmove(to, from, bytes); }
 
 Tensor HostTensor(Shape shape, DType dtype) {
   const auto allocator = std::make_shared<Allocator>();

@@ -11,8 +11,10 @@
 #include <exception>
 #include <thread>
 
+#include "ops/core/cuda/backend.h"
 #include "ops/core/parallel_for.h"
 #include "parallel/comm/mpi_engine.h"
+#include "parallel/comm/nccl.h"
 #include "parallel/comm/self.h"
 
 namespace longspan::parallel {
@@ -95,24 +97,62 @@ bool StdoutIsTerminal() {
 std::unique_ptr<Bootstrap> Bootstrap::Start(MpiOptions options) {
   std::unique_ptr<Bootstrap> job(new Bootstrap);
   job->exceptions_at_start_ = std::uncaught_exceptions();
-  const auto announced = FirstInteger(kSizeVariables);
-  if (!announced && !FirstInteger(kRankVariables)) {
+  if (const auto rendezvous = RendezvousFrom(Environment)) {
+    job->Meet(*rendezvous);
+  } else if (FirstInteger(kSizeVariables) || FirstInteger(kRankVariables)) {
+    job->StartMpiWorld(options);
+  } else {
     job->world_ = std::make_unique<SelfCommunicator>();
-    job->threads_ = ThreadsOfRank(1);
-    return job;
   }
-  StartMpi(announced);
-  job->launched_ = true;
-  job->world_ = internal::MakeMpiWorld(options);
+  job->threads_ = ThreadsOfRank(job->local_size_);
+  return job;
+}
+
+void Bootstrap::StartMpiWorld(const MpiOptions& options) {
+  StartMpi(FirstInteger(kSizeVariables));
+  launched_ = mpi_ = true;
+  world_ = internal::MakeMpiWorld(options);
   MPI_Comm node;
   internal::CheckMpi(
       MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node),
       "MPI_Comm_split_type");
-  MPI_Comm_rank(node, &job->local_rank_);
-  MPI_Comm_size(node, &job->local_size_);
+  MPI_Comm_rank(node, &local_rank_);
+  MPI_Comm_size(node, &local_size_);
   MPI_Comm_free(&node);
-  job->threads_ = ThreadsOfRank(job->local_size_);
-  return job;
+}
+
+void Bootstrap::Meet(const Rendezvous& rendezvous) {
+  const NcclOptions defaults;
+  if (!NcclBuiltIn()) {
+    throw Unsupported(
+        "LONGSPAN_RENDEZVOUS starts ranks over NCCL, which is not built into this binary; start "
+        "them with mpirun (launch/mpirun.sh)");
+  }
+  std::string why;
+  const int gpus = cuda::DeviceCount(&why);
+  if (gpus == 0) {
+    throw CudaError(Str("LONGSPAN_RENDEZVOUS starts ranks over NCCL, which need a GPU each, and ",
+                        "none can be used: ", why, "; start CPU ranks with mpirun"));
+  }
+  local_rank_ = rendezvous.local_rank;
+  local_size_ = rendezvous.local_size;
+  auto runtime = cuda::MakeRuntime(local_rank_ % gpus, /*sync_checks=*/false);
+  std::string id;
+  if (rendezvous.rank == 0) {
+    id = MakeNcclId();
+    PublishId(rendezvous, id);
+  } else {
+    id = AwaitId(rendezvous, defaults.connect_timeout_s);
+  }
+  NcclOptions options;
+  options.publish_failure = [rendezvous](const std::string& reason) {
+    PublishFailure(rendezvous, reason);
+  };
+  options.foreign_failure = [rendezvous] { return PublishedFailure(rendezvous); };
+  world_ = MakeNccl(id, rendezvous.rank, rendezvous.size, std::move(runtime), options);
+  launched_ = true;
+  world_->Barrier();
+  if (rendezvous.rank == 0) Retire(rendezvous);
 }
 
 Bootstrap::~Bootstrap() {
@@ -121,13 +161,17 @@ Bootstrap::~Bootstrap() {
     world_->Abort("an exception ended this rank");
   }
   world_.reset();
-  MPI_Finalize();
+  if (mpi_) MPI_Finalize();
 }
 
 void Bootstrap::Finish() {
   if (!launched_ || finished_) return;
   finished_ = true;
-  internal::CheckMpi(MPI_Finalize(), "MPI_Finalize");
+  if (mpi_) {
+    internal::CheckMpi(MPI_Finalize(), "MPI_Finalize");
+  } else {
+    world_->Barrier();  // so that no rank takes another's end for a failure
+  }
 }
 
 }  // namespace longspan::parallel

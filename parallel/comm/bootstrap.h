@@ -5,19 +5,26 @@
 
 #include "parallel/comm/communicator.h"
 #include "parallel/comm/mpi.h"
+#include "parallel/comm/rendezvous.h"
 
 namespace longspan::parallel {
 
-// What the process learns from its launcher. MPI is initialised only when a launcher (mpirun,
-// srun) started the process; a plain run gets the `self` communicator and makes no MPI call.
+// What the process learns from its launcher:
+//   - LONGSPAN_RENDEZVOUS (rendezvous.h): ranks with a GPU each and no MPI. world() is NCCL on GPU
+//     local_rank() modulo the visible ones; UseDevice may later name another Runtime of that GPU
+//   - mpirun, or srun with an MPI plugin: world() is MPI, the only case in which MPI is initialised
+//   - neither: one rank, `self`
 //
 //   auto job = Bootstrap::Start();
 //   const int status = Command(job->world());  // catches what all ranks found: message, status 2
 //   job->Finish();                             // an exception that gets here first: Abort, status
 //   3 return status;
 //
-// Errors   CommError when MPI lacks MPI_THREAD_MULTIPLE, or when the launcher announced another
-//          number of ranks than the MPI library sees (they belong to different MPIs)
+// Errors   CommError naming the environment variable that is missing or wrong, when not all ranks
+//          come to a rendezvous in time, when MPI lacks
+//          MPI_THREAD_MULTIPLE, or when the launcher announced another number of ranks than the MPI
+//          library sees (they belong to different MPIs). Unsupported for a rendezvous in a binary
+//          without NCCL, CudaError for one without a GPU
 class Bootstrap {
  public:
   // Once per process.
@@ -39,14 +46,17 @@ class Bootstrap {
   // else its share of the node's cores. At least 1.
   int threads() const { return threads_; }
 
-  // Collective: ends MPI. All works must be complete; communicators made from world() may be
-  // destroyed later but not used.
+  // Collective: ends MPI or NCCL. All works must be complete; communicators made from world() may
+  // be destroyed later but not used.
   void Finish();
 
  private:
   Bootstrap() = default;
+  void StartMpiWorld(const MpiOptions& options);
+  void Meet(const Rendezvous& rendezvous);  // NCCL
 
   std::unique_ptr<Communicator> world_;
+  bool mpi_ = false;
   int local_rank_ = 0, local_size_ = 1, threads_ = 1;
   bool launched_ = false, finished_ = false;
   int exceptions_at_start_ = 0;

@@ -7,20 +7,28 @@
 #include "ops/core/dtype.h"
 #include "ops/core/tensor.h"
 
+namespace longspan::cuda {
+class Runtime;
+}
+
 namespace longspan::parallel {
 
 enum class ReduceOp { kSum, kMax, kMin };
 
 // A pending operation. Its buffers must stay alive and untouched until Done() is true or Wait()
 // returns (send buffers may be read). A default-constructed Work is complete. Dropping a Work that
-// is not complete is an error: `local` fails the group, `mpi` logs it.
+// is not complete is an error: `local` fails the group, `mpi` and `nccl` log it.
+//
+// Of an operation on tensors in GPU memory, Wait() makes the compute stream wait: work given to
+// that stream later sees the result and may reuse the buffers, and the host goes on at once. Done()
+// is true when the device is through with it. The Work keeps the tensors alive until then.
 class Work {
  public:
   class State {  // one per implementation
    public:
     virtual ~State() = default;
     virtual bool Done() = 0;  // makes progress, does not block; throws CommError on failure
-    virtual void Wait() = 0;  // blocks; throws CommError when the operation failed
+    virtual void Wait() = 0;  // as Work::Wait; throws CommError when the operation failed
     // Share of the operation's pieces that have arrived, in [0, 1]; makes no progress itself.
     virtual double CompletedFraction() const = 0;
   };
@@ -37,24 +45,38 @@ class Work {
   std::shared_ptr<State> state_;
 };
 
-// One message of a grouped exchange; messages of zero bytes are skipped on both sides.
+// One message of a grouped exchange; messages of zero bytes are skipped on both sides. `owner` is
+// the tensor that holds the bytes: needed in GPU memory, unused for host memory.
 struct Send {
   int peer;
   const void* data;
   int64_t bytes;
+  Tensor owner{};
 };
 struct Recv {
   int peer;
   void* data;
   int64_t bytes;
+  Tensor owner{};
 };
+// A whole tensor as one message.
+inline Send SendOf(int peer, const Tensor& t) {
+  return {peer, t.raw(), static_cast<int64_t>(t.bytes()), t};
+}
+inline Recv RecvInto(int peer, const Tensor& t) {
+  return {peer, t.raw(), static_cast<int64_t>(t.bytes()), t};
+}
 
-// A group of ranks that exchange tensors in host memory.
+// A group of ranks that exchange tensors in host memory, and in the memory of the rank's GPU once
+// UseDevice has named it.
 //
 // All collectives are asynchronous: they return a Work and move while any thread of the rank is
 // inside Done, Wait or Progress of this communicator or of one related to it by Split. Every rank
 // must issue the same operations in the same order, Exchange and Split included (a rank without
-// messages calls Exchange with empty lists). Reductions have a fixed order for a given size and
+// messages calls Exchange with empty lists), on operands of the same kind of device. An operation
+// on GPU tensors starts when the compute stream has done what it was given before, on a stream of
+// its own with high priority: kernels given to the compute stream between an operation and its
+// Wait() run beside the transfer. Reductions have a fixed order for a given size and
 // layout and give the same bits on every rank, so a run repeats bit for bit.
 //
 // Threads   one thread of a rank at a time uses a Communicator; different communicators of a
@@ -63,7 +85,17 @@ struct Recv {
 //           unspecified, so agree on a flag instead. Other collectives move any dtype
 // Errors    InvalidArgument for bad arguments, before anything is issued; CommError for transport
 //           failures and for a peer that failed
-// Devices   cpu
+// Devices   cpu; cuda with these differences:
+//             self   copies on the compute stream itself
+//             local  all ranks on one GPU. Issuing never blocks; Wait and Split block the host
+//             until
+//                    the peers have issued the operation. Sums add ranks 0, 1, ... in order
+//             mpi    through pinned host memory: issuing blocks the host until the operands are
+//                    there, Wait until the results are back on their way to the GPU
+//             nccl   the first operations of a pair of ranks block the host while they connect.
+//             Sums
+//                    have NCCL's order, which depends on its choice of algorithm: the same bits on
+//                    every rank, and in every run with the same NCCL, GPUs and settings
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -87,6 +119,11 @@ class Communicator {
   virtual Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) = 0;
   virtual void Barrier() = 0;
 
+  // From here on tensors of this GPU may be used, in the order of `runtime`'s stream; communicators
+  // made by Split later do the same. Not collective. May be called again with another runtime of
+  // the same GPU, when nothing is pending. Does nothing with a null pointer (a Context on the CPU).
+  virtual void UseDevice(std::shared_ptr<cuda::Runtime> runtime) = 0;
+
   // Moves pending operations; cheap when there are none. Kernels call it between tasks. Never
   // throws: a failure shows in Done or Wait.
   virtual void Progress() = 0;
@@ -96,9 +133,9 @@ class Communicator {
   virtual std::unique_ptr<Communicator> Split(int color, int key) = 0;
 
   // Ends the job of all ranks at once after a failure of this rank only; does not return. `mpi`
-  // ends the processes with exit code 3. `local` marks the group (and all groups related to it by
-  // Split) failed: every pending and later call on it throws CommError, and so does this call.
-  // `self` has nobody else to end: it only throws CommError.
+  // and `nccl` end the processes with exit code 3. `local` marks the group (and all groups related
+  // to it by Split) failed: every pending and later call on it throws CommError, and so does this
+  // call. `self` has nobody else to end: it only throws CommError.
   [[noreturn]] virtual void Abort(const std::string& reason) = 0;
 };
 

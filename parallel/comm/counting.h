@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel/comm/comm_op.h"
@@ -59,6 +60,9 @@ class CountingCommunicator : public Communicator {
   Work Broadcast(Tensor t, int root) override;
   Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) override;
   void Barrier() override;
+  void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override {
+    inner_->UseDevice(std::move(runtime));
+  }
   void Progress() override { inner_->Progress(); }
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;

@@ -21,15 +21,21 @@ class LocalState : public Work::State {
  public:
   LocalState(std::shared_ptr<LocalHub> hub, std::shared_ptr<Posted> post, std::string who)
       : hub_(std::move(hub)), post_(std::move(post)), who_(std::move(who)) {}
-  ~LocalState() override { hub_->Drop(*post_, who_); }
-  bool Done() override { return hub_->Done(*post_); }
-  void Wait() override { hub_->Wait(*post_, who_); }
+  ~LocalState() override {
+    if (!finished_) hub_->Drop(*post_, who_);
+  }
+  bool Done() override { return finished_ = hub_->Done(*post_); }
+  void Wait() override {
+    hub_->Wait(*post_, who_);
+    finished_ = true;
+  }
   double CompletedFraction() const override { return hub_->Fraction(*post_); }
 
  private:
   std::shared_ptr<LocalHub> hub_;
   std::shared_ptr<Posted> post_;
   std::string who_;
+  bool finished_ = false;
 };
 
 class LocalCommunicator : public Communicator {
@@ -42,41 +48,44 @@ class LocalCommunicator : public Communicator {
   std::string name() const override { return "local"; }
 
   Work AllReduce(Tensor t, ReduceOp op) override {
-    internal::CheckAllReduce(t, op);
+    internal::CheckAllReduce(t, op, gpu());
     Posted post{.kind = CommOp::kAllReduce};
     post.in = std::move(t);
     post.reduce = op;
-    return Issue(std::move(post));
+    return Issue(std::move(post), internal::OnGpu(post.in));
   }
   Work AllGather(Tensor in, Tensor out) override {
-    internal::CheckAllGather(in, out, rank(), size());
+    internal::CheckAllGather(in, out, rank(), size(), gpu());
     Posted post{.kind = CommOp::kAllGather};
     post.in = std::move(in);
     post.out = std::move(out);
-    return Issue(std::move(post));
+    return Issue(std::move(post), internal::OnGpu(post.in));
   }
   Work ReduceScatter(Tensor in, Tensor out) override {
-    internal::CheckReduceScatter(in, out, size());
+    internal::CheckReduceScatter(in, out, size(), gpu());
     Posted post{.kind = CommOp::kReduceScatter};
     post.in = std::move(in);
     post.out = std::move(out);
-    return Issue(std::move(post));
+    return Issue(std::move(post), internal::OnGpu(post.in));
   }
   Work Broadcast(Tensor t, int root) override {
-    internal::CheckBroadcast(t, root, size());
+    internal::CheckBroadcast(t, root, size(), gpu());
     Posted post{.kind = CommOp::kBroadcast};
     post.in = std::move(t);
     post.root = root;
-    return Issue(std::move(post));
+    return Issue(std::move(post), internal::OnGpu(post.in));
   }
   Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) override {
-    internal::CheckExchange(sends, recvs, size());
+    const bool on_gpu = internal::CheckExchange(sends, recvs, size(), gpu());
     Posted post{.kind = CommOp::kExchange};
     post.sends = std::move(sends);
     post.recvs = std::move(recvs);
-    return Issue(std::move(post));
+    return Issue(std::move(post), on_gpu);
   }
-  void Barrier() override { Issue(Posted{.kind = CommOp::kBarrier}).Wait(); }
+  void Barrier() override { Issue(Posted{.kind = CommOp::kBarrier}, /*on_gpu=*/false).Wait(); }
+  void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override {
+    internal::UseQueue(queue_, std::move(runtime));
+  }
   void Progress() override { hub_->Progress(); }
 
   std::unique_ptr<Communicator> Split(int color, int key) override {
@@ -86,7 +95,9 @@ class LocalCommunicator : public Communicator {
     const auto post = hub_->Post(*group_, rank_, sequence_++, std::move(request));
     hub_->Wait(*post, Who());
     if (color < 0) return nullptr;
-    return std::make_unique<LocalCommunicator>(hub_, post->split_group, post->split_rank);
+    auto part = std::make_unique<LocalCommunicator>(hub_, post->split_group, post->split_rank);
+    part->queue_ = queue_;
+    return part;
   }
 
   [[noreturn]] void Abort(const std::string& reason) override {
@@ -97,7 +108,14 @@ class LocalCommunicator : public Communicator {
 
  private:
   std::string Who() const { return Str("rank ", rank_, " of ", size()); }
-  Work Issue(Posted request) {
+  internal::Gpu gpu() const {
+    return queue_ == nullptr ? internal::Gpu() : internal::Gpu(queue_->device());
+  }
+  Work Issue(Posted&& request, bool on_gpu) {
+    if (on_gpu) {
+      request.queue = queue_;
+      request.ready = queue_->AfterCompute();
+    }
     auto post = hub_->Post(*group_, rank_, sequence_++, std::move(request));
     return Work(std::make_shared<LocalState>(hub_, std::move(post), Who()));
   }
@@ -106,6 +124,7 @@ class LocalCommunicator : public Communicator {
   std::shared_ptr<LocalGroup> group_;
   int rank_;
   int64_t sequence_ = 0;
+  std::shared_ptr<internal::DeviceQueue> queue_;  // of this rank's GPU, shared with its parts
 };
 
 }  // namespace

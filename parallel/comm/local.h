@@ -25,6 +25,10 @@ struct LocalOptions {
 // posted. Waiting is passive (a condition variable). Reductions add ranks 0, 1, ... in order for
 // each element, whoever does it.
 //
+// Tensors in the memory of one GPU that all ranks share (UseDevice): once the ranks have posted,
+// the last of them gives the copies and sums to the ranks' streams, and nobody waits for the
+// device.
+//
 // What ranks disagree on (another operation, size, dtype or root under the same sequence number,
 // unmatched messages) fails the world: every pending and later call throws CommError with the
 // first reason. So do Abort, a Work that is dropped before it is complete, and a wait for a rank

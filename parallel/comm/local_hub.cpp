@@ -64,6 +64,10 @@ std::string Agreement(const Posted& p) {
 
 }  // namespace
 
+bool Posted::DeviceDone() const {
+  return std::ranges::all_of(done, [this](const auto& event) { return queue->Done(event); });
+}
+
 bool Posted::Needs(int rank, int peer) const {
   switch (kind) {
     case CommOp::kBroadcast:
@@ -124,8 +128,19 @@ std::shared_ptr<Posted> LocalHub::Post(LocalGroup& group, int rank, int64_t sequ
   }
   record.posts[static_cast<size_t>(rank)] = mine;
   ++record.count;
-  Match(group, record, rank);
-  if (failure_) ThrowFailure(lock);
+  if (const std::string problem = PlaceProblem(record, rank); !problem.empty()) {
+    FailLocked(problem);
+    ThrowFailure(lock);
+  }
+  try {
+    Match(group, record, rank);
+  } catch (const Error& e) {  // of the device; peers may have parts of it already
+    FailLocked(Str(mine->description, " failed: ", e.what()));
+  }
+  if (failure_) {
+    OrderDeviceWork(*mine);
+    ThrowFailure(lock);
+  }
   if (record.count == group.size()) {
     group.records_.erase(sequence);
   } else {
@@ -134,6 +149,27 @@ std::shared_ptr<Posted> LocalHub::Post(LocalGroup& group, int rank, int64_t sequ
   }
   changed_.notify_all();
   return mine;
+}
+
+// Ranks that meet must mean the same memory; one that moves nothing has none.
+std::string LocalHub::PlaceProblem(const LocalGroup::Record& record, int rank) const {
+  const Posted& mine = *record.posts[static_cast<size_t>(rank)];
+  for (size_t peer = 0; peer < record.posts.size(); ++peer) {
+    const auto& other = record.posts[peer];
+    if (other == nullptr) continue;
+    const int r = static_cast<int>(peer);
+    const bool meet = mine.Needs(rank, r) && other->Needs(r, rank);
+    if (meet && mine.on_gpu() != other->on_gpu() && mine.kind != CommOp::kBarrier) {
+      return Str("rank ", rank, " issued ", mine.description, " on ",
+                 mine.on_gpu() ? "its GPU" : "the host", " where rank ", peer, " issued it on ",
+                 other->on_gpu() ? "its GPU" : "the host");
+    }
+    if (mine.on_gpu() && other->on_gpu() && mine.queue->device() != other->queue->device()) {
+      return Str("rank ", rank, " uses ", ToString(mine.queue->device()), " and rank ", peer, " ",
+                 ToString(other->queue->device()), ": ranks as threads share one GPU");
+    }
+  }
+  return "";
 }
 
 void LocalHub::Match(LocalGroup& group, LocalGroup::Record& record, int rank) {
@@ -193,7 +229,8 @@ void LocalHub::MatchMessages(LocalGroup::Record& record, int from, int to) {
 
 void LocalHub::AddCopies(const std::byte* from, std::byte* to, int64_t bytes,
                          const std::shared_ptr<Posted>& a, const std::shared_ptr<Posted>& b) {
-  if (from == to) return;
+  if (from == to || bytes == 0) return;
+  if (b->on_gpu()) return CopyOnDevice(from, to, bytes, *a, *b);
   // Overlapping buffers (a self-send) must move as a whole.
   const bool overlap = from < to + bytes && to < from + bytes;
   const int64_t step = overlap ? bytes : kCopyPieceBytes;
@@ -208,8 +245,43 @@ void LocalHub::AddCopies(const std::byte* from, std::byte* to, int64_t bytes,
   }
 }
 
+// The receiver's queue pulls, once both compute streams have got to the operation; both ranks wait
+// for the end of the copy.
+void LocalHub::CopyOnDevice(const std::byte* from, std::byte* to, int64_t bytes, Posted& a,
+                            Posted& b) {
+  b.queue->WaitFor(a.ready);
+  b.queue->WaitFor(b.ready);
+  b.queue->Copy(to, from, static_cast<size_t>(bytes));
+  const DeviceEventRef end = b.queue->Record();
+  a.done.push_back(end);
+  if (&a != &b) b.done.push_back(end);
+}
+
+void LocalHub::ReduceOnDevice(const LocalGroup::Record& record) {
+  const Posted& first = *record.posts[0];
+  const bool scatter = first.kind == CommOp::kReduceScatter;
+  const Tensor& result = scatter ? first.out : first.in;
+  if (result.bytes() == 0) return;
+  const size_t blocks = scatter ? record.posts.size() : 1;
+  for (size_t block = 0; block < blocks; ++block) {
+    DeviceQueue& queue = *record.posts[block]->queue;
+    std::vector<const void*> sources;
+    std::vector<void*> targets;
+    for (const auto& post : record.posts) {
+      queue.WaitFor(post->ready);
+      sources.push_back(post->in.raw() + block * result.bytes());
+      if (!scatter) targets.push_back(post->in.raw());
+    }
+    if (scatter) targets.push_back(record.posts[block]->out.raw());
+    queue.Reduce(sources, targets, result.numel(), result.dtype(), first.reduce);
+    const DeviceEventRef end = queue.Record();
+    for (const auto& post : record.posts) post->done.push_back(end);
+  }
+}
+
 void LocalHub::AddReduction(const LocalGroup::Record& record) {
   const Posted& first = *record.posts[0];
+  if (first.on_gpu()) return ReduceOnDevice(record);
   const bool scatter = first.kind == CommOp::kReduceScatter;
   const int64_t bytes = static_cast<int64_t>(scatter ? first.out.bytes() : first.in.bytes());
   const size_t blocks = scatter ? record.posts.size() : 1;
@@ -303,6 +375,7 @@ void LocalHub::Wait(const Posted& post, const std::string& who) {
       FailLocked(Str(who, " waited ", timeout_s_, " s for ", post.description, Missing(post)));
     }
   }
+  for (const auto& event : post.done) post.queue->ComputeWaitsFor(event);
 }
 
 std::string LocalHub::Missing(const Posted& post) const {
@@ -329,11 +402,16 @@ bool LocalHub::Done(const Posted& post) {
     if (!RunOne(lock)) break;
   }
   if (!post.Complete() && failure_) ThrowFailure(lock);
-  return post.Complete();
+  return post.Complete() && post.DeviceDone();
 }
 
 double LocalHub::Fraction(const Posted& post) {
   Lock lock(mutex_);
+  if (post.Complete() && !post.done.empty()) {
+    const auto finished = std::ranges::count_if(
+        post.done, [&](const auto& event) { return post.queue->Done(event); });
+    return static_cast<double>(finished) / static_cast<double>(post.done.size());
+  }
   if (post.Complete()) return 1.0;
   // Peers that have not posted may add pieces; count them as nothing moved yet.
   if (post.pieces == 0 || post.unmatched > 0) return 0.0;
@@ -347,8 +425,18 @@ void LocalHub::Progress() noexcept {
   }
 }
 
+// What the device still does to the buffers comes before their next use.
+void LocalHub::OrderDeviceWork(const Posted& post) noexcept {
+  try {
+    for (const auto& event : post.done) post.queue->ComputeWaitsFor(event);
+  } catch (const Error&) {
+    // The device is lost, which every later call reports.
+  }
+}
+
 void LocalHub::Drop(const Posted& post, const std::string& who) noexcept {
   Lock lock(mutex_);
+  OrderDeviceWork(post);
   if (post.Complete()) return;
   if (!failure_) FailLocked(Str(who, " dropped ", post.description, " before it was complete"));
   changed_.wait(lock, [this] { return in_flight_ == 0; });

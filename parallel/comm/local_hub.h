@@ -13,6 +13,7 @@
 
 #include "parallel/comm/comm_op.h"
 #include "parallel/comm/communicator.h"
+#include "parallel/comm/device_queue.h"
 
 // Shared state of a LocalWorld: matching of what ranks post, and the queue of pieces to move.
 namespace longspan::parallel::internal {
@@ -30,6 +31,13 @@ struct Posted {
   std::vector<Recv> recvs{};
   int color = 0, key = 0;
 
+  // Operands in GPU memory: the rank's queue, the point of its compute stream at which they may be
+  // used, and after matching, the ends of all device work on them. No pieces then.
+  std::shared_ptr<DeviceQueue> queue{};
+  DeviceEventRef ready{};
+  std::vector<DeviceEventRef> done{};
+  bool on_gpu() const { return ready != nullptr; }
+
   std::string description{};  // "AllReduce #3 of f32[7]"
   int unmatched = 0;          // ranks whose post this one still needs
   int64_t pieces = 0, pieces_done = 0;
@@ -37,7 +45,9 @@ struct Posted {
   int split_rank = 0;
 
   bool Needs(int rank, int peer) const;  // whether completion at `rank` depends on `peer`'s post
+  // On a GPU: everything is in the order of the streams.
   bool Complete() const { return unmatched == 0 && pieces_done == pieces; }
+  bool DeviceDone() const;
 };
 
 // A copy, or a reduction over all sources stored to all targets, small enough for one poll.
@@ -81,7 +91,7 @@ class LocalHub {
   bool Done(const Posted& post);
   double Fraction(const Posted& post);
   void Progress() noexcept;
-  // A pending operation was dropped: its buffers are about to go away.
+  // An operation was dropped, pending or not: its buffers are about to go away.
   void Drop(const Posted& post, const std::string& who) noexcept;
 
   void Fail(const std::string& reason);
@@ -97,7 +107,11 @@ class LocalHub {
   void MatchMessages(LocalGroup::Record& record, int from, int to);
   void AddCopies(const std::byte* from, std::byte* to, int64_t bytes,
                  const std::shared_ptr<Posted>& a, const std::shared_ptr<Posted>& b);
+  void CopyOnDevice(const std::byte* from, std::byte* to, int64_t bytes, Posted& a, Posted& b);
   void AddReduction(const LocalGroup::Record& record);
+  void ReduceOnDevice(const LocalGroup::Record& record);
+  static void OrderDeviceWork(const Posted& post) noexcept;
+  std::string PlaceProblem(const LocalGroup::Record& record, int rank) const;
   void FinishSplit(const LocalGroup& group, const LocalGroup::Record& record);
   void CheckLeft(const LocalGroup& group, const LocalGroup::Record& record);
   std::string Missing(const Posted& post) const;

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
+#include <vector>
 
 #include "parallel/comm/arguments.h"
 #include "parallel/comm/comm_op.h"
 #include "parallel/comm/mpi_engine.h"
+#include "parallel/comm/mpi_staging.h"
 
 namespace longspan::parallel::internal {
 namespace {
@@ -77,6 +80,9 @@ class MpiCommunicator : public Communicator {
     engine_->Wait(*state);
   }
   void Progress() override { engine_->Progress(); }
+  void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override {
+    UseQueue(queue_, std::move(runtime));
+  }
 
   std::unique_ptr<Communicator> Split(int color, int key) override {
     ++sequence_;
@@ -84,7 +90,9 @@ class MpiCommunicator : public Communicator {
     CheckMpi(MPI_Comm_split(comm_, color < 0 ? MPI_UNDEFINED : color, key, &child),
              "MPI_Comm_split");
     if (child == MPI_COMM_NULL) return nullptr;
-    return std::make_unique<MpiCommunicator>(child, engine_);
+    auto part = std::make_unique<MpiCommunicator>(child, engine_);
+    part->queue_ = queue_;
+    return part;
   }
 
   [[noreturn]] void Abort(const std::string& reason) override {
@@ -101,6 +109,23 @@ class MpiCommunicator : public Communicator {
             ") on rank ", rank_, " of ", size_),
         std::move(tensors));
   }
+  Gpu gpu() const { return queue_ == nullptr ? Gpu() : Gpu(queue_->device()); }
+  // Before the buffers of an operation are made: whether its operands are in GPU memory.
+  void Place(MpiState& state, bool on_gpu) {
+    if (!on_gpu) return;
+    state.Stage(queue_);
+    queue_->WaitFor(queue_->AfterCompute());
+  }
+  MpiBuffer Buffer(MpiState& state, const void* data, int64_t bytes) {
+    void* operand = const_cast<void*>(data);  // sends are only read
+    if (state.queue() == nullptr) return MpiBuffer(operand);
+    MpiBuffer buffer(*queue_, operand, bytes, engine_->piece_bytes());
+    state.KeepTwin(buffer.twin());
+    return buffer;
+  }
+  MpiBuffer Buffer(MpiState& state, const Tensor& t) {
+    return Buffer(state, t.raw(), static_cast<int64_t>(t.bytes()));
+  }
   Work Finish(std::shared_ptr<MpiState> state) {
     return Work(std::make_shared<MpiWork>(engine_, std::move(state)));
   }
@@ -113,99 +138,139 @@ class MpiCommunicator : public Communicator {
 
   MPI_Comm comm_;
   std::shared_ptr<MpiEngine> engine_;
+  std::shared_ptr<DeviceQueue> queue_;  // shared with the parts
   int rank_ = 0, size_ = 1;
   int64_t sequence_ = 0;  // operations issued; the same on every rank
 };
 
 Work MpiCommunicator::AllReduce(Tensor t, ReduceOp op) {
-  CheckAllReduce(t, op);
+  CheckAllReduce(t, op, gpu());
   auto state = Begin(CommOp::kAllReduce, t.Describe(), {t});
+  Place(*state, OnGpu(t));
+  MpiBuffer buffer = Buffer(*state, t);
+  buffer.Fetch();
   const int64_t element = static_cast<int64_t>(SizeOf(t.dtype()));
   ForPieces(t.numel(), element, [&](int64_t at, int count) {
+    const int64_t begin = at * element, bytes = count * element;
+    buffer.Need(begin + bytes);
     MPI_Request request;
-    CheckMpi(MPI_Iallreduce(MPI_IN_PLACE, t.raw() + at * element, count, TypeOf(t.dtype()),
-                            OpOf(op), comm_, &request),
+    CheckMpi(MPI_Iallreduce(MPI_IN_PLACE, buffer.host() + begin, count, TypeOf(t.dtype()), OpOf(op),
+                            comm_, &request),
              "MPI_Iallreduce");
-    engine_->Add(state, request);
+    engine_->Add(state, request, -1, buffer.Return(begin, bytes));
   });
   return Finish(std::move(state));
 }
 
 Work MpiCommunicator::AllGather(Tensor in, Tensor out) {
-  CheckAllGather(in, out, rank_, size_);
+  CheckAllGather(in, out, rank_, size_, gpu());
   auto state = Begin(CommOp::kAllGather, in.Describe(), {in, out});
+  Place(*state, OnGpu(in));
+  MpiBuffer mine = Buffer(*state, in), all = Buffer(*state, out);
+  mine.Fetch();
   const int64_t block = static_cast<int64_t>(in.bytes());
-  const bool in_place = in.raw() == out.raw() + rank_ * block;
+  const bool in_place = mine.host() == all.host() + rank_ * block;
   ForPieces(block, 1, [&](int64_t at, int count) {
+    mine.Need(at + count);
     // The pieces of the ranks lie one block apart in `out`.
     MPI_Datatype bytes, strided;
     CheckMpi(MPI_Type_contiguous(count, MPI_BYTE, &bytes), "MPI_Type_contiguous");
     CheckMpi(MPI_Type_create_resized(bytes, 0, block, &strided), "MPI_Type_create_resized");
     CheckMpi(MPI_Type_commit(&strided), "MPI_Type_commit");
     MPI_Request request;
-    const int code = MPI_Iallgather(in_place ? MPI_IN_PLACE : in.raw() + at, count, MPI_BYTE,
-                                    out.raw() + at, 1, strided, comm_, &request);
+    const int code = MPI_Iallgather(in_place ? MPI_IN_PLACE : mine.host() + at, count, MPI_BYTE,
+                                    all.host() + at, 1, strided, comm_, &request);
     MPI_Type_free(&strided);  // lives on until the operation ends
     MPI_Type_free(&bytes);
     CheckMpi(code, "MPI_Iallgather");
-    engine_->Add(state, request);
+    std::function<void()> then;
+    if (all.twin() != nullptr) {
+      then = [=, p = size_] {
+        for (int r = 0; r < p; ++r) all.Return(r * block + at, count)();
+      };
+    }
+    engine_->Add(state, request, -1, std::move(then));
   });
   return Finish(std::move(state));
 }
 
 Work MpiCommunicator::ReduceScatter(Tensor in, Tensor out) {
-  CheckReduceScatter(in, out, size_);
+  CheckReduceScatter(in, out, size_, gpu());
   auto state = Begin(CommOp::kReduceScatter, in.Describe(), {in, out});
+  Place(*state, OnGpu(in));
+  MpiBuffer all = Buffer(*state, in), mine = Buffer(*state, out);
+  all.Fetch();
   const int64_t element = static_cast<int64_t>(SizeOf(in.dtype()));
   const int64_t n = out.numel();
   // One reduction to each owner: pieces of different owners are far apart in `in`, which the
   // reduce-scatter calls of MPI cannot express.
   ForPieces(n, element, [&](int64_t at, int count) {
+    const int64_t bytes = count * element;
     for (int owner = 0; owner < size_; ++owner) {
+      const int64_t begin = (owner * n + at) * element;
+      all.Need(begin + bytes);
       MPI_Request request;
-      CheckMpi(MPI_Ireduce(in.raw() + (owner * n + at) * element,
-                           owner == rank_ ? out.raw() + at * element : nullptr, count,
-                           TypeOf(in.dtype()), MPI_SUM, owner, comm_, &request),
-               "MPI_Ireduce");
-      engine_->Add(state, request);
+      CheckMpi(
+          MPI_Ireduce(all.host() + begin, owner == rank_ ? mine.host() + at * element : nullptr,
+                      count, TypeOf(in.dtype()), MPI_SUM, owner, comm_, &request),
+          "MPI_Ireduce");
+      engine_->Add(state, request, -1, owner == rank_ ? mine.Return(at * element, bytes) : nullptr);
     }
   });
   return Finish(std::move(state));
 }
 
 Work MpiCommunicator::Broadcast(Tensor t, int root) {
-  CheckBroadcast(t, root, size_);
+  CheckBroadcast(t, root, size_, gpu());
   auto state = Begin(CommOp::kBroadcast, t.Describe(), {t});
+  Place(*state, OnGpu(t));
+  MpiBuffer buffer = Buffer(*state, t);
+  if (rank_ == root) buffer.Fetch();
   ForPieces(static_cast<int64_t>(t.bytes()), 1, [&](int64_t at, int count) {
+    buffer.Need(at + count);
     MPI_Request request;
-    CheckMpi(MPI_Ibcast(t.raw() + at, count, MPI_BYTE, root, comm_, &request), "MPI_Ibcast");
-    engine_->Add(state, request);
+    CheckMpi(MPI_Ibcast(buffer.host() + at, count, MPI_BYTE, root, comm_, &request), "MPI_Ibcast");
+    engine_->Add(state, request, -1, rank_ == root ? nullptr : buffer.Return(at, count));
   });
   return Finish(std::move(state));
 }
 
 Work MpiCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs) {
-  CheckExchange(sends, recvs, size_);
-  // Not through MPI: Open MPI does not report a size mismatch of messages to oneself.
-  ExchangeWithSelf(sends, recvs, rank_);
+  const bool on_gpu = CheckExchange(sends, recvs, size_, gpu());
   // The tag keeps neighbouring exchanges apart even if one of them is mismatched.
   const int tag = static_cast<int>(sequence_ & ((int64_t{1} << kTagBits) - 1));
-  auto state =
-      Begin(CommOp::kExchange, Str(sends.size(), " sends, ", recvs.size(), " receives"), {});
+  std::vector<Tensor> owners;
+  for (const Send& s : sends) owners.push_back(s.owner);
+  for (const Recv& r : recvs) owners.push_back(r.owner);
+  auto state = Begin(CommOp::kExchange, Str(sends.size(), " sends, ", recvs.size(), " receives"),
+                     std::move(owners));
+  Place(*state, on_gpu);
+  // Not through MPI: Open MPI does not report a size mismatch of messages to oneself.
+  ExchangeWithSelf(sends, recvs, rank_,
+                   on_gpu ? CopyBytes([this](void* to, const void* from, size_t bytes) {
+                     queue_->Copy(to, from, bytes);
+                   })
+                          : CopyBytes(MoveOnHost));
   for (const Recv& r : recvs) {
+    const MpiBuffer buffer = Buffer(*state, r.data, r.bytes);
     ForPieces(r.bytes, 1, [&](int64_t at, int count) {
       MPI_Request request;
-      CheckMpi(MPI_Irecv(static_cast<std::byte*>(r.data) + at, count, MPI_BYTE, r.peer, tag, comm_,
-                         &request),
+      CheckMpi(MPI_Irecv(buffer.host() + at, count, MPI_BYTE, r.peer, tag, comm_, &request),
                "MPI_Irecv");
-      engine_->Add(state, request, count);
+      engine_->Add(state, request, count, buffer.Return(at, count));
     });
   }
+  std::vector<MpiBuffer> outgoing;
   for (const Send& s : sends) {
-    ForPieces(s.bytes, 1, [&](int64_t at, int count) {
+    outgoing.push_back(Buffer(*state, s.data, s.bytes));
+    outgoing.back().Fetch();
+  }
+  for (size_t i = 0; i < sends.size(); ++i) {
+    MpiBuffer& buffer = outgoing[i];
+    ForPieces(sends[i].bytes, 1, [&](int64_t at, int count) {
+      buffer.Need(at + count);
       MPI_Request request;
-      CheckMpi(MPI_Isend(static_cast<const std::byte*>(s.data) + at, count, MPI_BYTE, s.peer, tag,
-                         comm_, &request),
+      CheckMpi(MPI_Isend(buffer.host() + at, count, MPI_BYTE, sends[i].peer, tag, comm_, &request),
                "MPI_Isend");
       engine_->Add(state, request);
     });

@@ -47,11 +47,11 @@ void CheckMpi(int code, const char* call) {
 }
 
 void MpiEngine::Add(const std::shared_ptr<MpiState>& state, MPI_Request request,
-                    int64_t expected_bytes) {
+                    int64_t expected_bytes, std::function<void()> then) {
   std::lock_guard lock(mutex_);
   state->pieces_.fetch_add(1);
   requests_.push_back(request);
-  owners_.push_back({state, expected_bytes});
+  owners_.push_back({state, expected_bytes, std::move(then)});
   outstanding_.store(static_cast<int64_t>(requests_.size()), std::memory_order_relaxed);
 }
 
@@ -66,6 +66,13 @@ void MpiEngine::Complete(size_t index, const MPI_Status& status, bool failed) {
     if (count != owner.expected_bytes) {
       state.error_ = Str(state.description_, ": a piece from rank ", status.MPI_SOURCE, " has ",
                          count, " bytes but ", owner.expected_bytes, " are expected");
+    }
+  }
+  if (owner.then && state.error_.empty()) {
+    try {
+      owner.then();
+    } catch (const Error& e) {
+      state.error_ = Str(state.description_, " failed: ", e.what());
     }
   }
   state.finished_.fetch_add(1, std::memory_order_release);
@@ -129,6 +136,41 @@ void MpiEngine::Wait(const MpiState& state) {
                           " s: another rank is stuck or has not issued it"));
     }
   }
+}
+
+const DeviceEventRef& MpiState::DeviceEnd() {
+  if (device_end_ == nullptr) {
+    device_end_ = queue_->Record();
+    for (auto& twin : twins_) queue_->Keep(device_end_, std::move(twin));
+    twins_.clear();
+  }
+  return device_end_;
+}
+
+void MpiState::OrderCompute() {
+  queue_->ComputeWaitsFor(DeviceEnd());
+  ordered_ = true;
+}
+
+// Nobody may have waited (a Work was dropped, an exception unwinds): the queue must be through with
+// the operands and their twins before they go.
+MpiState::~MpiState() {
+  if (queue_ == nullptr || ordered_) return;
+  try {
+    queue_->Synchronize(DeviceEnd());
+  } catch (const Error& e) {
+    LOG(ERROR) << description_ << ": " << e.what();
+  }
+}
+
+bool MpiWork::Done() {
+  if (!engine_->Done(*state_)) return false;
+  return state_->queue() == nullptr || state_->queue()->Done(state_->DeviceEnd());
+}
+
+void MpiWork::Wait() {
+  engine_->Wait(*state_);
+  if (state_->queue() != nullptr) state_->OrderCompute();
 }
 
 MpiWork::~MpiWork() {

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "ops/core/tensor.h"
 #include "parallel/comm/communicator.h"
+#include "parallel/comm/device_queue.h"
 
 // Progress of all MPI requests of a process. Only parallel/comm/mpi*.cpp and bootstrap.cpp include
 // this header, so mpi.h stays out of everything else.
@@ -31,9 +33,10 @@ class MpiEngine {
   int64_t piece_bytes() const { return piece_bytes_; }
 
   // Takes over a started request of `state`. `expected_bytes` >= 0: a receive that must have
-  // exactly this size.
-  void Add(const std::shared_ptr<MpiState>& state, MPI_Request request,
-           int64_t expected_bytes = -1);
+  // exactly this size. `then`, if any, runs when the request has succeeded, on the thread that
+  // finds out; it must be short and may not use MPI.
+  void Add(const std::shared_ptr<MpiState>& state, MPI_Request request, int64_t expected_bytes = -1,
+           std::function<void()> then = nullptr);
   void Progress() noexcept;  // one poll when something is outstanding
   bool Done(const MpiState& state);
   void Wait(const MpiState& state);
@@ -43,6 +46,7 @@ class MpiEngine {
   struct Owner {
     std::shared_ptr<MpiState> state;
     int64_t expected_bytes;
+    std::function<void()> then;
   };
   bool Poll();  // true when something completed
   void Complete(size_t index, const MPI_Status& status, bool failed);
@@ -63,6 +67,9 @@ class MpiState {
  public:
   MpiState(std::string description, std::vector<Tensor> tensors)
       : description_(std::move(description)), tensors_(std::move(tensors)) {}
+  ~MpiState();
+  MpiState(const MpiState&) = delete;
+  MpiState& operator=(const MpiState&) = delete;
 
   bool complete() const { return finished_.load(std::memory_order_acquire) == pieces_.load(); }
   double fraction() const {
@@ -71,11 +78,23 @@ class MpiState {
   }
   const std::string& description() const { return description_; }
 
+  // Operands in GPU memory: the queue that moves them, and their pinned twins.
+  void Stage(std::shared_ptr<DeviceQueue> queue) { queue_ = std::move(queue); }
+  void KeepTwin(std::shared_ptr<std::byte> twin) { twins_.push_back(std::move(twin)); }
+  DeviceQueue* queue() const { return queue_.get(); }
+  // After completion: the point of the queue at which the results are in GPU memory.
+  const DeviceEventRef& DeviceEnd();
+  void OrderCompute();  // the compute stream goes on after DeviceEnd
+
  private:
   friend class MpiEngine;
   std::string description_;
   std::vector<Tensor> tensors_;
   std::atomic<int64_t> pieces_{0}, finished_{0};
+  std::shared_ptr<DeviceQueue> queue_;
+  std::vector<std::shared_ptr<std::byte>> twins_;
+  DeviceEventRef device_end_;
+  bool ordered_ = false;
   std::string error_;  // written before the last increment of finished_
 };
 
@@ -85,8 +104,8 @@ class MpiWork : public Work::State {
   MpiWork(std::shared_ptr<MpiEngine> engine, std::shared_ptr<MpiState> state)
       : engine_(std::move(engine)), state_(std::move(state)) {}
   ~MpiWork() override;
-  bool Done() override { return engine_->Done(*state_); }
-  void Wait() override { engine_->Wait(*state_); }
+  bool Done() override;
+  void Wait() override;
   double CompletedFraction() const override { return state_->fraction(); }
 
  private:

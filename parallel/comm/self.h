@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <optional>
 
 #include "parallel/comm/communicator.h"
 
@@ -21,8 +22,15 @@ class SelfCommunicator : public Communicator {
   Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) override;
   void Barrier() override {}
   void Progress() override {}
+  void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override;
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;
+
+ private:
+  void Copy(const Tensor& from, const Tensor& to);
+
+  std::shared_ptr<cuda::Runtime> runtime_;
+  std::optional<Device> gpu_;
 };
 
 }  // namespace longspan::parallel

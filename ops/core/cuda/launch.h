@@ -40,6 +40,7 @@ void Launch(Runtime& runtime, const char* name, void (*kernel)(P...), const Laun
   static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
   std::tuple<std::decay_t<P>...> values(std::forward<A>(arguments)...);
 #ifdef LONGSPAN_EMULATED_CUDA
+  emulated::CheckArguments(name, values);
   EmulatedKernel bound{name, [kernel, values] { std::apply(kernel, values); }};
   void* pointers[] = {&bound};
   internal::LaunchChecked(runtime, name, reinterpret_cast<const void*>(kernel), shape, pointers);
