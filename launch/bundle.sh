@@ -16,8 +16,8 @@ usage: launch/bundle.sh [--out FILE] [--arch LIST] [--from BUILD_DIR]
 Builds longspan and its GPU tests in build/bundle and packs them with every library that they need,
 except the driver, cuBLAS and NCCL, into one archive of less than 50 MiB.
 
-  --out FILE    .tar.xz or .tar.zst (default build/longspan-cuda-<arch>.tar.xz)
-  --arch LIST   as CMAKE_CUDA_ARCHITECTURES (default 90a)
+  --out FILE    .tar.xz or .tar.zst (default build/longspan-cuda-90a.tar.xz)
+  --arch LIST   as CMAKE_CUDA_ARCHITECTURES (default 90a-real)
   --from DIR    pack the binaries of this build of preset cuda instead of building
 
 On the other machine: unpack, then bin/longspan, or tests/gpu/run.sh.
@@ -29,7 +29,7 @@ fail() {
   exit 1
 }
 
-out='' arch=90a from=''
+out='' arch=90a-real from=''
 while (($# > 0)); do
   case $1 in
     --out | --arch | --from)
@@ -41,7 +41,8 @@ while (($# > 0)); do
     *) fail "unknown option $1 (see --help)" ;;
   esac
 done
-out=${out:-build/longspan-cuda-${arch//;/-}.tar.xz}
+name=${arch//;/-}
+out=${out:-build/longspan-cuda-${name//-real/}.tar.xz}
 case $out in
   *.tar.xz) pack=(xz -6 -T0) ;;
   *.tar.zst) pack=(zstd -19 -T0 -q) ;;
