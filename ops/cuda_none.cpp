@@ -4,7 +4,10 @@
 #include "ops/core/error.h"
 #include "ops/elementwise/elementwise_cuda.h"
 #include "ops/embedding/embedding_cuda.h"
+#include "ops/gemm/gemm_cuda.h"
+#include "ops/loss/linear_cross_entropy_cuda.h"
 #include "ops/norm/rms_norm_cuda.h"
+#include "ops/optim/optim_cuda.h"
 #include "ops/rope/rope_cuda.h"
 
 namespace longspan::ops::internal {
@@ -30,7 +33,31 @@ void CastIntoCuda(Context&, const Tensor&, Tensor&) { Refuse(); }
 void AddRowsIntoCuda(Context&, Tensor&, const Tensor&) { Refuse(); }
 
 Tensor EmbeddingForwardCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
-void EmbeddingBackwardCuda(Context&, const Tensor&, const Tensor&, Tensor&) { Refuse(); }
+void EmbeddingBackwardCuda(Context&, const EmbeddingOrder&, const Tensor&, Tensor&) { Refuse(); }
+
+void RunCublasLt(Context&, const GemmCall&) { Refuse(); }
+
+LinearCrossEntropyResult LinearCrossEntropyForwardCuda(Context&, const Tensor&, const Tensor&,
+                                                       const Tensor&,
+                                                       const LinearCrossEntropyOptions&, Tensor,
+                                                       LinearCrossEntropyResult) {
+  Refuse();
+}
+Tensor LinearCrossEntropyBackwardCuda(Context&, const LinearCrossEntropyResult&, const Tensor&,
+                                      const Tensor&, const Tensor&,
+                                      const LinearCrossEntropyOptions&, double, Tensor&) {
+  Refuse();
+}
+
+void AddSumOfSquaresCuda(Context&, const Tensor&, Tensor&) { Refuse(); }
+void AddNotFiniteCuda(Context&, const Tensor&, Tensor&) { Refuse(); }
+void StepControlCuda(Context&, const Tensor&, const Tensor&, const StepControlOptions&, Tensor&) {
+  Refuse();
+}
+void AdamWStepCuda(Context&, const AdamWRule<float>&, const Tensor&, Tensor&, const Tensor&,
+                   Tensor&, Tensor&, const Tensor&) {
+  Refuse();
+}
 
 RmsNormResult RmsNormForwardCuda(Context&, const Tensor&, const Tensor&, double, RmsNormResult) {
   Refuse();

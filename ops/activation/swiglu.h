@@ -10,7 +10,7 @@ namespace longspan::ops {
 // Dtypes    all f32, all bf16, or all f64
 // Numerics  computed in f32 (f64 for f64), rounded once
 // Errors    InvalidArgument naming the op and the operands, before any output is written
-// Devices   cpu
+// Devices   cpu, cuda (no f64: Unsupported)
 Tensor SwiGluForward(Context& ctx, const Tensor& gate, const Tensor& up);
 
 struct SwiGluGradients {

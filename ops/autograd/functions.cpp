@@ -3,7 +3,6 @@
 #include "ops/activation/gelu.h"
 #include "ops/activation/swiglu.h"
 #include "ops/elementwise/elementwise.h"
-#include "ops/embedding/embedding.h"
 #include "ops/gemm/linear.h"
 #include "ops/norm/rms_norm.h"
 
@@ -20,12 +19,13 @@ Var Linear(Tape& tape, const Var& x, const Parameter& w) {
   return y;
 }
 
-Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype) {
+Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype,
+              const ops::EmbeddingOrder& order) {
   Context& ctx = tape.context();
   Var y(ops::EmbeddingForward(ctx, ids, table.value, dtype), tape.recording());
   if (!table.grad.defined()) return y;
-  tape.Record([&ctx, ids, dtable = table.grad, y]() mutable {
-    if (y.grad().defined()) ops::EmbeddingBackward(ctx, ids, y.grad(), dtable);
+  tape.Record([&ctx, ids, order, dtable = table.grad, y]() mutable {
+    if (y.grad().defined()) ops::EmbeddingBackward(ctx, ids, y.grad(), dtable, order);
   });
   return y;
 }

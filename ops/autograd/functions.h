@@ -1,6 +1,7 @@
 #pragma once
 #include "ops/autograd/parameter.h"
 #include "ops/autograd/tape.h"
+#include "ops/embedding/embedding.h"
 #include "ops/loss/linear_cross_entropy.h"
 #include "ops/rope/rope.h"
 
@@ -10,7 +11,9 @@ namespace longspan::autograd {
 // the op named; parameter gradients are added, activation gradients flow through Var.
 
 Var Linear(Tape& tape, const Var& x, const Parameter& w);  // gemm.h: x w^T
-Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype);
+// `order`: of the ids, where EmbeddingBackward needs it.
+Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype,
+              const ops::EmbeddingOrder& order = {});
 Var RmsNorm(Tape& tape, const Var& x, const Parameter& w, double eps);
 Var Rope(Tape& tape, const Var& x, const ops::RopeTable& table);
 Var SwiGlu(Tape& tape, const Var& gate, const Var& up);
@@ -21,7 +24,7 @@ Var Cast(Tape& tape, const Var& x, DType dtype);
 Var ResidualAdd(Tape& tape, const Var& x, const Var& branch);
 
 // The root of a training step: sums of losses in nats, and an entry that starts the backward pass
-// with d(loss_sum + z_loss_sum) = `scale`.
+// with d(loss + z-loss) = `scale`.
 ops::LinearCrossEntropyResult LinearCrossEntropy(Tape& tape, const Var& x, const Parameter& w,
                                                  const Tensor& labels,
                                                  const ops::LinearCrossEntropyOptions& options,

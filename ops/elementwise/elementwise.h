@@ -7,10 +7,10 @@ namespace longspan::ops {
 // Elementwise helpers of the training step over tensors of any shape.
 //
 // Dtypes    f32, bf16 and f64. f32 and bf16 mix freely where two operands meet; f64 meets only
-//           f64, except in Cast and CastInto.
+//           f64, except in Cast and CastInto. On a GPU f64 only in AddInto (Unsupported elsewhere).
 // Numerics  computed in f32 (f64 for f64), rounded once when stored.
 // Errors    InvalidArgument naming the op and the shapes or dtypes, before anything is written.
-// Devices   cpu
+// Devices   cpu, cuda
 
 // dst += src, in place; same shape.
 void AddInto(Context& ctx, Tensor& dst, const Tensor& src);
@@ -33,8 +33,9 @@ void Fill(Context& ctx, Tensor& t, double value);
 Tensor Cast(Context& ctx, const Tensor& t, DType dtype);
 void CastInto(Context& ctx, const Tensor& src, Tensor& dst);
 
-// dst[d] += rows[0][d] + rows[1][d] + ... in that order; rows [P, D] and dst [D], both f32 or both
-// f64. Folds the partial sums that kernels keep per fixed range of tokens.
+// dst[d] += rows[0][d] + rows[1][d] + ... in that order (on a GPU in another one, fixed by P); rows
+// [P, D] and dst [D], both f32 or both f64. Folds the partial sums that kernels keep per fixed
+// range of tokens.
 void AddRowsInto(Context& ctx, Tensor& dst, const Tensor& rows);
 
 }  // namespace longspan::ops

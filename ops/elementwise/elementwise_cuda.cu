@@ -5,7 +5,10 @@ namespace longspan::ops::internal {
 namespace {
 
 struct Sum {
-  __device__ float operator()(float a, float b) const { return a + b; }
+  template <class Real>
+  __device__ Real operator()(Real a, Real b) const {
+    return a + b;
+  }
 };
 struct Product {
   float factor;
@@ -19,12 +22,22 @@ struct Same {
   __device__ float operator()(float a) const { return a; }
 };
 
-// A thread owns a column and adds its rows in order, so that the sum does not depend on the grid.
-__global__ void AddRowsKernel(int64_t count, int64_t width, const float* rows, float* dst) {
-  const int64_t d = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (d >= width) return;
+constexpr int kColumns = 32, kLanes = 16;  // of a block of AddRowsKernel
+
+// A block owns 32 columns. Lane r adds rows r, r + 16, ... and lane 0 the sums of the lanes in
+// order, so that the result does not depend on the grid.
+__global__ void __launch_bounds__(kColumns* kLanes)
+    AddRowsKernel(int64_t count, int64_t width, const float* rows, float* dst) {
+  __shared__ float sums[kLanes][kColumns];
+  const int64_t d = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   float sum = 0;
-  for (int64_t p = 0; p < count; ++p) sum += rows[p * width + d];
+  if (d < width) {
+    for (int64_t p = threadIdx.y; p < count; p += kLanes) sum += rows[p * width + d];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || d >= width) return;
+  for (int lane = 1; lane < kLanes; ++lane) sum += sums[lane][threadIdx.x];
   dst[d] += sum;
 }
 
@@ -38,6 +51,11 @@ void DispatchGpuPair(const char* op, DType a, DType b, F f) {
 }  // namespace
 
 void AddIntoCuda(Context& ctx, Tensor& dst, const Tensor& src) {
+  if (dst.dtype() == DType::kF64) {  // sums over the model and over tokens
+    MapCuda(ctx, "AddInto", dst.numel(), dst.data<double>(), Sum(), dst.data<double>(),
+            src.data<double>());
+    return;
+  }
   DispatchGpuPair("AddInto", dst.dtype(), src.dtype(), [&]<class A, class B>() {
     MapCuda(ctx, "AddInto", dst.numel(), dst.data<A>(), Sum(), dst.data<A>(), src.data<B>());
   });
@@ -72,8 +90,10 @@ void AddRowsIntoCuda(Context& ctx, Tensor& dst, const Tensor& rows) {
   if (dst.dtype() != DType::kF32) {
     throw Unsupported("AddRowsInto: f64 is not built for GPUs; use f32");
   }
-  cuda::Launch(ctx.cuda(), "AddRowsInto", AddRowsKernel, cuda::Cover(dst.numel(), 128), rows.dim(0),
-               dst.numel(), rows.data<float>(), dst.data<float>());
+  const cuda::LaunchShape shape{dim3(cuda::Cover(dst.numel(), kColumns).grid.x),
+                                dim3(kColumns, kLanes)};
+  cuda::Launch(ctx.cuda(), "AddRowsInto", AddRowsKernel, shape, rows.dim(0), dst.numel(),
+               rows.data<float>(), dst.data<float>());
 }
 
 }  // namespace longspan::ops::internal

@@ -17,8 +17,10 @@ decltype(auto) DispatchGpuFloat(DType dtype, const char* op, F&& f) {
       return f.template operator()<float>();
     case DType::kBF16:
       return f.template operator()<BF16>();
+    case DType::kF64:
+      throw Unsupported(Str(op, ": f64 is not built for GPUs; use f32 or bf16"));
     default:
-      throw Unsupported(Str(op, ": ", ToString(dtype), " is not built for GPUs; use f32 or bf16"));
+      throw InvalidArgument(Str(op, ": dtype ", ToString(dtype), " is not f32 or bf16"));
   }
 }
 

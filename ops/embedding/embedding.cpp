@@ -19,19 +19,37 @@ void CheckIds(const char* op, const Tensor& ids, const char* name, const Tensor&
       << op << ": ids are " << ids.Describe() << ", not i32[T]";
   LONGSPAN_CHECK(table.rank() == 2 && IsFloat(table.dtype()))
       << op << ": " << name << " is " << table.Describe() << ", not a float matrix";
-  if (ids.device().kind != DeviceKind::kCpu) return;  // their values cannot be read here
+  // On a GPU their values cannot be read here.
+  if (ids.device().kind == DeviceKind::kCpu) internal::CheckIdRange(ids, table.dim(0));
+}
+
+void CheckOrder(const EmbeddingOrder& order, const Tensor& ids, const Tensor& dtable) {
+  if (!order.tokens.defined()) {
+    throw InvalidArgument(
+        "EmbeddingBackward: a GPU needs the order of the ids; make it with OrderTokens");
+  }
+  LONGSPAN_CHECK(order.tokens.shape() == ids.shape() && order.vocab == dtable.dim(0))
+      << "EmbeddingBackward: the order of " << order.tokens.Describe() << " ids of " << order.vocab
+      << " rows does not belong to ids " << ids.Describe() << " and dtable " << dtable.Describe();
+}
+
+}  // namespace
+
+namespace internal {
+
+void CheckIdRange(const Tensor& ids, int64_t vocab) {
   const int32_t* id = ids.data<int32_t>();
   for (int64_t t = 0; t < ids.dim(0); ++t) {
-    if (id[t] < 0 || id[t] >= table.dim(0)) {
+    if (id[t] < 0 || id[t] >= vocab) {
       throw InvalidArgument(Str("token ", t, " has id ", id[t], ", outside the vocabulary of ",
-                                table.dim(0),
+                                vocab,
                                 " entries; raise model.vocab_size or prepare the "
                                 "data with the model's tokenizer"));
     }
   }
 }
 
-}  // namespace
+}  // namespace internal
 
 Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DType out) {
   CheckIds("EmbeddingForward", ids, "table", table);
@@ -66,12 +84,14 @@ Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DT
   return y;
 }
 
-void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor& dtable) {
+void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor& dtable,
+                       const EmbeddingOrder& order) {
   CheckIds("EmbeddingBackward", ids, "dtable", dtable);
   LONGSPAN_CHECK(dy.shape() == Shape({ids.dim(0), dtable.dim(1)}) &&
                  dtable.dtype() == AccumulatorOf(dy.dtype()))
       << "EmbeddingBackward: dy " << dy.Describe() << " into dtable " << dtable.Describe();
-  LONGSPAN_ON_CUDA(ctx, internal::EmbeddingBackwardCuda(ctx, ids, dy, dtable));
+  if (ctx.device().kind == DeviceKind::kCuda) CheckOrder(order, ids, dtable);
+  LONGSPAN_ON_CUDA(ctx, internal::EmbeddingBackwardCuda(ctx, order, dy, dtable));
   const int64_t tokens = ids.dim(0), width = dtable.dim(1);
   const int32_t* id = ids.data<int32_t>();
   DispatchFloat(dy.dtype(), "EmbeddingBackward", [&]<class T>() {

@@ -1,8 +1,7 @@
-// Backward: tokens are sorted by id, stably, and cut into chunks of equal length. A chunk adds up
-// the runs of equal ids in it. Runs that lie within one chunk go straight to the table; a run over
-// several chunks leaves a partial sum in each, which are then added in chunk order. Every sum has
-// one order, whatever the grid does.
-#include <cub/device/device_radix_sort.cuh>
+// Backward: the pieces of EmbeddingOrder are summed token after token; ids of one piece go straight
+// to the table, the others leave partial sums, which are then added in order. A row of the table is
+// written by one block, so every sum has one order, whatever the grid does.
+#include <algorithm>
 
 #include "ops/elementwise/map_cuda.cuh"
 #include "ops/embedding/embedding_cuda.h"
@@ -11,131 +10,95 @@ namespace longspan::ops::internal {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int64_t kChunk = 32;  // sorted tokens a chunk
 
-// Sorted ids with the token each came from.
-struct Sorted {
-  const int32_t* id;
-  const int32_t* token;
-  int64_t count;
-
-  __device__ bool Valid(int64_t p) const { return p >= 0 && p < count; }
-  // Whether positions p and p + 1 exist and hold the same id.
-  __device__ bool Joined(int64_t p) const { return Valid(p) && Valid(p + 1) && id[p] == id[p + 1]; }
-};
-
-template <class From, class To>
-__global__ void ForwardKernel(int64_t elements, int64_t width, int64_t vocab, const int32_t* ids,
-                              const From* table, To* y) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= elements) return;
-  const int64_t id = ids[i / width];
+// A block per token; a thread moves N neighbouring columns at a time.
+template <int N, class From, class To>
+__global__ void __launch_bounds__(kThreads)
+    ForwardKernel(int64_t width, int64_t vocab, const int32_t* ids, const From* table, To* y) {
+  const int64_t t = blockIdx.x, id = ids[t];
   const bool known = id >= 0 && id < vocab;
-  const float value =
-      known ? static_cast<float>(table[id * width + i % width]) : __int_as_float(0x7fffffff);
-  y[i] = static_cast<To>(value);
-}
-
-__global__ void CountKernel(int64_t n, int32_t* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n) out[i] = static_cast<int32_t>(i);
-}
-
-// partial [chunks, 2, width]: of a run that comes from the chunk before, and of one that begins
-// here and goes on in the next.
-template <class T>
-__global__ void ChunkKernel(Sorted sorted, int64_t width, int64_t vocab, const T* dy,
-                            float* partial, float* dtable) {
-  const int64_t d = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (d >= width) return;
-  const int64_t chunk = blockIdx.x, begin = chunk * kChunk;
-  const int64_t end = begin + kChunk < sorted.count ? begin + kChunk : sorted.count;
-  float sum = 0;
-  bool from_before = sorted.Joined(begin - 1);
-  for (int64_t p = begin; p < end; ++p) {
-    sum += static_cast<float>(dy[static_cast<int64_t>(sorted.token[p]) * width + d]);
-    const bool goes_on = sorted.Joined(p);
-    if (goes_on && p + 1 < end) continue;
-    if (from_before || goes_on) {
-      partial[(chunk * 2 + (from_before ? 0 : 1)) * width + d] = sum;
-    } else if (sorted.id[p] >= 0 && sorted.id[p] < vocab) {
-      dtable[static_cast<int64_t>(sorted.id[p]) * width + d] += sum;
+  const From* row = table + (known ? id : 0) * width;
+  To* to = y + t * width;
+  for (int64_t d = static_cast<int64_t>(threadIdx.x) * N; d < width; d += kThreads * N) {
+    Pack<From, N> in{};
+    if (known) in = PackAt<N>(row, d);
+    Pack<To, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      out.element[j] = static_cast<To>(known ? static_cast<float>(in.element[j]) : NAN);
     }
-    sum = 0;
-    from_before = false;
+    PackAt<N>(to, d) = out;
   }
 }
 
-// One block column per chunk; only chunks in which a run over several chunks begins do anything.
-__global__ void JoinKernel(Sorted sorted, int64_t width, int64_t vocab, const float* partial,
-                           float* dtable) {
-  const int64_t d = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+// A piece a block row: begin, end, target.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    PieceKernel(int64_t width, const int32_t* tokens, const int32_t* pieces, const T* dy,
+                float* partial, float* dtable) {
+  const int64_t d = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   if (d >= width) return;
-  int64_t chunk = blockIdx.x;
-  int64_t last = chunk * kChunk + kChunk - 1;
-  if (!sorted.Joined(last)) return;
-  const int32_t id = sorted.id[last];
-  const int64_t before = chunk * kChunk - 1;
-  // The whole chunk belongs to a run that began earlier.
-  if (sorted.Valid(before) && sorted.id[before] == id) return;
-  float sum = partial[(chunk * 2 + 1) * width + d];
-  while (sorted.Joined(last)) {
-    ++chunk;
-    last += kChunk;
-    sum += partial[chunk * 2 * width + d];
-    if (!sorted.Valid(last) || sorted.id[last] != id) break;
+  const int32_t* piece = pieces + int64_t{3} * blockIdx.x;
+  const int32_t end = piece[1], target = piece[2];
+  float sum = 0;
+#pragma unroll 4
+  for (int32_t p = piece[0]; p < end; ++p) {
+    sum += static_cast<float>(dy[static_cast<int64_t>(tokens[p]) * width + d]);
   }
-  if (id >= 0 && id < vocab) dtable[static_cast<int64_t>(id) * width + d] += sum;
+  if (target >= 0) {
+    dtable[static_cast<int64_t>(target) * width + d] += sum;
+  } else {
+    partial[static_cast<int64_t>(-1 - target) * width + d] = sum;
+  }
 }
 
-Sorted SortById(Context& ctx, const Tensor& ids, Tensor& keys, Tensor& tokens) {
-  const int64_t n = ids.dim(0);
-  Tensor order = ctx.Empty({n}, DType::kI32);
-  keys = ctx.Empty({n}, DType::kI32);
-  tokens = ctx.Empty({n}, DType::kI32);
-  cuda::Launch(ctx.cuda(), "EmbeddingBackward", CountKernel, cuda::Cover(n), n,
-               order.data<int32_t>());
-  const auto sort = [&](void* scratch, size_t& bytes) {
-    LONGSPAN_CUDA(cub::DeviceRadixSort::SortPairs(
-        scratch, bytes, ids.data<int32_t>(), keys.data<int32_t>(), order.data<int32_t>(),
-        tokens.data<int32_t>(), n, 0, 32, ctx.cuda().stream()));
-  };
-  size_t bytes = 0;
-  sort(nullptr, bytes);
-  const Tensor scratch = ctx.Empty({static_cast<int64_t>(bytes)}, DType::kU8);
-  sort(scratch.raw(), bytes);
-  return {keys.data<int32_t>(), tokens.data<int32_t>(), n};
+// An id of several pieces a block row: row of the table, first slot, slots.
+__global__ void __launch_bounds__(kThreads)
+    JoinKernel(int64_t width, const int32_t* joins, const float* partial, float* dtable) {
+  const int64_t d = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  if (d >= width) return;
+  const int32_t* join = joins + int64_t{3} * blockIdx.x;
+  const float* from = partial + static_cast<int64_t>(join[1]) * width + d;
+  float sum = 0;
+#pragma unroll 4
+  for (int32_t s = 0; s < join[2]; ++s) sum += from[s * width];
+  dtable[static_cast<int64_t>(join[0]) * width + d] += sum;
+}
+
+cuda::LaunchShape RowsOf(const Tensor& triples, int64_t width) {
+  return {dim3(static_cast<unsigned>(triples.dim(0)),
+               static_cast<unsigned>((width + kThreads - 1) / kThreads)),
+          dim3(kThreads)};
 }
 
 }  // namespace
 
 Tensor EmbeddingForwardCuda(Context& ctx, const Tensor& ids, const Tensor& table, Tensor y) {
+  const int64_t width = table.dim(1);
+  const bool packs = width % kPackElements == 0 && Aligned16(table.raw()) && Aligned16(y.raw());
   DispatchGpuFloat(table.dtype(), "EmbeddingForward", [&]<class From>() {
     DispatchGpuFloat(y.dtype(), "EmbeddingForward", [&]<class To>() {
-      cuda::Launch(ctx.cuda(), "EmbeddingForward", ForwardKernel<From, To>, cuda::Cover(y.numel()),
-                   y.numel(), table.dim(1), table.dim(0), ids.data<int32_t>(), table.data<From>(),
-                   y.data<To>());
+      const auto kernel =
+          packs ? ForwardKernel<kPackElements, From, To> : ForwardKernel<1, From, To>;
+      cuda::Launch(ctx.cuda(), "EmbeddingForward", kernel,
+                   {dim3(static_cast<unsigned>(ids.dim(0))), dim3(kThreads)}, width, table.dim(0),
+                   ids.data<int32_t>(), table.data<From>(), y.data<To>());
     });
   });
   return y;
 }
 
-void EmbeddingBackwardCuda(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor& dtable) {
-  const int64_t tokens = ids.dim(0), width = dtable.dim(1), vocab = dtable.dim(0);
-  if (tokens == 0 || width == 0) return;
-  Tensor keys, order;
-  const Sorted sorted = SortById(ctx, ids, keys, order);
-  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
-  const Tensor partial = ctx.Empty({chunks, 2, width}, DType::kF32);
-  const cuda::LaunchShape shape{
-      dim3(static_cast<unsigned>(chunks), static_cast<unsigned>((width + kThreads - 1) / kThreads)),
-      dim3(kThreads)};
+void EmbeddingBackwardCuda(Context& ctx, const EmbeddingOrder& order, const Tensor& dy,
+                           Tensor& dtable) {
+  const int64_t width = dtable.dim(1);
+  const Tensor partial = ctx.Empty({order.slots, width}, DType::kF32);
   DispatchGpuFloat(dy.dtype(), "EmbeddingBackward", [&]<class T>() {
-    cuda::Launch(ctx.cuda(), "EmbeddingBackward", ChunkKernel<T>, shape, sorted, width, vocab,
-                 dy.data<T>(), partial.data<float>(), dtable.data<float>());
+    cuda::Launch(ctx.cuda(), "EmbeddingBackward", PieceKernel<T>, RowsOf(order.pieces, width),
+                 width, order.tokens.data<int32_t>(), order.pieces.data<int32_t>(), dy.data<T>(),
+                 partial.data<float>(), dtable.data<float>());
   });
-  cuda::Launch(ctx.cuda(), "EmbeddingBackward", JoinKernel, shape, sorted, width, vocab,
-               partial.data<float>(), dtable.data<float>());
+  cuda::Launch(ctx.cuda(), "EmbeddingBackward", JoinKernel, RowsOf(order.joins, width), width,
+               order.joins.data<int32_t>(), partial.data<float>(), dtable.data<float>());
 }
 
 }  // namespace longspan::ops::internal

@@ -1,12 +1,14 @@
 #pragma once
-#include "ops/core/context.h"
-#include "ops/core/tensor.h"
+#include "ops/embedding/embedding.h"
 
 // CUDA halves of embedding.h: operands have been checked but for the ids, which are on the device.
-// The loader has compared them with the vocabulary; an id outside it would give a row of NaN.
 namespace longspan::ops::internal {
 
+// Host ids against the rows of the table; InvalidArgument names the first one that is outside.
+void CheckIdRange(const Tensor& ids, int64_t vocab);
+
 Tensor EmbeddingForwardCuda(Context& ctx, const Tensor& ids, const Tensor& table, Tensor y);
-void EmbeddingBackwardCuda(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor& dtable);
+void EmbeddingBackwardCuda(Context& ctx, const EmbeddingOrder& order, const Tensor& dy,
+                           Tensor& dtable);
 
 }  // namespace longspan::ops::internal

@@ -4,6 +4,7 @@
 
 #include "ops/core/trace.h"
 #include "ops/elementwise/elementwise.h"
+#include "ops/gemm/gemm_cuda.h"
 #include "ops/gemm/gemm_tiles.h"
 
 namespace longspan::ops {
@@ -33,23 +34,40 @@ std::string OneDnnWidenedRejects(const GemmProblem& problem) {
 
 std::string ReferenceRejects(const GemmProblem&) { return ""; }
 
+std::string CublasLtRejects(const GemmProblem& problem) {
+  return problem.operands == DType::kF64 ? "GPUs multiply f32 and bf16 only" : "";
+}
+
 using Run = void (*)(Context&, const internal::GemmCall&);
-constexpr Run kRuns[] = {internal::RunOneDnn, internal::RunOneDnnWidened, internal::RunReference};
+constexpr Run kRuns[] = {internal::RunCublasLt, internal::RunOneDnn, internal::RunOneDnnWidened,
+                         internal::RunReference};
 
 // Index into the table; throws when the one asked for does not exist or declines.
-size_t Choose(const GemmProblem& problem, const std::string& wanted) {
+size_t Choose(Device device, const GemmProblem& problem, const std::string& wanted) {
   const auto& table = GemmImplementations();
+  std::string names, last_reason;
   for (size_t i = 0; i < table.size(); ++i) {
+    if (table[i].device == device.kind) names += Str(table[i].name, ", ");
     if (!wanted.empty() && wanted != table[i].name) continue;
+    if (table[i].device != device.kind) {
+      if (wanted.empty()) continue;
+      throw InvalidArgument(Str("Gemm: implementation ", wanted, " does not run on ",
+                                ToString(device), "; leave it empty there"));
+    }
     const std::string reason = table[i].rejects(problem);
     if (reason.empty()) return i;
     if (!wanted.empty()) {
       throw InvalidArgument(Str("Gemm: implementation ", wanted, " cannot multiply ",
                                 ToString(problem.operands), " here: ", reason));
     }
+    last_reason = reason;
   }
-  throw InvalidArgument(Str("Gemm: there is no implementation named ", wanted,
-                            "; use onednn, onednn_widened, reference, or leave it empty"));
+  if (wanted.empty()) {
+    throw Unsupported(Str("Gemm: nothing multiplies ", ToString(problem.operands), " on ",
+                          ToString(device), ": ", last_reason));
+  }
+  throw InvalidArgument(
+      Str("Gemm: there is no implementation named ", wanted, "; use ", names, "or leave it empty"));
 }
 
 void CheckDtypes(const Tensor& a, const Tensor& b, const Tensor& c) {
@@ -62,9 +80,11 @@ void CheckDtypes(const Tensor& a, const Tensor& b, const Tensor& c) {
 }  // namespace
 
 const std::vector<GemmImplementation>& GemmImplementations() {
-  static const std::vector<GemmImplementation> table = {{"onednn", OneDnnRejects},
-                                                        {"onednn_widened", OneDnnWidenedRejects},
-                                                        {"reference", ReferenceRejects}};
+  static const std::vector<GemmImplementation> table = {
+      {"cublaslt", DeviceKind::kCuda, CublasLtRejects},
+      {"onednn", DeviceKind::kCpu, OneDnnRejects},
+      {"onednn_widened", DeviceKind::kCpu, OneDnnWidenedRejects},
+      {"reference", DeviceKind::kCpu, ReferenceRejects}};
   return table;
 }
 
@@ -79,7 +99,7 @@ const char* Gemm(Context& ctx, const Tensor& a, bool transpose_a, const Tensor& 
   LONGSPAN_CHECK(b.dim(transpose_b ? 1 : 0) == k && c.dim(0) == m && c.dim(1) == n)
       << "Gemm: " << a.Describe() << (transpose_a ? "^T" : "") << " times " << b.Describe()
       << (transpose_b ? "^T" : "") << " into " << c.Describe();
-  const size_t chosen = Choose({a.dtype(), c.dtype()}, options.implementation);
+  const size_t chosen = Choose(ctx.device(), {a.dtype(), c.dtype()}, options.implementation);
   if (m > 0 && n > 0) {
     if (k > 0) {
       TraceScope scope(ctx.trace(), "gemm");

@@ -5,17 +5,20 @@
 #include <limits>
 #include <type_traits>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 #include "ops/elementwise/elementwise.h"
 #include "ops/elementwise/exp.h"
 #include "ops/elementwise/rows.h"
 #include "ops/gemm/gemm.h"
+#include "ops/loss/linear_cross_entropy_cuda.h"
 
 namespace longspan::ops {
 namespace {
 
 constexpr int64_t kLogitBytes = int64_t{32} << 20;
-constexpr int32_t kNoLabel = -1;
+using internal::ChunkBuffer;
+using internal::kNoLabel;
 
 void CheckOperands(const char* op, const Tensor& x, const Tensor& w, const Tensor& labels,
                    const LinearCrossEntropyOptions& options) {
@@ -26,6 +29,7 @@ void CheckOperands(const char* op, const Tensor& x, const Tensor& w, const Tenso
       << op << ": labels " << labels.Describe() << " for x " << x.Describe();
   LONGSPAN_CHECK(options.chunk_tokens >= 0 && options.z_loss >= 0)
       << op << ": chunk_tokens " << options.chunk_tokens << ", z_loss " << options.z_loss;
+  if (labels.device().kind != DeviceKind::kCpu) return;  // their values cannot be read here
   const int32_t* label = labels.data<int32_t>();
   for (int64_t t = 0; t < labels.dim(0); ++t) {
     if (label[t] != kNoLabel && (label[t] < 0 || label[t] >= w.dim(0))) {
@@ -41,7 +45,7 @@ template <class Body>
 void ForChunks(const Tensor& labels, int64_t vocab, const LinearCrossEntropyOptions& options,
                Body body) {
   const int64_t tokens = labels.dim(0);
-  const int64_t chunk = options.chunk_tokens > 0 ? options.chunk_tokens : AutoChunkTokens(vocab);
+  const int64_t chunk = internal::ChunkTokens(vocab, options);
   const int32_t* label = labels.data<int32_t>();
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
     const int64_t end = std::min(tokens, begin + chunk);
@@ -49,13 +53,6 @@ void ForChunks(const Tensor& labels, int64_t vocab, const LinearCrossEntropyOpti
       body(begin, end);
     }
   }
-}
-
-// Memory for the largest chunk, as [tokens, vocab].
-Tensor ChunkBuffer(Context& ctx, int64_t tokens, int64_t vocab,
-                   const LinearCrossEntropyOptions& options, DType dtype) {
-  const int64_t chunk = options.chunk_tokens > 0 ? options.chunk_tokens : AutoChunkTokens(vocab);
-  return ctx.Empty({std::min(chunk, tokens), vocab}, dtype);
 }
 
 int64_t RowsPerTask(int64_t vocab) { return std::max<int64_t>(1, internal::kTaskElements / vocab); }
@@ -124,11 +121,12 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& w, const Tensor& label
       }
     });
   });
+  double* sums = result.sums.data<double>();
   for (int64_t t = 0; t < x.dim(0); ++t) {
     if (label[t] == kNoLabel) continue;
-    ++result.valid;
-    result.loss_sum += static_cast<double>(loss[t]);
-    result.z_loss_sum += options.z_loss * static_cast<double>(lse[t]) * static_cast<double>(lse[t]);
+    sums[kLossSum] += static_cast<double>(loss[t]);
+    sums[kZLossSum] += options.z_loss * static_cast<double>(lse[t]) * static_cast<double>(lse[t]);
+    sums[kValidSum] += 1;
   }
 }
 
@@ -182,20 +180,44 @@ int64_t AutoChunkTokens(int64_t vocab) {
   return std::max<int64_t>(1, kLogitBytes / (vocab * 4 * 64)) * 64;
 }
 
+namespace internal {
+
+int64_t ChunkTokens(int64_t vocab, const LinearCrossEntropyOptions& options) {
+  return options.chunk_tokens > 0 ? options.chunk_tokens : AutoChunkTokens(vocab);
+}
+
+Tensor ChunkBuffer(Context& ctx, int64_t tokens, int64_t vocab,
+                   const LinearCrossEntropyOptions& options, DType dtype) {
+  return ctx.Empty({std::min(ChunkTokens(vocab, options), tokens), vocab}, dtype);
+}
+
+}  // namespace internal
+
+LossSums ReadLossSums(const Tensor& sums) {
+  LONGSPAN_CHECK(sums.shape() == Shape({kLossSums}) && sums.dtype() == DType::kF64)
+      << "ReadLossSums: sums are " << sums.Describe() << ", not f64[" << kLossSums << "]";
+  double values[kLossSums];
+  sums.ReadTo(values);
+  return {values[kLossSum], values[kZLossSum], std::llround(values[kValidSum])};
+}
+
 LinearCrossEntropyResult LinearCrossEntropyForward(Context& ctx, const Tensor& x, const Tensor& w,
                                                    const Tensor& labels,
                                                    const LinearCrossEntropyOptions& options) {
   CheckOperands("LinearCrossEntropyForward", x, w, labels, options);
   const DType wide = AccumulatorOf(x.dtype());
   LinearCrossEntropyResult result;
+  result.sums = ctx.Zeros({kLossSums}, DType::kF64);
   result.lse = ctx.Zeros({x.dim(0)}, wide);
   Tensor losses = ctx.Zeros({x.dim(0)}, wide);
+  if (options.want_token_losses) result.token_losses = losses;
+  LONGSPAN_ON_CUDA(
+      ctx, internal::LinearCrossEntropyForwardCuda(ctx, x, w, labels, options, losses, result));
   if (wide == DType::kF64) {
     Forward<double>(ctx, x, w, labels, options, losses, result);
   } else {
     Forward<float>(ctx, x, w, labels, options, losses, result);
   }
-  if (options.want_token_losses) result.token_losses = losses;
   return result;
 }
 
@@ -210,6 +232,8 @@ Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& 
       << x.Describe();
   LONGSPAN_CHECK(!dw.defined() || (dw.shape() == w.shape() && dw.dtype() == wide))
       << "LinearCrossEntropyBackward: dw " << dw.Describe() << " for w " << w.Describe();
+  LONGSPAN_ON_CUDA(
+      ctx, internal::LinearCrossEntropyBackwardCuda(ctx, saved, x, w, labels, options, scale, dw));
   Tensor dx = ctx.Zeros(x.shape(), x.dtype());  // chunks without a label are skipped
   DispatchFloat(x.dtype(), "LinearCrossEntropyBackward",
                 [&]<class T>() { Backward<T>(ctx, saved, x, w, labels, options, scale, dx, dw); });

@@ -15,13 +15,16 @@ namespace longspan::ops {
 // Shapes    x, dx [T, D]; w, dw [V, D]; labels [T]; lse, token_losses [T]
 // Dtypes    x, w, dx: all f32, all bf16, or all f64; labels i32, -1 = no label; lse, token_losses
 //           and dw f32 (f64 in f64 mode)
+//           on a GPU no f64; sums f64
 // Numerics  logits, lse and losses in f32 (f64) also for bf16 operands; the sums over tokens in f64
-//           in token order. dlogits are rounded to the dtype of x before the two products. Same
-//           bits for any number of threads; `chunk_tokens` changes the last bits only. A logit that
-//           is not finite (infinite of either sign, or NaN) makes the loss of its token NaN or
-//           infinite.
-// Errors    InvalidArgument naming the token, the label and V, before anything is written
-// Devices   cpu
+//           in a fixed order (on a CPU that of the tokens). dlogits are rounded to the dtype of x
+//           before the two products. Same bits for any number of threads; `chunk_tokens` changes
+//           the last bits only. A logit that is not finite (infinite of either sign, or NaN) makes
+//           the loss of its token NaN or infinite.
+// Errors    InvalidArgument naming the token, the label and V, before anything is written. On a GPU
+//           labels cannot be looked at: one that is outside [-1, V) makes loss, lse and gradient of
+//           its token NaN
+// Devices   cpu, cuda
 struct LinearCrossEntropyOptions {
   int64_t chunk_tokens = 0;        // 0: about 32 MiB of logits
   double z_loss = 0;               // coefficient, >= 0
@@ -29,18 +32,29 @@ struct LinearCrossEntropyOptions {
 };
 
 struct LinearCrossEntropyResult {
-  double loss_sum = 0;    // nats, without the z-loss
-  double z_loss_sum = 0;  // sum of z_t
-  int64_t valid = 0;      // tokens with a label; 0 is fine: both sums and all gradients are 0
-  Tensor lse;             // saved for the backward pass; 0 where there is no label
-  Tensor token_losses;    // loss_t, 0 where there is no label; undefined unless asked for
+  Tensor sums;          // f64 [kLossSums] on the device of the operands
+  Tensor lse;           // saved for the backward pass; 0 where there is no label
+  Tensor token_losses;  // loss_t, 0 where there is no label; undefined unless asked for
 };
+enum LossSum {
+  kLossSum,   // nats, without the z-loss
+  kZLossSum,  // of z_t
+  kValidSum,  // tokens with a label; 0 is fine: both sums and all gradients are 0
+  kLossSums
+};
+
+// The sums on the host. Waits for the device: not for use inside a training step.
+struct LossSums {
+  double loss = 0, z_loss = 0;
+  int64_t valid = 0;
+};
+LossSums ReadLossSums(const Tensor& sums);
 
 LinearCrossEntropyResult LinearCrossEntropyForward(Context& ctx, const Tensor& x, const Tensor& w,
                                                    const Tensor& labels,
                                                    const LinearCrossEntropyOptions& options = {});
 
-// Gradient of scale * (loss_sum + z_loss_sum): ADDS that of w to `dw`, unless that is undefined
+// Gradient of scale * (loss + z-loss): ADDS that of w to `dw`, unless that is undefined
 // (w is not trained), and returns dx. `saved` must come from the forward pass with the same x, w,
 // labels and z_loss.
 Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& saved,

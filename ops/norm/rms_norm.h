@@ -13,7 +13,7 @@ namespace longspan::ops {
 //           threads. Finite f32 and bf16 rows give finite results also where their sum of squares
 //           overflows f32
 // Errors    InvalidArgument naming the op and the argument, before any output is written
-// Devices   cpu
+// Devices   cpu, cuda (no f64: Unsupported)
 struct RmsNormResult {
   Tensor y;     // [T, D]
   Tensor rstd;  // [T], saved for the backward pass

@@ -1,6 +1,7 @@
 // A block per row forward. Backward, a block takes kRowsPerPartial rows one after another and keeps
 // their share of the weight gradient in shared memory, each thread its own columns; the shares are
 // added in row order afterwards, so no sum depends on when a block runs.
+#include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/reduce.cuh"
 #include "ops/elementwise/elementwise.h"
 #include "ops/elementwise/map_cuda.cuh"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kRowsPerPartial = 32;
-constexpr int64_t kMaxWidth = 12288;  // columns whose f32 sums fit 48 KiB of shared memory
+constexpr int64_t kMaxWidth = 32768;  // columns whose f32 sums fit the shared memory of sm_80
 
 // Calls f(d, n) for the runs of columns that this thread owns: [d, d + n), n = N but for a tail.
 template <int N, class F>
@@ -76,7 +77,8 @@ template <int N, class T>
 __global__ void __launch_bounds__(kThreads)
     BackwardKernel(int64_t tokens, int64_t width, const T* dy, const T* x, const float* w,
                    const float* rstd, T* dx, float* partial) {
-  extern __shared__ float sums[];  // [width], only this thread's columns are its own
+  LONGSPAN_DYNAMIC_SHARED(shared);
+  auto* sums = reinterpret_cast<float*>(shared);  // [width]; a thread uses its own columns only
   OwnColumns<N>(width, [&](int64_t d, int n) {
     for (int j = 0; j < n; ++j) sums[d + j] = 0;
   });

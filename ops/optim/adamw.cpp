@@ -2,22 +2,37 @@
 
 #include <cmath>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 #include "ops/elementwise/rows.h"
+#include "ops/optim/formulas.h"
+#include "ops/optim/optim_cuda.h"
 
 namespace longspan::ops {
 namespace {
 
 template <class Real>
-void Step(Context& ctx, const AdamWOptions& o, Tensor& master, const Tensor& grad, Tensor& m_tensor,
-          Tensor& v_tensor, const Tensor& copy) {
+internal::AdamWRule<Real> RuleOf(const AdamWOptions& o) {
   const auto step = static_cast<double>(o.step);
-  const auto beta1 = static_cast<Real>(o.beta1), rest1 = static_cast<Real>(1 - o.beta1);
-  const auto beta2 = static_cast<Real>(o.beta2), rest2 = static_cast<Real>(1 - o.beta2);
-  const auto correct1 = static_cast<Real>(1 / (1 - std::pow(o.beta1, step)));
-  const auto correct2 = static_cast<Real>(1 / (1 - std::pow(o.beta2, step)));
-  const auto eps = static_cast<Real>(o.eps), lr = static_cast<Real>(o.lr);
-  const auto decay = static_cast<Real>(o.weight_decay), scale = static_cast<Real>(o.grad_scale);
+  const auto real = [](double value) { return static_cast<Real>(value); };
+  return {real(o.beta1),
+          real(1 - o.beta1),
+          real(o.beta2),
+          real(1 - o.beta2),
+          real(1 / (1 - std::pow(o.beta1, step))),
+          real(1 / (1 - std::pow(o.beta2, step))),
+          real(o.eps),
+          real(o.lr),
+          real(o.weight_decay)};
+}
+
+template <class Real>
+void Step(Context& ctx, const AdamWOptions& o, const Tensor& record, Tensor& master,
+          const Tensor& grad, Tensor& m_tensor, Tensor& v_tensor, const Tensor& copy) {
+  const double* decided = record.defined() ? record.data<double>() : nullptr;
+  if (decided != nullptr && decided[kStepApply] == 0) return;
+  const auto scale = static_cast<Real>(decided != nullptr ? decided[kStepGradScale] : 1.0);
+  const internal::AdamWRule<Real> rule = RuleOf<Real>(o);
   const Real* gradient = grad.data<Real>();
   Real *param = master.data<Real>(), *first = m_tensor.data<Real>(),
        *second = v_tensor.data<Real>();
@@ -28,12 +43,7 @@ void Step(Context& ctx, const AdamWOptions& o, Tensor& master, const Tensor& gra
     Real* __restrict m_run = first + begin;
     Real* __restrict v_run = second + begin;
     for (int64_t i = 0; i < end - begin; ++i) {
-      const Real g = g_run[i] * scale;
-      const Real m = beta1 * m_run[i] + rest1 * g;
-      const Real v = beta2 * v_run[i] + rest2 * (g * g);
-      m_run[i] = m;
-      v_run[i] = v;
-      p_run[i] -= lr * (m * correct1 / (std::sqrt(v * correct2) + eps) + decay * p_run[i]);
+      rule(g_run[i] * scale, p_run[i], m_run[i], v_run[i]);
     }
     if (rounded != nullptr) {
       for (int64_t i = begin; i < end; ++i) rounded[i] = BF16(static_cast<float>(param[i]));
@@ -41,8 +51,11 @@ void Step(Context& ctx, const AdamWOptions& o, Tensor& master, const Tensor& gra
   });
 }
 
-void CheckOperands(const AdamWOptions& o, const Tensor& master, const Tensor& grad, const Tensor& m,
-                   const Tensor& v, const Tensor& copy) {
+void CheckOperands(const AdamWOptions& o, const Tensor& record, const Tensor& master,
+                   const Tensor& grad, const Tensor& m, const Tensor& v, const Tensor& copy) {
+  LONGSPAN_CHECK(!record.defined() ||
+                 (record.shape() == Shape({kStepFields}) && record.dtype() == DType::kF64))
+      << "AdamWStep: record is " << record.Describe() << ", not one of StepControl";
   LONGSPAN_CHECK(master.rank() == 1 && IsFloat(master.dtype()) && master.dtype() != DType::kBF16)
       << "AdamWStep: master is " << master.Describe() << ", not f32[n] or f64[n]";
   for (const Tensor* t : {&grad, &m, &v}) {
@@ -61,22 +74,26 @@ void CheckOperands(const AdamWOptions& o, const Tensor& master, const Tensor& gr
   LONGSPAN_CHECK(working(o.eps) > 0 && std::isfinite(working(o.eps)))
       << "AdamWStep: eps " << o.eps << " must be positive and finite in "
       << ToString(master.dtype());
-  LONGSPAN_CHECK(std::isfinite(working(o.lr)) && std::isfinite(working(o.grad_scale)) &&
-                 std::isfinite(working(o.weight_decay)))
-      << "AdamWStep: lr " << o.lr << ", grad_scale " << o.grad_scale << ", weight_decay "
-      << o.weight_decay << " must be finite in " << ToString(master.dtype());
+  LONGSPAN_CHECK(std::isfinite(working(o.lr)) && std::isfinite(working(o.weight_decay)))
+      << "AdamWStep: lr " << o.lr << ", weight_decay " << o.weight_decay << " must be finite in "
+      << ToString(master.dtype());
 }
 
 }  // namespace
 
-void AdamWStep(Context& ctx, const AdamWOptions& options, Tensor& master, const Tensor& grad,
-               Tensor& m, Tensor& v, const Tensor& compute_copy) {
-  CheckOperands(options, master, grad, m, v, compute_copy);
+void AdamWStep(Context& ctx, const AdamWOptions& options, const Tensor& record, Tensor& master,
+               const Tensor& grad, Tensor& m, Tensor& v, const Tensor& compute_copy) {
+  CheckOperands(options, record, master, grad, m, v, compute_copy);
   if (master.dtype() == DType::kF64) {
-    Step<double>(ctx, options, master, grad, m, v, compute_copy);
-  } else {
-    Step<float>(ctx, options, master, grad, m, v, compute_copy);
+    if (ctx.device().kind == DeviceKind::kCuda) {
+      throw Unsupported("AdamWStep: f64 is not built for GPUs; use f32");
+    }
+    Step<double>(ctx, options, record, master, grad, m, v, compute_copy);
+    return;
   }
+  LONGSPAN_ON_CUDA(ctx, internal::AdamWStepCuda(ctx, RuleOf<float>(options), record, master, grad,
+                                                m, v, compute_copy));
+  Step<float>(ctx, options, record, master, grad, m, v, compute_copy);
 }
 
 }  // namespace longspan::ops

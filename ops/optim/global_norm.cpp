@@ -1,17 +1,18 @@
 #include "ops/optim/global_norm.h"
 
-#include <cmath>
 #include <vector>
 
+#include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 #include "ops/elementwise/rows.h"
+#include "ops/optim/optim_cuda.h"
 
 namespace longspan::ops {
 namespace {
 
 // term(element) in f64, summed over fixed runs and then over the runs in order.
 template <class Term>
-double SumOf(Context& ctx, const char* op, const Tensor& t, Term term) {
+void AddSumOf(Context& ctx, const char* op, const Tensor& t, Term term, Tensor& out) {
   const int64_t n = t.numel();
   std::vector<double> sums(
       static_cast<size_t>((n + internal::kTaskElements - 1) / internal::kTaskElements));
@@ -24,18 +25,26 @@ double SumOf(Context& ctx, const char* op, const Tensor& t, Term term) {
   });
   double total = 0;
   for (const double sum : sums) total += sum;
-  return total;
+  out.data<double>()[0] += total;
+}
+
+void CheckTotal(const char* op, const Tensor& total) {
+  LONGSPAN_CHECK(total.defined() && total.shape() == Shape({1}) && total.dtype() == DType::kF64)
+      << op << ": total is " << total.Describe() << ", not f64[1]";
 }
 
 }  // namespace
 
-double SumOfSquares(Context& ctx, const Tensor& t) {
-  return SumOf(ctx, "SumOfSquares", t, [](double x) { return x * x; });
+void AddSumOfSquares(Context& ctx, const Tensor& t, Tensor& total) {
+  CheckTotal("AddSumOfSquares", total);
+  LONGSPAN_ON_CUDA(ctx, internal::AddSumOfSquaresCuda(ctx, t, total));
+  AddSumOf(ctx, "AddSumOfSquares", t, internal::Square(), total);
 }
 
-bool AllFinite(Context& ctx, const Tensor& t) {
-  // 0 for a finite element, NaN for any other: no test inside the loop, and nothing can cancel.
-  return SumOf(ctx, "AllFinite", t, [](double x) { return x - x; }) == 0;
+void AddNotFinite(Context& ctx, const Tensor& t, Tensor& total) {
+  CheckTotal("AddNotFinite", total);
+  LONGSPAN_ON_CUDA(ctx, internal::AddNotFiniteCuda(ctx, t, total));
+  AddSumOf(ctx, "AddNotFinite", t, internal::NotFinite(), total);
 }
 
 }  // namespace longspan::ops

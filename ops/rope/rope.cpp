@@ -60,11 +60,10 @@ Tensor Apply(Context& ctx, const char* op, const Tensor& x, const RopeTable& tab
 }
 
 template <class Acc>
-void FillTable(Context& ctx, const int64_t* positions, const std::vector<double>& frequencies,
-               RopeTable& table) {
+void FillTable(Context& ctx, const int64_t* positions, int64_t tokens,
+               const std::vector<double>& frequencies, Acc* cosines, Acc* sines) {
   const auto half = static_cast<int64_t>(frequencies.size());
-  Acc *cosines = table.cos.data<Acc>(), *sines = table.sin.data<Acc>();
-  ParallelRanges(ctx, table.cos.dim(0), kTokensPerTask, [&](int64_t begin, int64_t end) {
+  ParallelRanges(ctx, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto position = static_cast<double>(positions[t]);
       for (int64_t i = 0; i < half; ++i) {
@@ -74,6 +73,22 @@ void FillTable(Context& ctx, const int64_t* positions, const std::vector<double>
       }
     }
   });
+}
+
+// In host memory first where the table is not, so that all devices turn by the same bits.
+template <class Acc>
+void MakeTable(Context& ctx, const int64_t* positions, const std::vector<double>& frequencies,
+               RopeTable& table) {
+  const int64_t tokens = table.cos.dim(0);
+  if (ctx.device().kind == DeviceKind::kCpu) {
+    FillTable(ctx, positions, tokens, frequencies, table.cos.data<Acc>(), table.sin.data<Acc>());
+    return;
+  }
+  const auto size = static_cast<size_t>(table.cos.numel());
+  std::vector<Acc> cosines(size), sines(size);
+  FillTable(ctx, positions, tokens, frequencies, cosines.data(), sines.data());
+  table.cos.WriteFrom(cosines.data());
+  table.sin.WriteFrom(sines.data());
 }
 
 }  // namespace
@@ -93,15 +108,17 @@ std::vector<double> RopeFrequencies(const RopeOptions& options) {
 RopeTable MakeRopeTable(Context& ctx, const Tensor& positions, const RopeOptions& options,
                         DType dtype) {
   const std::vector<double> frequencies = RopeFrequencies(options);
-  LONGSPAN_CHECK(positions.rank() == 1 && positions.dtype() == DType::kI64)
-      << "MakeRopeTable: positions are " << positions.Describe() << ", not i64[T]";
+  LONGSPAN_CHECK(positions.rank() == 1 && positions.dtype() == DType::kI64 &&
+                 positions.device().kind == DeviceKind::kCpu)
+      << "MakeRopeTable: positions are " << positions.Describe() << " on "
+      << ToString(positions.device()) << ", not i64[T] in host memory";
   LONGSPAN_CHECK(IsFloat(dtype)) << "MakeRopeTable: dtype " << ToString(dtype);
   const Shape shape{positions.dim(0), options.head_dim / 2};
   RopeTable table{ctx.Empty(shape, AccumulatorOf(dtype)), ctx.Empty(shape, AccumulatorOf(dtype))};
   if (dtype == DType::kF64) {
-    FillTable<double>(ctx, positions.data<int64_t>(), frequencies, table);
+    MakeTable<double>(ctx, positions.data<int64_t>(), frequencies, table);
   } else {
-    FillTable<float>(ctx, positions.data<int64_t>(), frequencies, table);
+    MakeTable<float>(ctx, positions.data<int64_t>(), frequencies, table);
   }
   return table;
 }

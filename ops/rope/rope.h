@@ -17,7 +17,7 @@ namespace longspan::ops {
 // Numerics  angles, cosines and sines in f64, rounded once into the table; the rotation in f32
 //           (f64 for f64), rounded once. An angle is off by less than 1e-9 at position 2^20.
 // Errors    InvalidArgument naming the op and the argument, before any output is written
-// Devices   cpu
+// Devices   cpu, cuda (no f64: Unsupported)
 struct RopeOptions {
   double theta = 10000;  // base of the frequencies, > 0
   int64_t head_dim = 0;  // D, even, >= 2
@@ -32,7 +32,8 @@ struct RopeTable {
 // theta^(-2 i / D) for i in [0, D/2): radians per position.
 std::vector<double> RopeFrequencies(const RopeOptions& options);
 
-// `dtype` is that of the activations; the table is f64 for f64 and else f32.
+// `positions` are in host memory, the table on the device of `ctx`. `dtype` is that of the
+// activations; the table is f64 for f64 and else f32.
 RopeTable MakeRopeTable(Context& ctx, const Tensor& positions, const RopeOptions& options,
                         DType dtype);
 

@@ -30,6 +30,18 @@ inline Tensor IntTensor(Context& ctx, const std::vector<int32_t>& values) {
   return t;
 }
 
+// As FromVec, in memory that does not start at 16 bytes: a view as row ranges make them.
+inline Tensor FromVecUnaligned(Context& ctx, Shape shape, DType dtype, Vec values) {
+  values.insert(values.begin(), 0);
+  const auto n = static_cast<int64_t>(values.size());
+  return FromVec(ctx, {n}, dtype, values).Rows(1, n).Reshape(shape);
+}
+using MakeTensor = Tensor (*)(Context&, Shape, DType, Vec);
+inline Tensor FromVecAligned(Context& ctx, Shape shape, DType dtype, Vec values) {
+  return FromVec(ctx, shape, dtype, values);
+}
+inline constexpr MakeTensor kAlignments[] = {FromVecAligned, FromVecUnaligned};
+
 // The largest relative error that a result of `dtype` may have against the exact `reference`, whose
 // inputs were representable: rounding noise of a short sum, and for bf16 twice the error that
 // rounding the exact result makes.

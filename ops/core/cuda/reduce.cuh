@@ -1,6 +1,8 @@
 #pragma once
+#include <cuda_runtime.h>
 
-// Sums over threads whose order depends on the block's size alone, so that results repeat.
+// Sums and maxima over threads whose order depends on the block's size alone, so that results
+// repeat.
 namespace longspan::cuda {
 
 constexpr int kWarp = 32;
@@ -35,6 +37,24 @@ __device__ T BlockSum(T value) {
   for (int w = 0; w < kWarps; ++w) total += sums[w];
   __syncthreads();
   return total;
+}
+
+// The largest over all threads of a block, which is not NaN unless all are; as BlockSum otherwise.
+template <int kThreads>
+__device__ float BlockMax(float value) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ float largest[kWarps];
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  if (threadIdx.x % kWarp == 0) largest[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = largest[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) value = fmaxf(value, largest[w]);
+  __syncthreads();
+  return value;
 }
 
 }  // namespace longspan::cuda

@@ -32,23 +32,27 @@ void ExpectGradient(const Tensor& actual, const Vec& expected) {
   EXPECT_LE(RelRms(ToVec(actual), expected), std::max(1e-6, Bound(actual.dtype(), expected)));
 }
 
+void CheckSwiGlu(DType dtype, MakeTensor make) {
+  Context ctx = OpContext();
+  Vec gate = Normal(kT * kD, 1, dtype), up = Normal(kT * kD, 2, dtype);
+  const Vec dy = Normal(kT * kD, 3, dtype);
+  const Tensor tg = make(ctx, {kT, kD}, dtype, gate), tu = make(ctx, {kT, kD}, dtype, up);
+  const Vec expected = SwiGlu(gate, up);
+  EXPECT_LE(RelRms(ToVec(ops::SwiGluForward(ctx, tg, tu)), expected), Bound(dtype, expected));
+  const auto [dgate, dup] = ops::SwiGluBackward(ctx, FromVec(ctx, {kT, kD}, dtype, dy), tg, tu);
+  const auto f = [&] { return Dot(SwiGlu(gate, up), dy); };
+  ExpectGradient(dgate, NumericGradient(gate, f));
+  ExpectGradient(dup, NumericGradient(up, f));
+}
+
 TEST(SwiGluTest, MatchesReferenceAndFiniteDifferences) {
-  for (const DType dtype : kFloatDtypes) {
-    Context ctx = OpContext();
-    Vec gate = Normal(kT * kD, 1, dtype), up = Normal(kT * kD, 2, dtype);
-    const Vec dy = Normal(kT * kD, 3, dtype);
-    const Tensor tg = FromVec(ctx, {kT, kD}, dtype, gate), tu = FromVec(ctx, {kT, kD}, dtype, up);
-    const Vec expected = SwiGlu(gate, up);
-    EXPECT_LE(RelRms(ToVec(ops::SwiGluForward(ctx, tg, tu)), expected), Bound(dtype, expected));
-    const auto [dgate, dup] = ops::SwiGluBackward(ctx, FromVec(ctx, {kT, kD}, dtype, dy), tg, tu);
-    const auto f = [&] { return Dot(SwiGlu(gate, up), dy); };
-    ExpectGradient(dgate, NumericGradient(gate, f));
-    ExpectGradient(dup, NumericGradient(up, f));
+  for (const DType dtype : FloatDtypes()) {
+    for (const MakeTensor make : kAlignments) CheckSwiGlu(dtype, make);
   }
 }
 
 TEST(GeluTest, MatchesReferenceAndFiniteDifferences) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     Context ctx = OpContext();
     Vec x = Normal(kT * kD, 1, dtype);
     const Vec dy = Normal(kT * kD, 3, dtype);
@@ -62,7 +66,7 @@ TEST(GeluTest, MatchesReferenceAndFiniteDifferences) {
 
 // Far from zero the gates are 0 or 1: no overflow, no NaN, and the sign is right.
 TEST(ActivationTest, LargeInputs) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     Context ctx = OpContext();
     const Vec x = {-1e30, -3000, -90, -40, 40, 90, 3000, 1e30};
     const Tensor tx = FromVec(ctx, {8}, dtype, x), ones = FromVec(ctx, {8}, dtype, Vec(8, 1.0));
@@ -91,7 +95,7 @@ TEST(ActivationTest, NanStaysNan) {
 }
 
 TEST(ActivationTest, SameBitsForAnyThreadsAndEmpty) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     for (const int64_t n : {int64_t{0}, int64_t{70001}}) {
       ExpectSameBitsForAnyThreads([&](Context& ctx) -> std::vector<Tensor> {
         const Tensor a = FromVec(ctx, {n}, dtype, Normal(n, 1, dtype));

@@ -12,14 +12,16 @@ using autograd::Var;
 
 constexpr int64_t kTokens = 4, kWidth = 5, kVocab = 7;
 
+DType Wide() { return OnCuda() ? DType::kF32 : DType::kF64; }
+
 struct Weights {
   Parameter norm, linear, head, table;
 };
 
 Weights MakeWeights(Context& ctx, bool trained) {
   const auto make = [&](const char* name, Shape shape, uint64_t seed) {
-    return Parameter{name, FromVec(ctx, shape, DType::kF64, Normal(shape.numel(), seed)),
-                     trained ? ctx.Zeros(shape, DType::kF64) : Tensor()};
+    return Parameter{name, FromVec(ctx, shape, Wide(), Normal(shape.numel(), seed)),
+                     trained ? ctx.Zeros(shape, Wide()) : Tensor()};
   };
   return {make("norm", {kWidth}, 1), make("linear", {kWidth, kWidth}, 2),
           make("head", {kVocab, kWidth}, 3), make("table", {kVocab, kWidth}, 4)};
@@ -28,7 +30,13 @@ Weights MakeWeights(Context& ctx, bool trained) {
 // The gradient of the embeddings in front of a norm, a linear layer and a loss.
 Vec InputGradient(Context& ctx, const Weights& w) {
   Tape tape(ctx);
-  const Var rows = autograd::Embedding(tape, IntTensor(ctx, {3, 0, 6, 3}), w.table, DType::kF64);
+  const std::vector<int32_t> ids = {3, 0, 6, 3};
+  Context host(ContextOptions{.threads = 1});
+  Tensor host_ids = host.Empty({kTokens}, DType::kI32);
+  host_ids.WriteFrom(ids.data());
+  ops::EmbeddingOrder order = ops::OrderTokens(host, host_ids, kVocab);
+  for (Tensor* part : {&order.tokens, &order.pieces, &order.joins}) *part = CopyTo(ctx, *part);
+  const Var rows = autograd::Embedding(tape, IntTensor(ctx, ids), w.table, Wide(), order);
   const Var y = autograd::Linear(tape, autograd::RmsNorm(tape, rows, w.norm, 1e-2), w.linear);
   autograd::LinearCrossEntropy(tape, y, w.head, IntTensor(ctx, {1, -1, 0, 6}), {});
   tape.Backward();

@@ -32,6 +32,15 @@ Vec Reference(const Case& s, const Vec& a, bool ta, const Vec& b, bool tb, const
   return out;
 }
 
+// The entries of the table that run on the device of the tests.
+std::vector<ops::GemmImplementation> Implementations() {
+  std::vector<ops::GemmImplementation> here;
+  for (const auto& entry : ops::GemmImplementations()) {
+    if (entry.device == TestDevice().kind) here.push_back(entry);
+  }
+  return here;
+}
+
 // One product in all four transpositions, overwriting and accumulating, against the definition.
 void CheckProduct(const std::string& name, const Case& s, DType operands, DType result) {
   Context ctx = OpContext();
@@ -58,11 +67,12 @@ void CheckProduct(const std::string& name, const Case& s, DType operands, DType 
 
 TEST(GemmTest, EveryImplementationMatchesTheDefinition) {
   std::set<std::string> ran;
-  for (const auto& entry : ops::GemmImplementations()) {
+  for (const auto& entry : Implementations()) {
     for (const auto& [operands, result] : {std::pair{DType::kF32, DType::kF32},
                                            {DType::kBF16, DType::kF32},
                                            {DType::kBF16, DType::kBF16},
                                            {DType::kF64, DType::kF64}}) {
+      if (OnCuda() && operands == DType::kF64) continue;
       if (!entry.rejects({operands, result}).empty()) {
         Context ctx = OpContext();
         const Tensor a = FromVec(ctx, {1, 1}, operands, {2});
@@ -87,10 +97,11 @@ TEST(GemmTest, EveryImplementationMatchesTheDefinition) {
       }
     }
   }
-  for (const char* name :
-       {"onednn f32", "onednn_widened bf16", "reference f32", "reference bf16", "reference f64"}) {
-    EXPECT_TRUE(ran.contains(name)) << name;
-  }
+  const std::vector<std::string> cpu = {"onednn f32", "onednn_widened bf16", "reference f32",
+                                        "reference bf16", "reference f64"};
+  const std::vector<std::string> gpu = {"cublaslt f32", "cublaslt bf16"};
+  for (const std::string& name : OnCuda() ? gpu : cpu) EXPECT_TRUE(ran.contains(name)) << name;
+  if (OnCuda()) return;
 #if defined(__x86_64__)
   const bool limited =
       std::getenv("DNNL_MAX_CPU_ISA") != nullptr || std::getenv("ONEDNN_MAX_CPU_ISA") != nullptr;
@@ -103,8 +114,8 @@ TEST(GemmTest, EveryImplementationMatchesTheDefinition) {
 TEST(GemmTest, EverySizeUpTo130) {
   for (int64_t i = 1; i <= 130; i += 5) {
     const Case s{i, 131 - i, 1 + i * 37 % 130};
-    for (const auto& entry : ops::GemmImplementations()) {
-      for (const DType dtype : kFloatDtypes) {
+    for (const auto& entry : Implementations()) {
+      for (const DType dtype : FloatDtypes()) {
         if (entry.rejects({dtype, dtype}).empty()) CheckProduct(entry.name, s, dtype, dtype);
       }
     }
@@ -112,8 +123,8 @@ TEST(GemmTest, EverySizeUpTo130) {
 }
 
 TEST(GemmTest, SameBitsForAnyThreads) {
-  for (const auto& entry : ops::GemmImplementations()) {
-    for (const DType dtype : kFloatDtypes) {
+  for (const auto& entry : Implementations()) {
+    for (const DType dtype : FloatDtypes()) {
       if (!entry.rejects({dtype, dtype}).empty()) continue;
       // A long sum with a small result is where a library splits the sum over its threads.
       for (const Case& s : {Case{70, 90, 3001}, {515, 259, 67}}) {
@@ -131,7 +142,7 @@ TEST(GemmTest, SameBitsForAnyThreads) {
 
 TEST(GemmTest, EmptySizes) {
   Context ctx = OpContext();
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     Tensor none = ctx.Empty({0, 5}, dtype);
     ops::Gemm(ctx, ctx.Empty({0, 3}, dtype), false, ctx.Zeros({3, 5}, dtype), false, none);
     Tensor c = FromVec(ctx, {2, 2}, dtype, {1, 2, 3, 4});
@@ -153,8 +164,69 @@ TEST(GemmTest, RefusesWhatDoesNotFit) {
   EXPECT_THROW(ops::Gemm(ctx, a, false, b, false, c, {.implementation = "mkl"}), InvalidArgument);
 }
 
-TEST(GemmTest, NotFiniteStaysVisible) {
+TEST(GemmTest, ImplementationsOfOtherDevicesAreRefused) {
+  Context ctx = OpContext();
+  const Tensor a = ctx.Zeros({2, 2}, DType::kF32);
+  Tensor c = ctx.Zeros({2, 2}, DType::kF32);
   for (const auto& entry : ops::GemmImplementations()) {
+    if (entry.device == TestDevice().kind) continue;
+    try {
+      ops::Gemm(ctx, a, false, a, false, c, {.implementation = entry.name});
+      ADD_FAILURE() << entry.name << " was accepted";
+    } catch (const InvalidArgument& e) {
+      EXPECT_NE(
+          std::string(e.what()).find(Str(entry.name, " does not run on ", ToString(TestDevice()))),
+          std::string::npos)
+          << e.what();
+    }
+  }
+  if (!OnCuda()) return;
+  const Tensor wide = ctx.Zeros({2, 2}, DType::kF64);
+  Tensor wide_c = ctx.Zeros({2, 2}, DType::kF64);
+  EXPECT_THROW(ops::Gemm(ctx, wide, false, wide, false, wide_c), Unsupported);
+}
+
+// A plan made for aligned operands must not serve views that are not, nor the other way round; and
+// accumulating must not serve overwriting.
+TEST(GemmTest, ViewsAtAnyAlignment) {
+  const Case s{9, 24, 40};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Context ctx = OpContext();
+    const Vec a = Normal(s.m * s.k, 1, dtype), b = Normal(s.k * s.n, 2, dtype);
+    const Vec c = Normal(s.m * s.n, 3);
+    for (int which = 0; which < 8; ++which) {
+      for (const bool accumulate : {false, true}) {
+        const auto make = [&](int bit, Shape shape, DType t, const Vec& values) {
+          return kAlignments[which >> bit & 1](ctx, shape, t, values);
+        };
+        Tensor out = make(2, {s.m, s.n}, DType::kF32, c);
+        ops::Gemm(ctx, make(0, {s.m, s.k}, dtype, a), false, make(1, {s.n, s.k}, dtype, b), true,
+                  out, {.accumulate = accumulate});
+        const Vec expected = Reference(s, a, false, b, true, accumulate ? c : Vec(c.size()));
+        EXPECT_LE(RelRms(ToVec(out), expected), 1e-6) << which << accumulate;
+      }
+    }
+  }
+}
+
+// Gradients of micro-batches add up in f32 whatever the operands are.
+TEST(GemmTest, AccumulatesManyTimes) {
+  Context ctx = OpContext();
+  const Case s{5, 7, 3};
+  Vec expected(s.m * s.n);
+  Tensor c = ctx.Zeros({s.m, s.n}, DType::kF32);
+  for (uint64_t step = 0; step < 20; ++step) {
+    const Vec a = Normal(s.m * s.k, 10 + step, DType::kBF16);
+    const Vec b = Normal(s.k * s.n, 50 + step, DType::kBF16);
+    ops::Gemm(ctx, FromVec(ctx, {s.k, s.m}, DType::kBF16, a), true,
+              FromVec(ctx, {s.k, s.n}, DType::kBF16, b), false, c, {.accumulate = true});
+    expected = Reference(s, a, true, b, false, expected);
+  }
+  EXPECT_LE(RelRms(ToVec(c), expected), 1e-6);
+}
+
+TEST(GemmTest, NotFiniteStaysVisible) {
+  for (const auto& entry : Implementations()) {
     if (!entry.rejects({DType::kF32, DType::kF32}).empty()) continue;
     Context ctx = OpContext();
     Vec a = Normal(65 * 33, 1);

@@ -21,7 +21,7 @@ Vec Product(const Vec& x, const Vec& w) {  // y = x w^T
 }
 
 TEST(LinearTest, MatchesReferenceAndFiniteDifferences) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     Context ctx = OpContext();
     Vec x = Normal(kT * kK, 1, dtype), w = Normal(kN * kK, 2, dtype);
     const Vec dy = Normal(kT * kN, 3, dtype), dw_before = Normal(kN * kK, 4);

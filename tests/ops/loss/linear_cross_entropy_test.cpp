@@ -38,6 +38,10 @@ Sums Reference(const Vec& x, const Vec& w, const std::vector<int32_t>& labels, i
   return out;
 }
 
+double LossSum(const ops::LinearCrossEntropyResult& result) {
+  return ops::ReadLossSums(result.sums).loss;
+}
+
 struct Problem {
   Vec x, w;
   Tensor tx, tw, labels;
@@ -53,7 +57,7 @@ Problem Make(Context& ctx, DType dtype) {
 }
 
 TEST(LinearCrossEntropyTest, MatchesReferenceAndFiniteDifferences) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     for (const int64_t chunk : {0, 1, 3}) {
       Context ctx = OpContext();
       Problem p = Make(ctx, dtype);
@@ -62,9 +66,10 @@ TEST(LinearCrossEntropyTest, MatchesReferenceAndFiniteDifferences) {
       const auto result = ops::LinearCrossEntropyForward(ctx, p.tx, p.tw, p.labels, options);
       const Sums expected = Reference(p.x, p.w, kLabels, kV);
       const double bound = dtype == DType::kF64 ? 1e-13 : 1e-6;  // logits are f32 also for bf16
-      EXPECT_EQ(result.valid, 5);
-      EXPECT_NEAR(result.loss_sum, expected.loss, bound * expected.loss);
-      EXPECT_NEAR(result.z_loss_sum, expected.z, bound * expected.z);
+      const ops::LossSums sums = ops::ReadLossSums(result.sums);
+      EXPECT_EQ(sums.valid, 5);
+      EXPECT_NEAR(sums.loss, expected.loss, bound * expected.loss);
+      EXPECT_NEAR(sums.z_loss, expected.z, bound * expected.z);
       EXPECT_LE(RelRms(ToVec(result.token_losses), expected.token), bound);
 
       const Vec before = Normal(kV * kD, 4);
@@ -87,7 +92,7 @@ TEST(LinearCrossEntropyTest, MatchesReferenceAndFiniteDifferences) {
 }
 
 TEST(LinearCrossEntropyTest, SameBitsForAnyThreads) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     ExpectSameBitsForAnyThreads([&](Context& ctx) -> std::vector<Tensor> {
       constexpr int64_t kTokens = 150, kVocab = 1501;
       const Tensor x = FromVec(ctx, {kTokens, kD}, dtype, Normal(kTokens * kD, 1, dtype));
@@ -100,8 +105,7 @@ TEST(LinearCrossEntropyTest, SameBitsForAnyThreads) {
       Tensor dw = FromVec(ctx, {kVocab, kD}, AccumulatorOf(dtype), Normal(kVocab * kD, 3));
       const Tensor dx =
           ops::LinearCrossEntropyBackward(ctx, result, x, w, label, options, kScale, dw);
-      return {result.lse, dx, dw, FromVec(ctx, {1}, DType::kF64, {result.loss_sum}),
-              FromVec(ctx, {1}, DType::kF64, {result.z_loss_sum})};
+      return {result.lse, dx, dw, result.sums};
     });
   }
 }
@@ -109,7 +113,7 @@ TEST(LinearCrossEntropyTest, SameBitsForAnyThreads) {
 // The point of the op: a large vocabulary costs the logits of one chunk, never of all tokens.
 TEST(LinearCrossEntropyTest, FullLogitsNeverExist) {
   constexpr int64_t kTokens = 2048, kVocab = 2000, kChunk = 64;
-  Context ctx({.device = {}, .threads = 1});
+  Context ctx({.device = TestDevice(), .threads = 1});
   const Tensor x = FromVec(ctx, {kTokens, kD}, DType::kF32, Normal(kTokens * kD, 1));
   const Tensor w = FromVec(ctx, {kVocab, kD}, DType::kF32, Normal(kVocab * kD, 2));
   Tensor dw = ctx.Zeros({kVocab, kD}, DType::kF32);
@@ -124,7 +128,7 @@ TEST(LinearCrossEntropyTest, FullLogitsNeverExist) {
 }
 
 TEST(LinearCrossEntropyTest, NoLabelsAndNoTokens) {
-  for (const DType dtype : kFloatDtypes) {
+  for (const DType dtype : FloatDtypes()) {
     for (const int64_t tokens : {int64_t{0}, kT}) {
       Context ctx = OpContext();
       const Tensor x = FromVec(ctx, {tokens, kD}, dtype, Normal(tokens * kD, 1, dtype));
@@ -134,9 +138,7 @@ TEST(LinearCrossEntropyTest, NoLabelsAndNoTokens) {
       Tensor dw = FromVec(ctx, {kV, kD}, AccumulatorOf(dtype), before);
       const auto result = ops::LinearCrossEntropyForward(ctx, x, w, labels, {.z_loss = kZLoss});
       const Tensor dx = ops::LinearCrossEntropyBackward(ctx, result, x, w, labels, {}, 1, dw);
-      EXPECT_EQ(result.valid, 0);
-      EXPECT_EQ(result.loss_sum, 0);
-      EXPECT_EQ(result.z_loss_sum, 0);
+      EXPECT_EQ(ToVec(result.sums), Vec(3));
       EXPECT_FALSE(result.token_losses.defined());
       EXPECT_EQ(ToVec(result.lse), Vec(static_cast<size_t>(tokens)));
       EXPECT_EQ(ToVec(dx), Vec(static_cast<size_t>(tokens * kD)));
@@ -151,8 +153,8 @@ TEST(LinearCrossEntropyTest, LargeLogitsDoNotOverflow) {
   for (double& v : p.x) v *= 1000;
   const auto result = ops::LinearCrossEntropyForward(ctx, FromVec(ctx, {kT, kD}, DType::kF32, p.x),
                                                      p.tw, p.labels, {});
-  EXPECT_TRUE(std::isfinite(result.loss_sum));
-  EXPECT_GT(result.loss_sum, 100);
+  EXPECT_TRUE(std::isfinite(LossSum(result)));
+  EXPECT_GT(LossSum(result), 100);
 }
 
 TEST(LinearCrossEntropyTest, ALogitThatIsNotFiniteShowsInTheLoss) {
@@ -163,7 +165,7 @@ TEST(LinearCrossEntropyTest, ALogitThatIsNotFiniteShowsInTheLoss) {
     p.x[6 * kD + 4] = bad;
     const auto result = ops::LinearCrossEntropyForward(
         ctx, FromVec(ctx, {kT, kD}, DType::kF32, p.x), p.tw, p.labels, {});
-    EXPECT_FALSE(std::isfinite(result.loss_sum));
+    EXPECT_FALSE(std::isfinite(LossSum(result)));
   }
 }
 
@@ -172,7 +174,7 @@ TEST(LinearCrossEntropyTest, ALogitThatIsNotFiniteShowsInTheLoss) {
 TEST(LinearCrossEntropyTest, AWeightThatIsNotFiniteShowsInTheLoss) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   for (const double bad : {-kInfinity, kInfinity, -3e38, 3e38}) {
-    for (const DType dtype : kFloatDtypes) {
+    for (const DType dtype : FloatDtypes()) {
       if (dtype == DType::kF64 && std::isfinite(bad)) continue;
       for (const size_t row : {size_t{0}, size_t{9}, size_t{36}}) {
         Context ctx = OpContext();
@@ -182,7 +184,7 @@ TEST(LinearCrossEntropyTest, AWeightThatIsNotFiniteShowsInTheLoss) {
         const auto result = ops::LinearCrossEntropyForward(ctx, FromVec(ctx, {kT, kD}, dtype, p.x),
                                                            FromVec(ctx, {kV, kD}, dtype, p.w),
                                                            p.labels, {.want_token_losses = true});
-        EXPECT_FALSE(std::isfinite(result.loss_sum)) << bad << " in row " << row;
+        EXPECT_FALSE(std::isfinite(LossSum(result))) << bad << " in row " << row;
         const Vec losses = ToVec(result.token_losses);
         for (size_t t = 0; t < kT; ++t) {
           EXPECT_EQ(std::isfinite(losses[t]), kLabels[t] < 0) << bad << " token " << t;
@@ -192,7 +194,63 @@ TEST(LinearCrossEntropyTest, AWeightThatIsNotFiniteShowsInTheLoss) {
   }
 }
 
+// A GPU cannot throw for a label; it must not read outside the logits, and must not go unnoticed.
+TEST(LinearCrossEntropyTest, LabelsOutOfRangeOnAGpuGiveNan) {
+  if (!OnCuda()) return;
+  for (const int32_t bad : {-2, 37, 1 << 30, std::numeric_limits<int32_t>::min()}) {
+    Context ctx = OpContext();
+    Problem p = Make(ctx, DType::kBF16);
+    std::vector<int32_t> labels = kLabels;
+    labels[3] = bad;
+    const Tensor t = IntTensor(ctx, labels);
+    const auto result =
+        ops::LinearCrossEntropyForward(ctx, p.tx, p.tw, t, {.want_token_losses = true});
+    EXPECT_TRUE(std::isnan(LossSum(result)));
+    const Vec losses = ToVec(result.token_losses);
+    for (size_t i = 0; i < losses.size(); ++i) EXPECT_EQ(std::isnan(losses[i]), i == 3) << i;
+    Tensor dw;
+    const Vec dx = ToVec(ops::LinearCrossEntropyBackward(ctx, result, p.tx, p.tw, t, {}, 1, dw));
+    for (size_t i = 0; i < dx.size(); ++i) EXPECT_EQ(std::isnan(dx[i]), i / kD == 3) << i;
+  }
+}
+
+// A vocabulary of several blocks, of whole packs or not; more tokens than a block of the sums.
+TEST(LinearCrossEntropyTest, ManyTokensAndAWideVocabulary) {
+  for (const int64_t vocab : {4096 + 1024, 4096 + 1027}) {
+    Context ctx = OpContext();
+    constexpr int64_t kTokens = 3;
+    const Vec x = Normal(kTokens * kD, 1);
+    Vec w = Normal(vocab * kD, 2);
+    for (double& v : w) v *= 0.25;
+    const std::vector<int32_t> labels = {0, static_cast<int32_t>(vocab - 1), 4096};
+    const Sums expected = Reference(x, w, labels, vocab);
+    const Tensor tx = FromVec(ctx, {kTokens, kD}, DType::kF32, x);
+    const Tensor tw = FromVec(ctx, {vocab, kD}, DType::kF32, w), t = IntTensor(ctx, labels);
+    const auto result = ops::LinearCrossEntropyForward(ctx, tx, tw, t, {.chunk_tokens = 2});
+    EXPECT_NEAR(LossSum(result), expected.loss, 1e-6 * expected.loss);
+    // The gradients of the logits of a token add up to zero: so does dw over the vocabulary.
+    Tensor dw = ctx.Zeros({vocab, kD}, DType::kF32);
+    ops::LinearCrossEntropyBackward(ctx, result, tx, tw, t, {.chunk_tokens = 2}, 1, dw);
+    const Vec g = ToVec(dw);
+    Vec total(kD), label_row(kD);
+    for (size_t i = 0; i < g.size(); ++i) total[i % kD] += g[i];
+    for (const double v : total) EXPECT_NEAR(v, 0, 1e-5);
+    EXPECT_GT(RelMax(Vec(g.end() - kD, g.end()), Vec(kD)), 0.1);
+  }
+  Context ctx = OpContext();
+  constexpr int64_t kMany = 4096 * 2 + 3;
+  std::vector<int32_t> labels(kMany);
+  for (size_t t = 0; t < kMany; ++t) labels[t] = t % 41 == 0 ? 0 : -1;
+  const Tensor zeros = ctx.Zeros({kMany, 2}, DType::kF32), w = ctx.Zeros({2, 2}, DType::kF32);
+  const auto sums = ops::ReadLossSums(
+      ops::LinearCrossEntropyForward(ctx, zeros, w, IntTensor(ctx, labels), {.z_loss = 1}).sums);
+  EXPECT_EQ(sums.valid, (kMany + 40) / 41);
+  EXPECT_NEAR(sums.loss, static_cast<double>(sums.valid) * std::log(2), 1e-3);
+  EXPECT_NEAR(sums.z_loss, static_cast<double>(sums.valid) * std::log(2) * std::log(2), 1e-3);
+}
+
 TEST(LinearCrossEntropyTest, NamesTheLabelThatIsOutOfRange) {
+  if (OnCuda()) return;
   Context ctx = OpContext();
   Problem p = Make(ctx, DType::kF32);
   for (const int32_t bad : {-2, 37}) {

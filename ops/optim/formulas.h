@@ -1,0 +1,53 @@
+#pragma once
+#include <cmath>
+
+#include "ops/core/device_code.h"
+#include "ops/optim/step_control.h"
+
+// The optimizer per element and per step, for host and device.
+namespace longspan::ops::internal {
+
+struct Square {
+  LONGSPAN_HD double operator()(double x) const { return x * x; }
+};
+struct NotFinite {
+  LONGSPAN_HD double operator()(double x) const { return x - x == 0 ? 0 : 1; }
+};
+
+// AdamW (adamw.h) with what does not depend on the element computed once.
+template <class Real>
+struct AdamWRule {
+  Real beta1, rest1, beta2, rest2, correct1, correct2, eps, lr, decay;
+
+  LONGSPAN_HD void operator()(Real g, Real& p, Real& first, Real& second) const {
+    const Real m = beta1 * first + rest1 * g;
+    const Real v = beta2 * second + rest2 * (g * g);
+    first = m;
+    second = v;
+    p -= lr * (m * correct1 / (std::sqrt(v * correct2) + eps) + decay * p);
+  }
+};
+
+// step_control.h. `record` holds the last step's and receives this one's.
+LONGSPAN_HD inline void DecideStep(const double* sums, double squares, double clip_norm,
+                                   double skips_allowed, double* record) {
+  // A step without any label has gradient zero; it must not turn into 0 / 0.
+  const double valid = sums[2], mean = valid > 0 ? 1.0 / valid : 0.0;
+  const double loss = sums[0] * mean, norm = std::sqrt(squares) * mean;
+  // x - x is zero for finite values only.
+  const double together = loss + sums[1];
+  const bool finite = together - together == 0 && norm - norm == 0;
+  double scale = mean;
+  if (clip_norm > 0 && norm > clip_norm) scale *= clip_norm / norm;
+  if (!finite) {
+    record[kStepSkips] += 1;
+    if (record[kStepSkips] > skips_allowed) record[kStepStopped] = 1;
+  }
+  record[kStepGradScale] = scale;
+  record[kStepApply] = finite && valid > 0 && record[kStepStopped] == 0 ? 1 : 0;
+  record[kStepFinite] = finite ? 1 : 0;
+  record[kStepLoss] = loss;
+  record[kStepGradNorm] = norm;
+}
+
+}  // namespace longspan::ops::internal
