@@ -41,6 +41,10 @@ LocalBatch ToDevice(Context& ctx, const LocalBatch& host) {
   LocalBatch device = host;
   device.ids = OnDevice(ctx, host.ids);
   device.labels = OnDevice(ctx, host.labels);
+  device.order = host.order;
+  for (Tensor* t : {&device.order.tokens, &device.order.pieces, &device.order.joins}) {
+    *t = OnDevice(ctx, *t);
+  }
   device.rope = {OnDevice(ctx, host.rope.cos), OnDevice(ctx, host.rope.sin)};
   return device;
 }
@@ -62,6 +66,7 @@ std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch
   LocalBatch& local = prepared->local;
   local.ids = ToTensor(ctx_, placement_.Slice(batch.tokens, cp_rank_));
   local.labels = ToTensor(ctx_, placement_.Slice(batch.labels, cp_rank_));
+  local.order = ops::OrderTokens(ctx_, local.ids, model_.vocab_size);
   local.rope = ops::MakeRopeTable(ctx_, ToTensor(ctx_, placement_.Slice(batch.positions, cp_rank_)),
                                   {.theta = model_.rope_theta, .head_dim = model_.head_dim},
                                   AccumulatorOf(model_.compute));

@@ -350,6 +350,7 @@ void Run::StartTrace() {
   OnRoot([&] {  // a file that cannot be written is known before hours of training
     FileWriter(settings_.trace_file, FileWriter::Mode::kTruncate).Close();
   });
+  world_.Barrier();  // times of all ranks of a host begin at one moment
   tracing_ = std::make_shared<TraceRecorder>(world_.rank());
   ctx_.trace().Record(tracing_, "compute");
   trainer_->Record(tracing_);

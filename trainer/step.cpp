@@ -1,15 +1,26 @@
 #include "trainer/step.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 
+#include "ops/elementwise/elementwise.h"
 #include "ops/optim/adamw.h"
 #include "ops/optim/global_norm.h"
+#include "ops/optim/step_control.h"
 
 namespace longspan::trainer {
 namespace {
 
-// What ranks add up once a step.
-enum Sum { kLoss, kZLoss, kValid, kTokens, kPairs, kSignals, kTimeUp, kSums };
+// What ranks add up once a step: the loss sums of ops, what the host knows, and the notes of each
+// rank in places of their own.
+constexpr int64_t kLossSums = ops::kLossSums;
+enum HostSum { kTokens, kPairs, kSignals, kTimeUp, kHostSums };
+constexpr int64_t kSums = kLossSums + kHostSums;
+
+double SecondsSince(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
 
 }  // namespace
 
@@ -19,18 +30,90 @@ TrainStep::TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOption
       mesh_(mesh),
       options_(options),
       store_(store),
-      matmul_flops_per_token_(6.0 * static_cast<double>(CountMatmulParameters(options.model))) {}
+      matmul_flops_per_token_(6.0 * static_cast<double>(CountMatmulParameters(options.model))),
+      on_gpu_(ctx.device().kind == DeviceKind::kCuda) {
+  Prepare(0);
+}
 
-StepResult TrainStep::Run(data::Loader& loader, int64_t step,
-                          const std::function<StopWish()>& wish) {
-  auto& buckets = store_.buckets();
+// The report for notes of `values` values; keeps the record.
+void TrainStep::Prepare(size_t values) {
+  std::vector<double> record(ops::kStepFields);
+  if (report_.defined()) {
+    const int64_t sums = report_.dim(0) - ops::kStepFields;
+    report_.Rows(sums, report_.dim(0)).ReadTo(record.data());
+  }
+  const int64_t sums = kSums + int64_t{mesh_.world().size()} * static_cast<int64_t>(values);
+  values_ = values;
+  report_ = ctx_.Zeros({sums + ops::kStepFields}, DType::kF64);
+  report_.Rows(sums, report_.dim(0)).WriteFrom(record.data());
+  squares_ = ctx_.Zeros({1}, DType::kF64);
+  slots_.clear();
+}
+
+void TrainStep::SetSkippedSteps(int64_t steps) {
+  std::vector<double> record(ops::kStepFields);
+  record[ops::kStepSkips] = static_cast<double>(steps);
+  report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0)).WriteFrom(record.data());
+}
+
+std::shared_ptr<PendingStep::Slot> TrainStep::FreeSlot() {
+  for (const auto& slot : slots_) {
+    if (slot.use_count() == 1) return slot;
+  }
+  auto slot = std::make_shared<PendingStep::Slot>();
+  if (on_gpu_) {
+    slot->report = cuda::MakeReadback(ctx_.cuda(), report_.bytes());
+    slot->begin = cuda::MakeMark(ctx_.cuda());
+    slot->end = cuda::MakeMark(ctx_.cuda());
+  }
+  slots_.push_back(slot);
+  return slot;
+}
+
+PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
+                             const std::function<RankNote()>& note) {
+  PendingStep pending;
+  pending.step_ = step;
+  pending.lr_ = LearningRate(options_.schedule, options_.adamw.lr, step, options_.steps);
+  const auto start = std::chrono::steady_clock::now();
+  std::shared_ptr<PendingStep::Slot> slot = FreeSlot();
+  if (on_gpu_) slot->begin->Record();
+
   std::vector<Tensor> grads;
-  for (Bucket& b : buckets) grads.push_back(b.grad);
+  for (Bucket& b : store_.buckets()) grads.push_back(b.grad);
   parallel::GradReducer reducer(mesh_.world(), grads);
+  std::vector<double> host(kHostSums);
+  Backward(loader, reducer, host);
+  Reduce(reducer, note ? note() : RankNote(), host);
 
+  Tensor record = report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0));
+  ctx_.SetZero(squares_);
+  for (const Bucket& b : store_.buckets()) ops::AddSumOfSquares(ctx_, b.grad, squares_);
+  const bool skip = options_.on_nonfinite == NonFinitePolicy::kSkip;
+  const double allowed = skip ? static_cast<double>(options_.max_skipped_steps) : 0;
+  ops::StepControl(ctx_, report_.Rows(0, kLossSums), squares_,
+                   {.clip_norm = options_.clip_norm, .skips_allowed = allowed}, record);
+  Update(step, pending.lr_);
+
+  if (on_gpu_) {
+    slot->end->Record();
+    slot->report->Start(report_.raw(), report_.bytes());
+  } else {
+    slot->host_report.resize(static_cast<size_t>(report_.numel()));
+    report_.ReadTo(slot->host_report.data());
+    slot->host_seconds = SecondsSince(start);
+  }
+  pending.slot_ = std::move(slot);
+  return pending;
+}
+
+// Gradients of the summed loss, handed to `reducer` bucket after bucket; the loss sums of this rank
+// in report_, what only the host knows in `host`.
+void TrainStep::Backward(data::Loader& loader, parallel::GradReducer& reducer,
+                         std::vector<double>& host) {
   store_.ZeroGrads();
-  Tensor sums = ctx_.Zeros({kSums}, DType::kF64);
-  double* s = sums.data<double>();
+  ctx_.SetZero(report_.Rows(0, report_.dim(0) - ops::kStepFields));
+  Tensor loss_sums = report_.Rows(0, kLossSums);
   for (int64_t m = 0; m < options_.accumulation(); ++m) {
     const bool last = m + 1 == options_.accumulation();
     const data::MicroBatch batch = loader.Next();
@@ -40,66 +123,76 @@ StepResult TrainStep::Run(data::Loader& loader, int64_t step,
     const BucketHook ready = [&](size_t bucket) { reducer.BucketReady(static_cast<int>(bucket)); };
     const auto loss = DecoderForward(tape, mesh_.axis("cp"), options_.model, store_, local,
                                      last ? ready : BucketHook());
-    s[kLoss] += loss.loss_sum;
-    s[kZLoss] += loss.z_loss_sum;
-    s[kValid] += static_cast<double>(loss.valid);
-    s[kTokens] += static_cast<double>(local.ids.numel());
-    s[kPairs] += prepared->attention_pairs;
+    ops::AddInto(ctx_, loss_sums, loss.sums);
+    host[kTokens] += static_cast<double>(local.ids.numel());
+    host[kPairs] += prepared->attention_pairs;
     tape.Backward();
   }
-  const StopWish mine = wish ? wish() : StopWish::kNone;
-  s[kSignals] = mine == StopWish::kSignal ? 1 : 0;
-  s[kTimeUp] = mine == StopWish::kTimeUp ? 1 : 0;
-  {
-    TraceScope scope(ctx_.trace(), "gradient reduction wait");
-    reducer.Finish();
-    mesh_.world().AllReduce(sums, parallel::ReduceOp::kSum).Wait();
+}
+
+// Sums over all ranks: gradients, losses, what the hosts know.
+void TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote& note,
+                       std::vector<double>& host) {
+  host[kSignals] = note.wish == StopWish::kSignal ? 1 : 0;
+  host[kTimeUp] = note.wish == StopWish::kTimeUp ? 1 : 0;
+  if (note.values.size() != values_) {  // in the first step
+    const Tensor loss_sums = report_.Rows(0, kLossSums);
+    Prepare(note.values.size());
+    Tensor fresh = report_.Rows(0, kLossSums);
+    ops::AddInto(ctx_, fresh, loss_sums);
   }
+  const int64_t sums = report_.dim(0) - ops::kStepFields;
+  host.resize(static_cast<size_t>(sums - kLossSums));
+  std::copy(note.values.begin(), note.values.end(),
+            host.begin() + kHostSums + mesh_.world().rank() * static_cast<int64_t>(values_));
+  report_.Rows(kLossSums, sums).WriteFrom(host.data());
+  TraceScope scope(ctx_.trace(), "gradient reduction wait");
+  reducer.Finish();
+  mesh_.world().AllReduce(report_.Rows(0, sums), parallel::ReduceOp::kSum).Wait();
+}
+
+StepResult TrainStep::Finish(PendingStep pending) {
+  LONGSPAN_CHECK(pending.slot_ != nullptr) << "Finish: this step was never begun";
+  const PendingStep::Slot& slot = *pending.slot_;
+  const double* s =
+      on_gpu_ ? static_cast<const double*>(slot.report->Wait()) : slot.host_report.data();
+  const int64_t notes = int64_t{mesh_.world().size()} * static_cast<int64_t>(values_);
+  const double* record = s + kSums + notes;
 
   StepResult result;
-  result.valid_tokens = std::llround(s[kValid]);
-  result.tokens = std::llround(s[kTokens]);
-  result.time_is_up = s[kTimeUp] > 0;
-  result.stop_requested = result.time_is_up || s[kSignals] > 0;
-  result.flops = matmul_flops_per_token_ * s[kTokens] +
-                 12.0 * static_cast<double>(options_.model.head_dim) * s[kPairs];
-  result.lr = LearningRate(options_.schedule, options_.adamw.lr, step, options_.steps);
-  // A batch without any label has gradient zero; it must not turn into 0 / 0.
-  const double mean = result.valid_tokens > 0 ? 1.0 / s[kValid] : 0.0;
-  result.loss = s[kLoss] * mean;
-  double squares = 0;
-  for (const Bucket& b : buckets) squares += ops::SumOfSquares(ctx_, b.grad);
-  result.grad_norm = std::sqrt(squares) * mean;
-
+  result.step = pending.step_ + 1;
+  result.lr = pending.lr_;
+  result.loss = record[ops::kStepLoss];
+  result.grad_norm = record[ops::kStepGradNorm];
+  result.valid_tokens = std::llround(s[ops::kValidSum]);
+  result.tokens = std::llround(s[kLossSums + kTokens]);
+  result.flops = matmul_flops_per_token_ * s[kLossSums + kTokens] +
+                 12.0 * static_cast<double>(options_.model.head_dim) * s[kLossSums + kPairs];
+  result.seconds = on_gpu_ ? 1e-3 * slot.end->MillisecondsSince(*slot.begin) : slot.host_seconds;
+  result.time_is_up = s[kLossSums + kTimeUp] > 0;
+  result.stop_requested = result.time_is_up || s[kLossSums + kSignals] > 0;
+  result.notes.assign(s + kSums, s + kSums + notes);
   // Reduced values are the same bits on every rank, so every rank decides alike.
-  if (!std::isfinite(result.loss + s[kZLoss]) || !std::isfinite(result.grad_norm)) {
-    if (options_.on_nonfinite == NonFinitePolicy::kStop) {
-      throw StepFailure(Str("step ", step + 1, ": the loss is ", result.loss,
-                            " and the gradient norm ", result.grad_norm,
-                            "; the weights were not changed. Lower optimizer.adamw.lr, ",
-                            "or set run.on_nonfinite: SKIP to leave such steps out"));
-    }
-    result.skipped = true;
-    return result;
+  result.skipped = record[ops::kStepFinite] == 0;
+  if (result.skipped && options_.on_nonfinite == NonFinitePolicy::kStop) {
+    throw StepFailure(Str("step ", result.step, ": the loss is ", result.loss,
+                          " and the gradient norm ", result.grad_norm,
+                          "; the weights were not changed. Lower optimizer.adamw.lr, ",
+                          "or set run.on_nonfinite: SKIP to leave such steps out"));
   }
-  if (result.valid_tokens == 0) return result;
-  double scale = mean;
-  if (options_.clip_norm > 0 && result.grad_norm > options_.clip_norm) {
-    scale *= options_.clip_norm / result.grad_norm;
-  }
-  Update(step, result.lr, scale);
   return result;
 }
 
-void TrainStep::Update(int64_t step, double lr, double grad_scale) {
+// Every range of every bucket, where the record says that the step counts.
+void TrainStep::Update(int64_t step, double lr) {
   TraceScope scope(ctx_.trace(), "optimizer");
+  const Tensor record = report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0));
   ops::AdamWOptions o;
   o.lr = lr;
   o.beta1 = options_.adamw.beta1;
   o.beta2 = options_.adamw.beta2;
   o.eps = options_.adamw.eps;
   o.step = step + 1;
-  o.grad_scale = grad_scale;
   for (Bucket& b : store_.buckets()) {
     const bool copies = b.value.raw() != b.master.raw();
     auto update = [&](int64_t begin, int64_t end, double weight_decay) {
@@ -107,7 +200,7 @@ void TrainStep::Update(int64_t step, double lr, double grad_scale) {
       o.weight_decay = weight_decay;
       Tensor master = b.master.Rows(begin, end), m = b.m.Rows(begin, end), v = b.v.Rows(begin, end),
              value = copies ? b.value.Rows(begin, end) : Tensor();
-      ops::AdamWStep(ctx_, o, master, b.grad.Rows(begin, end), m, v, value);
+      ops::AdamWStep(ctx_, o, record, master, b.grad.Rows(begin, end), m, v, value);
     };
     update(0, b.decay_end, options_.adamw.weight_decay);
     update(b.decay_end, b.master.numel(), 0);

@@ -1,7 +1,8 @@
 #include "trainer/eval/loss.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "ops/elementwise/elementwise.h"
 
 namespace longspan::trainer {
 namespace {
@@ -31,8 +32,7 @@ EvaluationLoss EvaluateLoss(Context& ctx, parallel::DeviceMesh& mesh, const Trai
   const int64_t total = rows > 0 ? std::min(rows, available) : available;
   const int64_t per_round = options.dp * options.micro_batch_rows;
   const int64_t replica = mesh.dp_index();
-  Tensor sums = ctx.Zeros({2}, DType::kF64);
-  double* s = sums.data<double>();
+  Tensor sums = ctx.Zeros({ops::kLossSums}, DType::kF64);
   for (int64_t round = 0; round * per_round < total; ++round) {
     data::MicroBatch batch;
     batch.rows = options.micro_batch_rows;
@@ -47,13 +47,12 @@ EvaluationLoss EvaluateLoss(Context& ctx, parallel::DeviceMesh& mesh, const Trai
     }
     const LocalBatch local = ToDevice(ctx, builder.Build(batch)->local);
     autograd::Tape tape(ctx, /*recording=*/false);
-    const auto loss =
-        DecoderForward(tape, mesh.axis("cp"), options.model, store, local, {});
-    s[0] += loss.loss_sum;
-    s[1] += static_cast<double>(loss.valid);
+    const auto loss = DecoderForward(tape, mesh.axis("cp"), options.model, store, local, {});
+    ops::AddInto(ctx, sums, loss.sums);
   }
   mesh.world().AllReduce(sums, parallel::ReduceOp::kSum).Wait();
-  return {s[1] > 0 ? s[0] / s[1] : 0.0, std::llround(s[1]), total};
+  const ops::LossSums s = ops::ReadLossSums(sums);
+  return {s.valid > 0 ? s.loss / static_cast<double>(s.valid) : 0.0, s.valid, total};
 }
 
 }  // namespace longspan::trainer

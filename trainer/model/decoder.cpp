@@ -73,7 +73,7 @@ ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator&
 
   mark(0);
   const Parameter& table = store.Find("model.embed_tokens.weight");
-  Var x = autograd::Embedding(tape, batch.ids, table, options.residual);
+  Var x = autograd::Embedding(tape, batch.ids, table, options.residual, batch.order);
   for (size_t i = 0; i < layers; ++i) {
     mark(i + 1);
     const LayerParameters p = LayerOf(options, store, i);

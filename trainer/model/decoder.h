@@ -12,9 +12,10 @@ namespace longspan::trainer {
 
 // This rank's part of one micro-batch: its tokens in placement order.
 struct LocalBatch {
-  Tensor ids;           // i32 [T]
-  Tensor labels;        // i32 [T], -1 = none
-  ops::RopeTable rope;  // of the tokens' positions in their documents
+  Tensor ids;                 // i32 [T]
+  Tensor labels;              // i32 [T], -1 = none
+  ops::EmbeddingOrder order;  // of the ids
+  ops::RopeTable rope;        // of the tokens' positions in their documents
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> plans;  // one per mixer
 };
 

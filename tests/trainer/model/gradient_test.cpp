@@ -47,7 +47,8 @@ double Loss(Context& ctx, parallel::Communicator& comm, const ModelOptions& m,
   autograd::Tape tape(ctx, backward);
   const auto r = DecoderForward(tape, comm, m, store, batch, {});
   if (backward) tape.Backward();
-  return r.loss_sum + r.z_loss_sum;
+  const ops::LossSums sums = ops::ReadLossSums(r.sums);
+  return sums.loss + sums.z_loss;
 }
 
 // Gradients summed over `ranks` ranks of the cp axis, one vector per bucket.
