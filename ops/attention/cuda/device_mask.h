@@ -26,6 +26,11 @@ class EntryCursor {
     }
   }
 
+  // Next() n times; stays at the end.
+  LONGSPAN_HD void Skip(int32_t n) {
+    for (at_ += n; run_ != end_ && at_ >= run_->count; ++run_) at_ -= run_->count;
+  }
+
  private:
   const BlockRun* run_;
   const BlockRun* end_;

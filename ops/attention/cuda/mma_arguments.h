@@ -1,4 +1,6 @@
 #pragma once
+#include <cuda_runtime.h>
+
 #include "ops/attention/cuda/device_mask.h"
 #include "ops/core/cuda/backend.h"
 #include "ops/core/dtype.h"
@@ -17,15 +19,40 @@ struct ForwardProblem {
   DeviceMask mask;
   DeviceKvTable table;
   const BF16 *q, *k, *v;
-  int64_t heads;     // query heads
-  int group, dim;    // query heads per kv head; head size
+  int64_t heads;            // query heads
+  int group, dim;           // query heads per kv head; head size
   int q_stride, kv_stride;  // elements between tokens
-  float scale_abs;   // |scale|
-  float scale_log2;  // |scale| in units of log2, above 0
-  bool negate;       // scale < 0
+  float scale_abs;          // |scale|
+  float scale_log2;         // |scale| in units of log2, above 0
+  bool negate;              // scale < 0
   bool o_bf16;
   void* o;
   float* lse;
 };
+
+struct BackwardProblem {
+  DeviceMask mask;
+  DeviceKvTable table, gradient_table;
+  const BF16 *q, *k, *v, *d_out;
+  // Per query head and row of q: {lse in units of log2, +inf for a row that sees nothing; delta -
+  // dlse}. Heads are statistics_stride apart, an even number with two elements to spare.
+  const float2* statistics;
+  int64_t statistics_stride;
+  int64_t heads;
+  int group, dim;
+  int q_stride, kv_stride;  // elements between tokens
+  float scale, scale_log2;
+  float *dq, *dk, *dv;
+};
+
+// Defined in mma_*_tuned.cu and mma_*_general.cu for the head sizes of kPaddedDims; kHeads = 2 up
+// to 128.
+template <int kDim, int kHeads>
+void LaunchForward(cuda::Runtime& runtime, const ForwardProblem& problem, const TileGrid& grid);
+template <int kDim, int kHeads>
+void LaunchQueryGradient(cuda::Runtime& runtime, const BackwardProblem& problem,
+                         const TileGrid& grid);
+template <int kDim>
+void LaunchKeyGradient(cuda::Runtime& runtime, const BackwardProblem& problem);
 
 }  // namespace longspan::ops::mma

@@ -36,14 +36,14 @@ struct SoftmaxRows {
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         const float shift = top == kMinusInfinity ? 0.0f : top * scale;
-        const float rescale = cuda::ptx::Exp2(maximum[m][r] * scale - shift);
+        const float rescale = cuda::ptx::Exp2(fmaf(maximum[m][r], scale, -shift));
         maximum[m][r] = top;
         float total = 0;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
           for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            s.at[m][n][e] = cuda::ptx::Exp2(s.at[m][n][e] * scale - shift);
+            s.at[m][n][e] = cuda::ptx::Exp2(fmaf(s.at[m][n][e], scale, -shift));
             total += s.at[m][n][e];
           }
         }
@@ -67,8 +67,8 @@ __device__ __forceinline__ void HideScores(Accumulator<kM, kBlock / 8>& s, const
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t* row = reinterpret_cast<const uint32_t*>(words) +
-                            2 * (token + 16 * m + 8 * r + lane / 4);
+      const uint32_t* row =
+          reinterpret_cast<const uint32_t*>(words) + 2 * (token + 16 * m + 8 * r + lane / 4);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t bits = row[half] >> (lane % 4 * 2);
@@ -90,55 +90,53 @@ class ForwardTile {
   using Shape = ForwardShape<kDim, kHeads>;
   static constexpr int kM = kHeads;  // 16-row pieces of a warp
 
-  __device__ ForwardTile(const ForwardProblem& problem, std::byte* shared, BlockTask task,
-                         int64_t first_head)
-      : p_(problem),
-        tiles_{shared},
-        kv_head_(task.kv_head),
-        query_(problem.mask.rows.ids[task.index]),
-        row_(problem.mask, query_),
-        first_row_(problem.mask.rows.token_begin[task.index] * problem.heads + first_head) {}
+  __device__ ForwardTile(const ForwardProblem& problem, std::byte* shared)
+      : p_(problem), tiles_{shared} {}
 
-  __device__ __forceinline__ void Run(EntryCursor cursor) {
+  __device__ __forceinline__ void Run(BlockTask task, int64_t first_head) {
+    const DeviceAxis& axis = p_.mask.rows;
+    State().Begin(p_.mask, axis, task, axis.token_begin[task.index] * p_.heads + first_head);
+    __syncthreads();
     Accumulator<kM, kDim / 8> o;
     o.Clear();
     SoftmaxRows<kM> softmax;
-    Step now(cursor);
-    if (now.valid()) {
+    int32_t now = State().StepAt(0);
+    if (now >= 0) {
       LoadQueries();
       Load(p_.k, now);
       if constexpr (Shape::kRing == 3) Load(p_.v, now);
-      bool negate = p_.negate;
-      while (now.valid()) {
-        cursor.Next();
-        const Step next(cursor);
-        const bool masked = now.partial || row_.Tokens(now.block) < kBlock;
-        if (masked) {
-          FillMask(tiles_.shared + Shape::kMask, p_.mask.rule, row_, kv_head_, query_, now.block);
-        }
-        const int k = Arrived();
-        if (negate) NegateQueries();
-        negate = false;
-        if constexpr (Shape::kRing == 3) {
-          Load(p_.k, next);
-        } else {
-          Load(p_.v, now);
-        }
-        Accumulator<kM, kBlock / 8> s;
-        MultiplyRows<kDim>(s, tiles_, Shape::kQ + WarpRow() * kDim * 2, k);
-        if (masked) HideScores(s, tiles_.shared + Shape::kMask, WarpRow() % kBlock);
-        softmax.Step(s, o, p_.scale_log2);
-        const Weights<kM, kBlock / 16> weights(s);
-        const int v = Arrived();
-        Load(Shape::kRing == 3 ? p_.v : p_.k, next);
-        AddProduct<kDim>(o, tiles_, weights, v);
-        now = next;
+    }
+    for (int index = 0; now >= 0; ++index) {
+      State().Prepare(index + 1);
+      const bool masked = now % 2 != 0 || State().Tokens(now / 2) < kBlock;
+      if (masked) {
+        FillMask(tiles_.shared + Shape::kMask, p_.mask.rule, State(), State().block, now / 2);
       }
+      const int k = Arrived();
+      if (p_.negate && index == 0) NegateQueries();
+      const int32_t next = State().StepAt(index + 1);
+      if constexpr (Shape::kRing == 3) {
+        Load(p_.k, next);
+      } else {
+        Load(p_.v, now);
+      }
+      Accumulator<kM, kBlock / 8> s;
+      MultiplyRows<kDim>(s, tiles_, Shape::kQ + WarpRow() * kDim * 2, k);
+      if (masked) HideScores(s, tiles_.shared + Shape::kMask, WarpRow() % kBlock);
+      softmax.Step(s, o, p_.scale_log2);
+      const Weights<kM, kBlock / 16> weights(s);
+      const int v = Arrived();
+      Load(Shape::kRing == 3 ? p_.v : p_.k, next);
+      AddProduct<kDim>(o, tiles_, weights, v);
+      now = next;
     }
     Store(o, softmax);
   }
 
  private:
+  __device__ TaskState& State() const {
+    return *reinterpret_cast<TaskState*>(tiles_.shared + Shape::kTask);
+  }
   // First row of this warp in the tile of queries: rows are tokens of one head, then of the next.
   __device__ int WarpRow() const { return static_cast<int>(threadIdx.x) / 32 * 16 * kM; }
 
@@ -147,16 +145,16 @@ class ForwardTile {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       CopyTileAsync<kDim>(tiles_.shared + Shape::kQ + h * TileBytes<kDim>(),
-                          p_.q + (first_row_ + h) * p_.dim, p_.q_stride, row_.Tokens(query_),
-                          p_.dim);
+                          p_.q + (State().first_row + h) * p_.dim, p_.q_stride,
+                          State().Tokens(State().block), p_.dim);
     }
   }
 
-  // Starts the next tile of the ring; behind the last block an empty group keeps the count.
-  __device__ __forceinline__ void Load(const BF16* from, const Step& step) {
-    if (step.valid()) {
-      CopyTileAsync<kDim>(tiles_.shared + fill_, from + p_.table.Offset(kv_head_, step.block),
-                          p_.kv_stride, row_.Tokens(step.block), p_.dim);
+  // Starts the next tile of the ring; behind the last step an empty group keeps the count.
+  __device__ __forceinline__ void Load(const BF16* from, int32_t step) {
+    if (step >= 0) {
+      CopyTileAsync<kDim>(tiles_.shared + fill_, from + p_.table.Offset(State().kv_head, step / 2),
+                          p_.kv_stride, State().Tokens(step / 2), p_.dim);
     }
     cuda::ptx::CopyAsyncCommit();
     fill_ = Following(fill_);
@@ -195,12 +193,11 @@ class ForwardTile {
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         const int tile_row = WarpRow() + 16 * m + 8 * r + lane / 4;
         const int token = tile_row % kBlock;
-        if (token >= row_.Tokens(query_)) continue;
-        const int64_t row = first_row_ + token * p_.heads + tile_row / kBlock;
+        if (token >= State().Tokens(State().block)) continue;
+        const int64_t row = State().first_row + token * p_.heads + tile_row / kBlock;
         const bool empty = softmax.maximum[m][r] == kMinusInfinity;
         if (lane % 4 == 0) {
-          p_.lse[row] =
-              empty ? kMinusInfinity : softmax.maximum[m][r] * p_.scale_abs + logf(sum);
+          p_.lse[row] = empty ? kMinusInfinity : softmax.maximum[m][r] * p_.scale_abs + logf(sum);
         }
         const float inverse = empty ? 0.0f : 1.0f / sum;
 #pragma unroll
@@ -222,10 +219,6 @@ class ForwardTile {
 
   const ForwardProblem& p_;
   const Tiles<kDim> tiles_;
-  const int64_t kv_head_;
-  const int32_t query_;  // global id of the block
-  const RowPlace row_;
-  const int64_t first_row_;                        // of o, lse [Tq * Hq]: first token and head
   int fill_ = Shape::kTiles, use_ = Shape::kTiles;  // in the ring
 };
 
@@ -236,8 +229,7 @@ __global__ __launch_bounds__(kThreads, (ForwardShape<kDim, kHeads>::kResident)) 
   const BlockTask task = problem.mask.rows.tasks[blockIdx.x / grid.tiles];
   const int64_t head = task.kv_head * problem.group + grid.first_head +
                        static_cast<int64_t>(blockIdx.x % grid.tiles) * kHeads;
-  ForwardTile<kDim, kHeads>(problem, shared, task, head)
-      .Run(problem.mask.Entries(problem.mask.rows, task));
+  ForwardTile<kDim, kHeads>(problem, shared).Run(task, head);
 }
 
 template <int kDim, int kHeads>

@@ -12,6 +12,7 @@ inline constexpr int kBlock = static_cast<int>(kMaskBlock);  // keys (queries) p
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kMaxDim = 256;
+inline constexpr int kMaxPairedDim = 128;  // above, a tile of queries has one head
 
 // Head sizes with kernels of their own; others are filled up with zeros to the next one.
 inline constexpr int kPaddedDims[] = {32, 64, 96, 128, 192, 256};
@@ -54,6 +55,9 @@ LONGSPAN_HD constexpr FragmentPlace PlaceInColumns(int lane) {
 // Which queries see which keys of two blocks: words[query][half], bit j of a half stands for key
 // 32 * half + j.
 inline constexpr int kMaskBytes = kBlock * 2 * 4;
+// What a block of threads keeps about its task (TaskState), registers being scarce.
+inline constexpr int kTaskBytes = 384;
+inline constexpr int kListedSteps = 64;
 
 // Forward. A warp owns 16 * kHeads rows; a block of threads holds the 64 tokens of a query block
 // for kHeads query heads of one kv head, which share its list of key blocks, and so 64 or 128 rows.
@@ -64,9 +68,10 @@ struct ForwardShape {
   static constexpr int kQ = 0;
   static constexpr int kTiles = kQ + TileBytes<kDim>(kHeads * kBlock);
   static constexpr int kMask = kTiles + kRing * TileBytes<kDim>();
-  static constexpr int kBytes = kMask + kMaskBytes;
+  static constexpr int kTask = kMask + kMaskBytes;
+  static constexpr int kBytes = kTask + kTaskBytes;
   // Blocks of threads per multiprocessor that the registers shall allow.
-  static constexpr int kResident = kDim * kHeads <= 64 ? 4 : kDim * kHeads <= 128 ? 3 : 2;
+  static constexpr int kResident = kHeads == 1 && kDim <= 64 ? 4 : kDim * kHeads <= 128 ? 3 : 2;
 };
 
 // Gradient of q: Q and dO stay, K is double-buffered because it is also the last operand of a step,
@@ -78,13 +83,15 @@ struct QueryGradientShape {
   static constexpr int kK = kDOut + TileBytes<kDim>(kHeads * kBlock);  // two tiles
   static constexpr int kV = kK + 2 * TileBytes<kDim>();
   static constexpr int kMask = kV + TileBytes<kDim>();
-  static constexpr int kBytes = kMask + kMaskBytes;
-  static constexpr int kStepKeys = kDim * kHeads >= 128 ? 32 : 64;  // scores held at a time
-  static constexpr int kResident = kDim * kHeads <= 64 ? 3 : 2;
+  static constexpr int kTask = kMask + kMaskBytes;
+  static constexpr int kBytes = kTask + kTaskBytes;
+  static constexpr int kStepKeys = kHeads == 2 || kDim >= 128 ? 32 : 64;  // scores held at a time
+  static constexpr int kResident = kDim <= 64 ? 3 : 2;
 };
 
 // Gradients of k and v: K and V stay; Q is double-buffered, dO is free in the middle of a step.
 // Above 128 a block accumulates half of the columns of dK and dV, and gridDim.y is 2.
+inline constexpr int kStatisticsBytes = (kBlock + 2) * 8;
 template <int kDim>
 struct KeyGradientShape {
   static constexpr int kParts = kDim <= 128 ? 1 : 2;
@@ -93,11 +100,13 @@ struct KeyGradientShape {
   static constexpr int kV = kK + TileBytes<kDim>();
   static constexpr int kQ = kV + TileBytes<kDim>();  // two tiles
   static constexpr int kDOut = kQ + 2 * TileBytes<kDim>();
-  static constexpr int kStatistics = kDOut + TileBytes<kDim>();  // two times {lse, delta} per row
-  static constexpr int kMask = kStatistics + 2 * kBlock * 8;
-  static constexpr int kBytes = kMask + kMaskBytes;
-  static constexpr int kStepQueries = kColumns >= 96 ? 32 : 64;
-  static constexpr int kResident = kColumns <= 32 ? 4 : kColumns <= 64 ? 3 : 2;
+  // Two times {lse, delta} of 64 rows, which start one element later where their index is odd.
+  static constexpr int kStatistics = kDOut + TileBytes<kDim>();
+  static constexpr int kMask = kStatistics + 2 * kStatisticsBytes;
+  static constexpr int kTask = kMask + kMaskBytes;
+  static constexpr int kBytes = kTask + kTaskBytes;
+  static constexpr int kStepQueries = kColumns >= 64 ? 32 : 64;
+  static constexpr int kResident = kColumns <= 64 ? 3 : 2;
 };
 
 // How the query heads of a group are cut into tiles of `heads` each: pairs as far as they go where
@@ -106,7 +115,7 @@ struct HeadTiles {
   int pairs, singles;
 };
 constexpr HeadTiles TilesOfGroup(int64_t group, int padded_dim) {
-  const int pairs = padded_dim <= 128 ? static_cast<int>(group / 2) : 0;
+  const int pairs = padded_dim <= kMaxPairedDim ? static_cast<int>(group / 2) : 0;
   return {pairs, static_cast<int>(group) - 2 * pairs};
 }
 

@@ -17,12 +17,12 @@ inline constexpr float kMinusInfinity = -__builtin_inff();
 template <int kDim>
 __device__ __forceinline__ void CopyTileAsync(std::byte* tile, const BF16* from, int stride,
                                               int rows, int dim) {
-  constexpr int kChunks = kDim / 8;
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int i = 0; i < kBlock * kChunks / kThreads; ++i) {
-    const int at = i * kThreads + thread;
-    const int row = at / kChunks, chunk = at % kChunks;
+  constexpr unsigned kChunks = kDim / 8;
+  // Unrolled further, the addresses would take registers from the accumulators.
+#pragma unroll 2
+  for (unsigned i = 0; i < kBlock * kChunks / kThreads; ++i) {
+    const unsigned at = i * kThreads + threadIdx.x;
+    const int row = static_cast<int>(at / kChunks), chunk = static_cast<int>(at % kChunks);
     const bool inside = row < rows && chunk * 8 < dim;
     const int offset = inside ? row * stride + chunk * 8 : 0;
     cuda::ptx::CopyAsync16(tile + ChunkOffset<kDim>(row, chunk), from + offset, inside);
@@ -84,7 +84,8 @@ __device__ __forceinline__ void MultiplyRows(Accumulator<kM, kN>& c, const Tiles
   for (int p = 0; p < kDim / 16; ++p) {
     uint32_t rows[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) cuda::ptx::LoadMatrix4(rows[m], tiles.rows.At(tiles.shared, a, m, p));
+    for (int m = 0; m < kM; ++m)
+      cuda::ptx::LoadMatrix4(rows[m], tiles.rows.At(tiles.shared, a, m, p));
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
       uint32_t columns[4];
@@ -138,48 +139,70 @@ __device__ __forceinline__ void AddProduct(Accumulator<kM, kN>& c, const Tiles<k
   }
 }
 
-// The row of the micro-batch that a task works in; all blocks it meets lie there.
-struct RowPlace {
-  int64_t first_token;  // global
-  int32_t first_block;  // global id
-  int32_t length;       // tokens
+// What a block of threads knows about its task, in shared memory. The blocks that the task meets
+// are listed kListedSteps at a time.
+struct TaskState {
+  EntryCursor cursor[2];        // where the list goes on, alternating
+  int32_t steps[kListedSteps];  // 2 * global id + partial; -1 behind the last
+  int64_t row_token;            // global index of the first token of the micro-batch's row
+  int64_t first_row;            // kernel's own
+  int32_t row_block;            // global id of the first block of that row
+  int32_t row_length;           // tokens
+  int32_t kv_head, block;       // block: global id of the task's own
 
-  __device__ RowPlace(const DeviceMask& mask, int32_t block) {
-    const int32_t per_row = static_cast<int32_t>(mask.blocks_per_row), row = block / per_row;
-    first_block = row * per_row;
-    length = static_cast<int32_t>(mask.rule.row_length);
-    first_token = static_cast<int64_t>(row) * length;
-  }
-  __device__ int Tokens(int32_t block) const {
-    const int rest = length - (block - first_block) * kBlock;
+  __device__ int Tokens(int32_t id) const {
+    const int rest = row_length - (id - row_block) * kBlock;
     return rest < kBlock ? rest : kBlock;
   }
-  __device__ int64_t FirstToken(int32_t block) const {
-    return first_token + (block - first_block) * kBlock;
+  __device__ int64_t FirstToken(int32_t id) const { return row_token + (id - row_block) * kBlock; }
+
+  // All threads; a barrier follows.
+  __device__ void Begin(const DeviceMask& mask, const DeviceAxis& axis, BlockTask task,
+                        int64_t own_first_row) {
+    List(mask.Entries(axis, task), 1);
+    if (threadIdx.x != 0) return;
+    const int32_t per_row = static_cast<int32_t>(mask.blocks_per_row);
+    block = axis.ids[task.index];
+    kv_head = task.kv_head;
+    row_block = block / per_row * per_row;
+    row_length = static_cast<int32_t>(mask.rule.row_length);
+    row_token = static_cast<int64_t>(block / per_row) * row_length;
+    first_row = own_first_row;
+  }
+
+  // The step at `index` > 0 may be read from the next barrier on.
+  __device__ __forceinline__ void Prepare(int index) {
+    if (index % kListedSteps != 0) return;
+    const int turn = index / kListedSteps % 2;
+    List(cursor[turn], 1 - turn);
+  }
+  __device__ int32_t StepAt(int index) const { return steps[index % kListedSteps]; }
+
+ private:
+  __device__ void List(EntryCursor from, int next) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= kListedSteps) return;
+    from.Skip(thread);
+    steps[thread] = from.done() ? -1 : from.block() * 2 + static_cast<int32_t>(from.partial());
+    if (thread != kListedSteps - 1) return;
+    from.Skip(1);
+    cursor[next] = from;
   }
 };
+static_assert(sizeof(TaskState) <= kTaskBytes);
 
 // Fills words[query][half] (kMaskBytes) for a pair of blocks; all threads, no barrier.
-__device__ inline void FillMask(std::byte* shared, const VisibleRule& rule, const RowPlace& place,
-                                int64_t kv_head, int32_t query_block, int32_t key_block) {
+__device__ inline void FillMask(std::byte* words, const VisibleRule& rule, const TaskState& task,
+                                int32_t query_block, int32_t key_block) {
   static_assert(kThreads == 2 * kBlock);
   const int query = static_cast<int>(threadIdx.x) / 2, half = static_cast<int>(threadIdx.x) % 2;
-  const int rest = place.Tokens(key_block) - 32 * half, keys = rest < 32 ? rest : 32;
+  const int rest = task.Tokens(key_block) - 32 * half, keys = rest < 32 ? rest : 32;
   uint32_t word = 0;
-  if (keys > 0 && query < place.Tokens(query_block)) {
-    word = VisibleKeys(rule, kv_head, place.FirstToken(query_block) + query,
-                       place.FirstToken(key_block) + 32 * half, keys);
+  if (keys > 0 && query < task.Tokens(query_block)) {
+    word = VisibleKeys(rule, task.kv_head, task.FirstToken(query_block) + query,
+                       task.FirstToken(key_block) + 32 * half, keys);
   }
-  reinterpret_cast<uint32_t*>(shared)[threadIdx.x] = word;
+  reinterpret_cast<uint32_t*>(words)[threadIdx.x] = word;
 }
-
-// A block that a task meets.
-struct Step {
-  int32_t block;  // global id; -1 behind the last one
-  bool partial;
-  __device__ explicit Step(const EntryCursor& cursor)
-      : block(cursor.done() ? -1 : cursor.block()), partial(!cursor.done() && cursor.partial()) {}
-  __device__ bool valid() const { return block >= 0; }
-};
 
 }  // namespace longspan::ops::mma

@@ -1,0 +1,11 @@
+// Head sizes 64 and 128.
+#include "ops/attention/cuda/mma_forward.cuh"
+
+namespace longspan::ops::mma {
+
+template void LaunchForward<64, 1>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
+template void LaunchForward<64, 2>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
+template void LaunchForward<128, 1>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
+template void LaunchForward<128, 2>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
+
+}  // namespace longspan::ops::mma
