@@ -1,6 +1,6 @@
 """Checks of the source tree that no compiler makes. Usage: hygiene.py CHECK SOURCE_DIR [BUILD_DIR COMPILER]
 
-CHECK is one of: edges, kernels, listed, environment, headers, leaves, length, copies.
+CHECK is one of: edges, kernels, listed, suites, environment, headers, leaves, length, copies.
 """
 
 import json
@@ -139,6 +139,22 @@ def check_listed(root):
             for path in sources(root) if path.endswith((".cpp", ".cu")) and not is_listed(path, lists)]
 
 
+def shared_suites(texts):
+    """Names of GoogleTest suites that occur in several files: those tests may end up in one executable
+    (longspan_gpu_tests), where one suite has one fixture."""
+    places = {}
+    for path, text in texts:
+        for suite in set(re.findall(r"^(?:TYPED_)?TEST(?:_F|_P)?\((\w+),", text, re.M)):
+            places.setdefault(suite, []).append(path)
+    return [f"{', '.join(paths)}: the test suite {suite} is in more than one file"
+            for suite, paths in places.items() if len(paths) > 1]
+
+
+def check_suites(root):
+    return shared_suites((path, text_of(root, path)) for path in sources(root)
+                         if path.startswith("tests/"))
+
+
 def check_edges(root):
     return [p for path in sources(root) for p in edge_problems(path, text_of(root, path))]
 
@@ -230,6 +246,8 @@ def self_test():
     assert cuda_problems("ops/norm/a_cuda.cu", "#include <cuda_bf16.h>\n")
     assert cuda_problems("ops/norm/a_cuda.cu", 'asm volatile("exit;");')
     assert not cuda_problems("ops/core/cuda/ptx.cuh", '#include <emulated_ptx.h>\nasm("exit;");')
+    assert shared_suites([("a", "TEST(X, One)"), ("b", "TEST_F(X, Two)")])
+    assert not shared_suites([("a", "TEST(X, One)"), ("b", "TEST_F(Y, Two)")])
     lists = {"ops": "norm/a.cpp", "tests/ops": "foreach(test IN ITEMS a)", "tests/x": "file(GLOB f)"}
     assert is_listed("ops/norm/a.cpp", lists) and not is_listed("ops/norm/aa.cpp", lists)
     assert is_listed("tests/ops/a_test.cpp", lists) and not is_listed("tests/ops/b_test.cpp", lists)
