@@ -1,8 +1,6 @@
-#include <cmath>
-#include <limits>
-
 #include "ops/attention/attention.h"
 #include "ops/attention/cuda/attention_cuda.h"
+#include "ops/attention/merge.h"
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
 
@@ -20,16 +18,9 @@ A RowDot(const O* o, const D* d_out, int64_t n) {
 
 template <class A>
 void MergeRow(A* o, A& lse, const A* o2, A lse2, int64_t dim) {
-  constexpr A kInfinity = std::numeric_limits<A>::infinity();
-  if (lse == -kInfinity && lse2 == -kInfinity) {  // not by the maximum, which drops a NaN
-    for (int64_t d = 0; d < dim; ++d) o[d] = 0;
-    return;
-  }
-  const A top = std::max(lse, lse2);
-  const A a = std::exp(lse - top), b = std::exp(lse2 - top);
-  const A sum = a + b, wa = a / sum, wb = b / sum;
-  for (int64_t d = 0; d < dim; ++d) o[d] = wa * o[d] + wb * o2[d];
-  lse = top + std::log(sum);
+  const MergeWeights<A> w = WeightsOfParts(lse, lse2);
+  for (int64_t d = 0; d < dim; ++d) o[d] = w.empty ? A{0} : w.a * o[d] + w.b * o2[d];
+  lse = w.lse;
 }
 
 }  // namespace

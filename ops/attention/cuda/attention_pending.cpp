@@ -1,21 +1,10 @@
-// Stands in for kernels that are not in the tree yet.
+// Stands in for the tensor-core kernels until they are in the tree.
 #include "ops/attention/cuda/attention_cuda.h"
 #include "ops/core/error.h"
 
 namespace longspan::ops::internal {
-namespace {
 
-[[noreturn]] void Refuse() {
-  throw Unsupported("attention is not built for GPUs yet");
-}
-
-}  // namespace
-
-void ReferenceCudaForward(Context&, const ForwardArgs&) { Refuse(); }
-void ReferenceCudaBackward(Context&, const BackwardArgs&) { Refuse(); }
-void MmaForward(Context&, const ForwardArgs&) { Refuse(); }
-void MmaBackward(Context&, const BackwardArgs&) { Refuse(); }
-Tensor AttentionDeltaCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
-void MergePartialCuda(Context&, Tensor&, Tensor&, const Tensor&, const Tensor&) { Refuse(); }
+void MmaForward(Context&, const ForwardArgs&) { throw Unsupported("mma_bf16 is not built yet"); }
+void MmaBackward(Context&, const BackwardArgs&) { throw Unsupported("mma_bf16 is not built yet"); }
 
 }  // namespace longspan::ops::internal

@@ -7,6 +7,7 @@
 
 #include "ops/attention/attention.h"
 #include "tests/ops/attention/attention_fixture.h"
+#include "tests/ops/op_test.h"
 
 namespace longspan::test {
 namespace {
@@ -22,7 +23,7 @@ constexpr int64_t kStride = kKvHeads * kDim, kSecond = 64 * kStride + kDim;
 
 // A valid problem; each test spoils one part of it.
 struct Problem {
-  Context ctx;
+  Context ctx = OpContext();
   std::shared_ptr<const ops::Documents> documents =
       std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, kTokens));
   BlockList all = BlockList::All(*documents);
@@ -102,9 +103,54 @@ TEST(AttentionErrorsTest, InputsOfBothDirections) {
     });
     ExpectRefusal(backward, "options.scale",
                   [](Problem& p) { p.options.scale = std::numeric_limits<double>::quiet_NaN(); });
-    ExpectRefusal(backward, "use one of avx512, portable, reference",
-                  [](Problem& p) { p.options.implementation = "amx"; });
+    ExpectRefusal(
+        backward,
+        Str("use one of ", OnCuda() ? "mma_bf16, reference_cuda" : "avx512, portable, reference"),
+        [](Problem& p) { p.options.implementation = "amx"; });
+    ExpectRefusal(
+        backward,
+        OnCuda() ? "implementation reference cannot run this: it runs on a CPU and the "
+                   "device is cuda:0; use one of mma_bf16, reference_cuda"
+                 : "implementation mma_bf16 cannot run this: it runs on a GPU and the "
+                   "device is cpu:0; use one of avx512, portable, reference",
+        [](Problem& p) { p.options.implementation = OnCuda() ? "reference" : "mma_bf16"; });
   }
+}
+
+// Operands of a Context on a GPU that are in host memory.
+TEST(AttentionErrorsTest, TensorsOfAnotherDevice) {
+  if (!OnCuda()) return;  // a second device is needed
+  Context host;
+  const auto away = [&](const Tensor& t) { return host.Zeros(t.shape(), t.dtype()); };
+  for (const bool backward : {false, true}) {
+    ExpectRefusal(backward, "q is on cpu:0 but the Context is on cuda:0",
+                  [&](Problem& p) { p.q = away(p.q); });
+    ExpectRefusal(backward, "kv.k is on cpu:0", [&](Problem& p) { p.kv.k = away(p.kv.k); });
+    ExpectRefusal(backward, "kv.v is on cpu:0", [&](Problem& p) { p.kv.v = away(p.kv.v); });
+  }
+  ExpectRefusal(true, "d_out is on cpu:0", [&](Problem& p) { p.d_out = away(p.d_out); });
+  ExpectRefusal(true, "lse is on cpu:0", [&](Problem& p) { p.lse = away(p.lse); });
+  ExpectRefusal(true, "delta is on cpu:0", [&](Problem& p) { p.delta = away(p.delta); });
+  ExpectRefusal(true, "dlse is on cpu:0", [&](Problem& p) { p.dlse = away(p.lse); });
+  ExpectRefusal(true, "dq is on cpu:0", [&](Problem& p) { p.dq = away(p.dq); });
+  ExpectRefusal(true, "dkv.dk is on cpu:0", [&](Problem& p) { p.dkv.dk = away(p.dkv.dk); });
+  ExpectRefusal(true, "dkv.dv is on cpu:0", [&](Problem& p) { p.dkv.dv = away(p.dkv.dv); });
+}
+
+TEST(AttentionErrorsTest, GpusTakeNeitherF64NorHugeHeads) {
+  if (!OnCuda()) return;  // CPUs do
+  Problem p;
+  const Tensor k = p.Zeros(p.kv.k.shape(), DType::kF64);
+  EXPECT_THROW(ops::AttentionForward(p.ctx, p.Zeros(p.q.shape(), DType::kF64),
+                                     ops::MakeKvView(k, k, p.all), *p.mask),
+               Unsupported);
+  const Tensor wide = p.Zeros({kTokens, kKvHeads, 264});
+  EXPECT_THROW(ops::AttentionForward(p.ctx, p.Zeros({kTokens, kHeads, 264}),
+                                     ops::MakeKvView(wide, wide, p.all), *p.mask),
+               Unsupported);
+  Tensor o = p.Zeros({2, 1, 4}, DType::kF64), lse = p.Zeros({2, 1}, DType::kF64);
+  EXPECT_THROW(ops::MergePartial(p.ctx, o, lse, o, lse), Unsupported);
+  EXPECT_THROW(ops::AttentionDelta(p.ctx, o, o), Unsupported);
 }
 
 TEST(AttentionErrorsTest, InputsOfBackward) {
@@ -130,6 +176,18 @@ TEST(AttentionErrorsTest, InputsOfBackward) {
 }
 
 TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
+  if (OnCuda()) {
+    ExpectRefusal(false, "implementation reference_cuda cannot run this: head_dim 264 is above 256",
+                  [](Problem& p) {
+                    p.q = p.Zeros({kTokens, kHeads, 264});
+                    p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, 264}),
+                                           p.Zeros({kTokens, kKvHeads, 264}), p.all);
+                    p.options.implementation = "reference_cuda";
+                  });
+    ExpectRefusal(false, "implementation mma_bf16 cannot run this: it takes bf16",
+                  [](Problem& p) { p.options.implementation = "mma_bf16"; });
+    return;
+  }
   ExpectRefusal(false, "implementation portable cannot run this: head_dim 264 is above 256",
                 [](Problem& p) {
                   p.q = p.Zeros({kTokens, kHeads, 264});
@@ -162,11 +220,13 @@ TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
   EXPECT_STREQ(table[4].name, "reference_cuda");
   for (const AttentionProblem& problem :
        {AttentionProblem{DType::kF32, 4, 2, 16}, AttentionProblem{DType::kF32, 4, 2, 12},
+        AttentionProblem{DType::kBF16, 4, 2, 16}, AttentionProblem{DType::kBF16, 4, 2, 12},
         AttentionProblem{DType::kF64, 4, 2, 16}, AttentionProblem{DType::kBF16, 4, 2, 512}}) {
+    if (OnCuda() && (problem.dtype == DType::kF64 || problem.head_dim > 256)) continue;
     EXPECT_TRUE(table[2].rejects(problem).empty());
     std::string first;
     for (const auto& entry : table) {
-      if (entry.device == DeviceKind::kCpu && first.empty() && entry.rejects(problem).empty())
+      if (entry.device == TestDevice().kind && first.empty() && entry.rejects(problem).empty())
         first = entry.name;
     }
     Problem p;
@@ -184,13 +244,16 @@ TEST(AttentionErrorsTest, NanReachesTheResult) {
   for (const std::string& name :
        ImplementationsFor(Problem().ctx, {DType::kF32, kHeads, kKvHeads, kDim})) {
     Problem p;
-    p.q.data<float>()[(70 * kHeads + 1) * kDim] = std::numeric_limits<float>::quiet_NaN();
+    Vec q(static_cast<size_t>(p.q.numel()));
+    q[(70 * kHeads + 1) * kDim] = std::numeric_limits<double>::quiet_NaN();
+    p.q = FromVec(p.ctx, p.q.shape(), DType::kF32, q);
     p.options.implementation = name;
     const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
+    const Vec lse = ToVec(result.lse), o = ToVec(result.o);
     for (int64_t row = 0; row < kTokens * kHeads; ++row) {
       const bool bad = row == 70 * kHeads + 1;
-      EXPECT_EQ(std::isnan(result.lse.data<float>()[row]), bad) << name << " row " << row;
-      EXPECT_EQ(std::isnan(result.o.data<float>()[row * kDim + 3]), bad) << name;
+      EXPECT_EQ(std::isnan(lse[static_cast<size_t>(row)]), bad) << name << " row " << row;
+      EXPECT_EQ(std::isnan(o[static_cast<size_t>(row * kDim + 3)]), bad) << name;
     }
   }
 }

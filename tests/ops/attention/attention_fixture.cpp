@@ -58,12 +58,14 @@ Vec Less(Vec v, double start) {
 
 std::string AttentionCase::Name() const {
   return Str(mask_case.Name(), " | ", ToString(dtype), " D ", dim, " group ", group,
-             with_dlse ? " dlse" : "", scale != 0 ? " scale" : "");
+             with_dlse ? " dlse" : "", aligned ? "" : " odd", scale != 0 ? " scale" : "");
 }
 
-Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, uint64_t seed) {
+Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, bool aligned,
+                  uint64_t seed) {
+  const int64_t unit = aligned ? 8 : 1;
   Scattered at;
-  at.token_stride = dim + 3;  // odd: nothing may assume aligned rows
+  at.token_stride = dim + 3 * unit;
   if (keys.ids.empty()) return at;
   const auto [low, high] = std::minmax_element(keys.ids.begin(), keys.ids.end());
   at.first_block = *low;
@@ -77,10 +79,10 @@ Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, uin
   }
   const Philox rng(seed, StreamOf("scatter"));
   for (size_t i = places.size(); i > 1; --i) std::swap(places[i - 1], places[rng.Below(i, i)]);
-  int64_t next = 5;
+  int64_t next = 5 * unit;
   for (const size_t place : places) {
     at.offsets[place] = next;
-    next += ops::kMaskBlock * at.token_stride + static_cast<int64_t>(rng.Below(place, 40));
+    next += ops::kMaskBlock * at.token_stride + unit * static_cast<int64_t>(rng.Below(place, 40));
   }
   at.elements = next;
   return at;
@@ -95,6 +97,14 @@ std::vector<std::string> ImplementationsFor(const Context& ctx,
     }
   }
   return names;
+}
+
+std::vector<std::string> ImplementationsFor(const Context& ctx, const AttentionCase& c) {
+  return ImplementationsFor(ctx, {.dtype = c.dtype,
+                                  .heads = c.heads(),
+                                  .kv_heads = c.mask_case.kv_heads,
+                                  .head_dim = c.dim,
+                                  .aligned = c.aligned});
 }
 
 AttentionInputs MakeInputs(const AttentionCase& c) {
@@ -128,8 +138,8 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
   const auto mask =
       ops::BlockMask::Build(c.mask_case.pattern.pattern, kv_heads, c.mask_case.documents.documents,
                             c.mask_case.shard.queries, keys);
-  const Scattered at = Scatter(keys, kv_heads, c.dim, c.seed);
-  const Scattered grad_at = Scatter(keys, kv_heads, c.dim, c.seed + 77);
+  const Scattered at = Scatter(keys, kv_heads, c.dim, c.aligned, c.seed);
+  const Scattered grad_at = Scatter(keys, kv_heads, c.dim, c.aligned, c.seed + 77);
   const auto storage = [&](const Vec& plain) {
     return FromVec(ctx, {at.elements}, c.dtype, Place(at, keys, kv_heads, c.dim, plain));
   };

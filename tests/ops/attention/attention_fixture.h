@@ -16,6 +16,7 @@ struct AttentionCase {
   int64_t dim = 64;
   double scale = 0;  // as in AttentionOptions
   bool with_dlse = true;
+  bool aligned = true;  // K and V of blocks that start at 16 bytes
   uint64_t seed = 1;
 
   int64_t heads() const { return mask_case.kv_heads * group; }
@@ -31,6 +32,7 @@ AttentionInputs MakeInputs(const AttentionCase& c);
 // The implementations of ctx's device that take a problem.
 std::vector<std::string> ImplementationsFor(const Context& ctx,
                                             const ops::AttentionProblem& problem);
+std::vector<std::string> ImplementationsFor(const Context& ctx, const AttentionCase& c);
 
 // What one implementation computed.
 struct AttentionRun {
@@ -43,7 +45,8 @@ struct AttentionRun {
 AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionInputs& inputs,
                           const std::string& implementation);
 
-// Key blocks at random places of [tokens, kv heads, dim]-like storage with gaps.
+// Key blocks at random places of [tokens, kv heads, dim]-like storage with gaps. Not aligned: rows
+// at odd places, of which nothing may assume more.
 struct Scattered {
   int64_t elements = 0, token_stride = 0, first_block = 0, blocks = 0;
   std::vector<int64_t> offsets;
@@ -51,6 +54,7 @@ struct Scattered {
     return std::make_shared<const ops::KvTable>(kv_heads, token_stride, first_block, offsets);
   }
 };
-Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, uint64_t seed);
+Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, bool aligned,
+                  uint64_t seed);
 
 }  // namespace longspan::test
