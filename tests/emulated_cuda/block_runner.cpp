@@ -7,6 +7,8 @@
 #include <numeric>
 #include <sstream>
 
+#include "tests/emulated_cuda/memory.h"
+
 #ifdef LONGSPAN_ASAN
 #include <sanitizer/asan_interface.h>
 #endif
@@ -395,6 +397,13 @@ void BlockRunner::Fail(const std::string& why) {
   thread_[static_cast<size_t>(current_)].fiber = running_;  // for EndBlock
   Fiber::Leave(*running_, *main_);
   std::abort();  // not reached
+}
+
+bool BlockRunner::MayBeShared(const void* p, size_t bytes) const {
+  const auto* first = static_cast<const std::byte*>(p);
+  const std::byte* end = shared_ + run_->shared_bytes;
+  if (first >= shared_ && first < shared_ + kMaxShared) return first + bytes <= end;
+  return !MustBeDevice(p) && !running_->HasOnStack(p);  // static shared memory is anywhere else
 }
 
 void BlockRunner::StartCopy(void* to, const void* from) {

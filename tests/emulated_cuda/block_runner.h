@@ -48,6 +48,8 @@ class BlockRunner {
   int lane() const { return current_ & 31; }
   int block_threads() const { return threads_; }
   std::byte* shared() { return shared_; }
+  // False when [p, p + bytes) is certainly no shared memory of the block.
+  bool MayBeShared(const void* p, size_t bytes) const;
   void Collective(const char* what, uint32_t mask, void (*combine)(void* const*, uint32_t),
                   void* operand);
   int Barrier(bool predicate);

@@ -28,6 +28,7 @@ class Fiber {
   static void Switch(Fiber& from, Fiber& to) { SwitchTo(from, to, false); }
   // The same; `from` is not resumed before it is prepared again.
   static void Leave(Fiber& from, Fiber& to) { SwitchTo(from, to, true); }
+  bool HasOnStack(const void* p) const { return p >= mapping_ && p < mapping_ + mapping_bytes_; }
   // The fiber will be prepared again although it is suspended somewhere.
   void Abandon();
 

@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kAlign = 256;  // of cudaMalloc
 constexpr size_t kGuard = 256;  // after each block of the arena
 constexpr int kGuardByte = 0xa5;
+constexpr size_t kPoisonedPinned = size_t{64} << 10;  // each Runtime has megabytes of staging
 
 size_t RoundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -97,6 +98,7 @@ class Arena {
     if (!kProtects || users_ > 0) {
       if (mprotect(base_ + old, top_ - old, PROT_READ | PROT_WRITE) != 0) std::abort();
     }
+    madvise(base_ + old, top_ - old, MADV_HUGEPAGE);  // fewer entries to change at each opening
   }
 
   static void OnFault(int signal, siginfo_t* info, void*);
@@ -188,6 +190,14 @@ bool GuardIsWhole(const std::byte* p, size_t bytes) {
 
 }  // namespace
 
+#ifdef LONGSPAN_ASAN
+bool MayBeDevice(const void*) { return true; }
+bool MustBeDevice(const void*) { return false; }
+#else
+bool MayBeDevice(const void* p) { return TheArena().Holds(p); }
+bool MustBeDevice(const void* p) { return TheArena().Holds(p); }
+#endif
+
 DeviceAccess::DeviceAccess() { TheArena().Open(); }
 DeviceAccess::~DeviceAccess() { TheArena().Close(); }
 
@@ -245,7 +255,7 @@ bool ReleaseDeviceBlock(void* block) {
 void* NewPinnedBlock(size_t bytes) {
   void* block = std::aligned_alloc(4096, RoundUp(std::max(bytes, size_t{1}), 4096));
   if (block == nullptr) return nullptr;
-  std::memset(block, kPoisonByte, bytes);
+  std::memset(block, kPoisonByte, std::min(bytes, kPoisonedPinned));
   Registry& r = Registry::The();
   const std::lock_guard lock(r.mutex);
   r.blocks[static_cast<std::byte*>(block)] = {bytes, Place::kPinned};
@@ -260,7 +270,7 @@ bool ReleasePinnedBlock(void* block) {
     if (it == r.blocks.end() || it->second.place != Place::kPinned || it->second.registered) {
       return false;
     }
-    std::memset(block, kPoisonByte, it->second.bytes);
+    std::memset(block, kPoisonByte, std::min(it->second.bytes, kPoisonedPinned));
     r.blocks.erase(it);
   }
   std::free(block);

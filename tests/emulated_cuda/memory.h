@@ -23,6 +23,10 @@ bool ReleasePinnedBlock(void* block);
 bool Register(void* block, size_t bytes);  // makes ordinary memory count as pinned
 bool Unregister(void* block);
 
+// What the address alone says: not known with AddressSanitizer, whose heap holds all memory.
+bool MayBeDevice(const void* p);
+bool MustBeDevice(const void* p);
+
 struct MemoryUse {
   size_t used = 0, high = 0, limit = 0;
 };

@@ -1,4 +1,5 @@
 // Memory and copies of the runtime API.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -73,7 +74,8 @@ cudaError_t Copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
   }
   const bool pageable = target.place == Place::kHost || source.place == Place::kHost;
   if (wait || pageable) ++em::TheTally().blocking_copies;
-  if (wait || target.place == Place::kHost) stream->AddMark()->Wait();
+  if (!wait && target.place != Place::kHost) return cudaSuccess;
+  stream->AddMark()->Wait();
   return Report(cudaSuccess);
 }
 
@@ -86,7 +88,7 @@ cudaError_t Fill(void* to, size_t pitch, int byte, Rows rows, cudaStream_t strea
   Resolve(stream)->Add([=] {
     for (size_t i = 0; i < rows.height; ++i) std::memset(out + i * pitch, byte, rows.width);
   });
-  return Report(cudaSuccess);
+  return cudaSuccess;
 }
 
 void Release(void* block) {
@@ -112,14 +114,9 @@ cudaError_t cudaMallocAsync(void** block, size_t bytes, cudaStream_t) {
 cudaError_t cudaFreeAsync(void* block, cudaStream_t stream) {
   if (block == nullptr) return Report(cudaSuccess);
   if (!em::RetireDeviceBlock(block)) return Report(cudaErrorInvalidValue);
-  // Also after a failure, so that tests which make one do not lose memory.
-  if (em::Failed()) {
-    em::WaitForStreams(-1);
-    Release(block);
-  } else {
-    Resolve(stream)->Add([block] { Release(block); });
-  }
-  return Report(cudaSuccess);
+  const bool failed = em::Failed();
+  Resolve(stream)->AddAlways([block] { Release(block); });
+  return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaFree(void* block) {
   if (block == nullptr) return Report(cudaSuccess);
@@ -192,7 +189,6 @@ cudaError_t cudaMallocHost(void** block, size_t bytes) {
 }
 cudaError_t cudaFreeHost(void* block) {
   if (block == nullptr) return Report(cudaSuccess);
-  em::WaitForStreams(-1);  // as the driver, which unmaps the memory
   return Report(em::ReleasePinnedBlock(block) ? cudaSuccess : cudaErrorInvalidValue);
 }
 cudaError_t cudaHostRegister(void* block, size_t bytes, unsigned flags) {
@@ -202,7 +198,6 @@ cudaError_t cudaHostRegister(void* block, size_t bytes, unsigned flags) {
   return Report(em::Register(block, bytes) ? cudaSuccess : cudaErrorHostMemoryAlreadyRegistered);
 }
 cudaError_t cudaHostUnregister(void* block) {
-  em::WaitForStreams(-1);
   return Report(em::Unregister(block) ? cudaSuccess : cudaErrorHostMemoryNotRegistered);
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {

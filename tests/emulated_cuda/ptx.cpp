@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "tests/emulated_cuda/block_runner.h"
+#include "tests/emulated_cuda/memory.h"
 
 namespace longspan::cuda::ptx {
 namespace {
@@ -48,7 +49,9 @@ void LoadMatrices(void* const* operands, uint32_t) {
 }
 
 void CheckRow(const void* row) {
-  if (!Aligned16(row)) BlockRunner::Current().Fail("ldmatrix of a row that is not at 16 bytes");
+  BlockRunner& runner = BlockRunner::Current();
+  if (!Aligned16(row)) runner.Fail("ldmatrix of a row that is not at a multiple of 16 bytes");
+  if (!runner.MayBeShared(row, 16)) runner.Fail("ldmatrix of a row outside shared memory");
 }
 
 struct MmaOperand {
@@ -94,6 +97,8 @@ void CopyAsync16(void* shared, const void* global, bool valid) {
   if (valid && !Aligned16(global)) {
     runner.Fail("cp.async from an address that is not a multiple of 16");
   }
+  if (!runner.MayBeShared(shared, 16)) runner.Fail("cp.async to a place outside shared memory");
+  if (valid && !emulated::MayBeDevice(global)) runner.Fail("cp.async from host memory");
   runner.StartCopy(shared, valid ? global : nullptr);
 }
 void CopyAsyncCommit() { BlockRunner::Current().CommitCopies(); }

@@ -140,7 +140,7 @@ void CUstream_st::Add(Item item) {
 
 std::shared_ptr<em::Mark> CUstream_st::AddMark() {
   auto mark = std::make_shared<em::Mark>();
-  AddMark(mark);
+  Add({nullptr, mark, nullptr, false, true});
   return mark;
 }
 
@@ -150,22 +150,20 @@ bool CUstream_st::Idle() {
 }
 
 void CUstream_st::Work() {
+  // Device memory stays open for a while, as opening it is not free.
+  constexpr auto kLinger = std::chrono::milliseconds(1);
   uint64_t random = reinterpret_cast<uintptr_t>(this) | 1;
-  std::optional<em::DeviceAccess> access;  // while there is work
+  std::optional<em::DeviceAccess> access;
+  const auto wakes = [this] { return !items_.empty() || ending_; };
   std::unique_lock lock(mutex_);
   for (;;) {
     busy_ = false;
-    if (items_.empty()) {
-      // Whoever waits for a mark may look at device memory only once it is closed again.
-      access.reset();
-      if (ending_) return;
-      added_.wait(lock, [this] { return !items_.empty() || ending_; });
-      continue;
-    }
+    if (access && !added_.wait_for(lock, kLinger, wakes)) access.reset();
+    if (!access) added_.wait(lock, wakes);
+    if (items_.empty()) return;
     Item item = std::move(items_.front());
     items_.pop_front();
     busy_ = true;
-    const bool last = items_.empty();
     lock.unlock();
     if (const int lag = em::TheShared().lag_us.load(); lag > 0) {
       random = random * 6364136223846793005u + 1442695040888963407u;
@@ -173,18 +171,16 @@ void CUstream_st::Work() {
           std::chrono::microseconds((random >> 33) % (2 * static_cast<uint64_t>(lag) + 1)));
     }
     if (item.awaited != nullptr) {
-      access.reset();
+      if (item.awaited->done.load() == 0) access.reset();
       item.awaited->Wait();
     }
-    if (item.work != nullptr && !em::Failed()) {
+    if (item.work != nullptr && (item.always || !em::Failed())) {
       if (!access) access.emplace();
       item.work();
     }
-    if (item.reached != nullptr) {
-      if (last) access.reset();
-      item.reached->Reach();
-    }
-    item = {};
+    item.work = nullptr;  // what it holds is gone before anyone hears that it is done
+    if (item.closes) access.reset();
+    if (item.reached != nullptr) item.reached->Reach();
     lock.lock();
   }
 }

@@ -45,12 +45,13 @@ struct CUstream_st {
   CUstream_st(const CUstream_st&) = delete;
   CUstream_st& operator=(const CUstream_st&) = delete;
 
-  void Add(std::function<void()> work) { Add({std::move(work), nullptr, nullptr}); }
-  // Done when all work added before is.
+  void Add(std::function<void()> work) { Add(Item{std::move(work)}); }
+  // Runs in the failed state too.
+  void AddAlways(std::function<void()> work) { Add({std::move(work), nullptr, nullptr, true}); }
+  // For a host that waits: done when all work added before is and device memory is closed again,
+  // unless another stream works.
   std::shared_ptr<longspan::emulated::Mark> AddMark();
-  void AddMark(std::shared_ptr<longspan::emulated::Mark> mark) {
-    Add({nullptr, std::move(mark), nullptr});
-  }
+  void AddMark(std::shared_ptr<longspan::emulated::Mark> mark) { Add({nullptr, std::move(mark)}); }
   void AddWait(std::shared_ptr<longspan::emulated::Mark> mark) {
     Add({nullptr, nullptr, std::move(mark)});
   }
@@ -63,7 +64,8 @@ struct CUstream_st {
  private:
   struct Item {
     std::function<void()> work;
-    std::shared_ptr<longspan::emulated::Mark> reached, awaited;
+    std::shared_ptr<longspan::emulated::Mark> reached = nullptr, awaited = nullptr;
+    bool always = false, closes = false;
   };
   void Add(Item item);
   void Work();

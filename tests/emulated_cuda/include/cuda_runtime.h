@@ -3,6 +3,10 @@
 #include <emulated_collectives.h>
 #include <emulated_maths.h>
 
+#include <cstddef>
+#include <tuple>
+#include <type_traits>
+
 // What the compiler of CUDA C++ adds to C++, for kernels that the emulated device calls as
 // functions.
 
@@ -24,6 +28,26 @@ extern constinit thread_local uint3 blockIdx;
 extern constinit thread_local dim3 blockDim;
 extern constinit thread_local dim3 gridDim;
 constexpr int warpSize = 32;
+
+namespace longspan::emulated {
+
+// Fails the device when an argument is a host pointer, or a struct that seems to hold one (into the
+// heap or the stack of this thread). Not known with AddressSanitizer.
+void CheckArgument(const char* kernel, int index, const void* data, size_t bytes, bool is_pointer);
+template <class... P>
+void CheckArguments(const char* kernel, const std::tuple<P...>& values) {
+  int index = 0;
+  std::apply(
+      [&](const P&... value) {
+        ((++index, std::is_arithmetic_v<P>
+                       ? void()
+                       : CheckArgument(kernel, index, &value, sizeof(P), std::is_pointer_v<P>)),
+         ...);
+      },
+      values);
+}
+
+}  // namespace longspan::emulated
 
 // CUDA's overloads for typed pointers.
 template <class T>
