@@ -130,14 +130,18 @@ AttentionInputs MakeInputs(const AttentionCase& c) {
   return in;
 }
 
+std::shared_ptr<const ops::BlockMask> BuildMask(const MaskCase& c) {
+  return ops::BlockMask::Build(c.pattern.pattern, c.kv_heads, c.documents.documents,
+                               c.shard.queries, c.shard.keys);
+}
+
 AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionInputs& in,
-                          const std::string& implementation) {
+                          const std::string& implementation,
+                          std::shared_ptr<const ops::BlockMask> mask) {
   const ops::BlockList& keys = c.mask_case.shard.keys;
   const int64_t rows = c.mask_case.shard.queries.tokens(), kv_heads = c.mask_case.kv_heads;
   const DType wide = AccumulatorOf(c.dtype);
-  const auto mask =
-      ops::BlockMask::Build(c.mask_case.pattern.pattern, kv_heads, c.mask_case.documents.documents,
-                            c.mask_case.shard.queries, keys);
+  if (mask == nullptr) mask = BuildMask(c.mask_case);
   const Scattered at = Scatter(keys, kv_heads, c.dim, c.aligned, c.seed);
   const Scattered grad_at = Scatter(keys, kv_heads, c.dim, c.aligned, c.seed + 77);
   const auto storage = [&](const Vec& plain) {

@@ -42,8 +42,11 @@ struct AttentionRun {
 // Forward and backward of one call. K and V (and their gradients) lie in blocks scattered over a
 // larger storage that is otherwise NaN; gradients start from a known value, which is taken off
 // again, so that overwriting instead of adding shows.
+// `mask`: the one to use; null: one of its own.
 AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionInputs& inputs,
-                          const std::string& implementation);
+                          const std::string& implementation,
+                          std::shared_ptr<const ops::BlockMask> mask = nullptr);
+std::shared_ptr<const ops::BlockMask> BuildMask(const MaskCase& c);
 
 // Key blocks at random places of [tokens, kv heads, dim]-like storage with gaps. Not aligned: rows
 // at odd places, of which nothing may assume more.
