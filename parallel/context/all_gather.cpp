@@ -19,17 +19,6 @@ Gathered Split(const Tensor& buffer, int64_t local_tokens) {
   return {buffer, buffer.Rows(0, rows - local_tokens), buffer.Rows(local_tokens, rows)};
 }
 
-// Rows of the first token of each block of `keys`, which lists the blocks of rank 0, 1, ... in
-// their order; counted in Gathered::k and, for values, in Gathered::v.
-std::vector<int64_t> FirstRows(const ops::BlockList& keys, int64_t local_tokens) {
-  std::vector<int64_t> rows;
-  for (size_t i = 0; i < keys.ids.size(); ++i) {
-    const int64_t token = keys.token_begin[i], rank = token / local_tokens;
-    rows.push_back(token + rank * local_tokens);  // past the values of the ranks before
-  }
-  return rows;
-}
-
 Gathered Gather(Context& ctx, Communicator& comm, const Tensor& k, const Tensor& v) {
   TraceScope scope(ctx.trace(), "communication wait");
   const Tensor packed = PackKv(ctx, k, v).Reshape({2 * k.dim(0), k.dim(1), k.dim(2)});
@@ -44,11 +33,11 @@ ContextAttentionResult AllGatherForward(Context& ctx, Communicator& comm, const 
                                         const Tensor& q, const Tensor& k, const Tensor& v,
                                         const ops::AttentionOptions& options) {
   const Gathered all = Gather(ctx, comm, k, v);
-  const ops::BlockMask& mask = *plan.stages[0].mask;
+  const PlanStage& stage = plan.stages[0];
   ops::AttentionOptions whole = options;
   whole.round_output = true;
-  const auto kv = ops::MakeKvView(all.k, all.v, mask, FirstRows(mask.keys(), k.dim(0)));
-  const auto r = ops::AttentionForward(ctx, q, kv, mask, whole);
+  const auto kv = ops::MakeKvView(all.k, all.v, *stage.mask, stage.first_rows);
+  const auto r = ops::AttentionForward(ctx, q, kv, *stage.mask, whole);
   return {r.o, r.lse, {}};
 }
 
@@ -57,11 +46,12 @@ void AllGatherBackward(Context& ctx, Communicator& comm, const AttentionPlan& pl
                        const Tensor& delta, const ContextAttentionResult& saved,
                        const ops::AttentionOptions& options, Tensor& dq, Tensor& dkv) {
   const Gathered all = Gather(ctx, comm, k, v);
-  const ops::BlockMask& mask = *plan.stages[0].mask;
+  const PlanStage& stage = plan.stages[0];
+  const ops::BlockMask& mask = *stage.mask;
   const Gathered grads = Split(ctx.Zeros(all.buffer.shape(), dkv.dtype()), k.dim(0));
-  const std::vector<int64_t> rows = FirstRows(mask.keys(), k.dim(0));
-  ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(all.k, all.v, mask, rows), saved.lse, delta,
-                         mask, dq, ops::MakeKvGradView(grads.k, grads.v, mask, rows), options);
+  ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(all.k, all.v, mask, stage.first_rows),
+                         saved.lse, delta, mask, dq,
+                         ops::MakeKvGradView(grads.k, grads.v, mask, stage.first_rows), options);
   TraceScope scope(ctx.trace(), "communication wait");
   comm.ReduceScatter(grads.buffer, dkv.Reshape({2 * k.dim(0), k.dim(1), k.dim(2)})).Wait();
 }

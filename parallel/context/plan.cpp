@@ -1,6 +1,19 @@
 #include "parallel/context/plan.h"
 
 namespace longspan::parallel {
+namespace {
+
+// `keys` lists the blocks of rank 0, 1, ... in their order.
+std::vector<int64_t> GatheredRows(const ops::BlockList& keys, int64_t local_tokens) {
+  std::vector<int64_t> rows;
+  for (size_t i = 0; i < keys.ids.size(); ++i) {
+    const int64_t token = keys.token_begin[i], rank = token / local_tokens;
+    rows.push_back(token + rank * local_tokens);  // past the values of the ranks before
+  }
+  return rows;
+}
+
+}  // namespace
 
 const char* ToString(StrategyKind kind) {
   return kind == StrategyKind::kRing ? "RING" : "ALL_GATHER";
@@ -30,8 +43,8 @@ std::shared_ptr<const AttentionPlan> MakePlan(const ops::AttentionPattern& patte
       ids.insert(ids.end(), part.begin(), part.end());
     }
     const ops::BlockList keys = ops::BlockList::FromIds(*documents, std::move(ids));
-    plan->stages.push_back(
-        {-1, ops::BlockMask::Build(pattern, kv_heads, documents, queries, keys)});
+    plan->stages.push_back({-1, ops::BlockMask::Build(pattern, kv_heads, documents, queries, keys),
+                            GatheredRows(keys, placement.local_tokens())});
     return plan;
   }
   for (int s = 0; s < ranks; ++s) {

@@ -15,6 +15,9 @@ const char* ToString(StrategyKind kind);
 struct PlanStage {
   int source;
   std::shared_ptr<const ops::BlockMask> mask;
+  // all_gather: the row of gathered storage [P, 2, T] at which each block of mask->keys() starts;
+  // its values start T rows later
+  std::vector<int64_t> first_rows{};
 };
 
 // What one rank does for one attention pattern and one micro-batch: pure data, derived from the

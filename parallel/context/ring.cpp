@@ -19,8 +19,8 @@ void AddHop(std::vector<Send>& sends, std::vector<Recv>& recvs, const Communicat
             int direction, const Tensor& out, const Tensor& in) {
   const int p = comm.size();
   const int to = (comm.rank() + direction + p) % p, from = (comm.rank() - direction + p) % p;
-  if (out.defined()) sends.push_back({to, out.raw(), static_cast<int64_t>(out.bytes())});
-  if (in.defined()) recvs.push_back({from, in.raw(), static_cast<int64_t>(in.bytes())});
+  if (out.defined()) sends.push_back(SendOf(to, out));
+  if (in.defined()) recvs.push_back(RecvInto(from, in));
 }
 
 void WaitTraced(Context& ctx, Work& work) {

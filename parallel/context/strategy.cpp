@@ -2,18 +2,30 @@
 
 #include <cstring>
 
+#include "ops/core/cuda/backend.h"
 #include "ops/elementwise/elementwise.h"
 #include "parallel/context/internal.h"
 
 namespace longspan::parallel {
 namespace internal {
 
+namespace {
+
+void Copy(Context& ctx, const Tensor& from, const Tensor& to) {
+  if (from.bytes() == 0) return;
+  if (ctx.device().kind == DeviceKind::kCuda) {
+    cuda::CopyOnDevice(ctx.cuda(), to.raw(), from.raw(), from.bytes());
+  } else {
+    std::memcpy(to.raw(), from.raw(), from.bytes());
+  }
+}
+
+}  // namespace
+
 Tensor PackKv(Context& ctx, const Tensor& k, const Tensor& v) {
   Tensor kv = ctx.Empty({2, k.dim(0), k.dim(1), k.dim(2)}, k.dtype());
-  if (k.bytes() > 0) {
-    std::memcpy(kv.raw(), k.raw(), k.bytes());
-    std::memcpy(kv.raw() + k.bytes(), v.raw(), v.bytes());
-  }
+  Copy(ctx, k, FirstHalf(kv));
+  Copy(ctx, v, SecondHalf(kv));
   return kv;
 }
 

@@ -13,8 +13,9 @@ namespace longspan::parallel {
 // Dtypes    q, k, v all f32, bf16 or f64; o in that dtype; lse and travelling dK/dV f32 (f64)
 // Numerics  partial outputs are merged in f32 and rounded once; dK/dV partials travel and add in
 //           f32, in an order fixed by the plan
-// Overlap   the transfer of the next stage is in flight while a stage computes; kernels move it
-//           through ctx.Progress()
+// Overlap   the transfer of the next stage is in flight while a stage computes: on a CPU kernels
+//           move it through ctx.Progress(), on a GPU it runs on the communicator's stream
+// Devices   cpu, cuda (f32 and bf16); `comm` has been given the runtime of `ctx` (UseDevice)
 struct ContextAttentionResult {
   Tensor o;
   Tensor lse;
