@@ -69,7 +69,8 @@ class AttentionRun {
 
 void Check(Context& ctx, const AttentionCase& problem, const std::string& implementation) {
   const AttentionCase small = SmallVersion(problem);
-  AttentionRun expected(ctx, small), got(ctx, small);
+  Context host(ContextOptions{.threads = ctx.threads()});
+  AttentionRun expected(host, small), got(ctx, small);
   const ops::AttentionResult reference = expected.Forward(kReference);
   const ops::AttentionResult result = got.Forward(implementation);
   const auto require = [&](const char* what, const Tensor& a, const Tensor& b) {
@@ -90,6 +91,7 @@ BenchRecord Describe(const AttentionCase& c, const ops::BlockMask& mask,
   BenchRecord r;
   r.op = "attention";
   r.name = c.name;
+  r.device = peaks.device;
   r.threads = peaks.threads;
   r.visible_fraction = facts.visible_fraction;
   r.block_fraction = facts.block_fraction;
@@ -116,6 +118,7 @@ std::vector<BenchRecord> BenchAttention(Context& ctx, const AttentionCase& probl
                                         const BenchOptions& options, const MachinePeaks& peaks) {
   std::vector<Candidate> candidates;
   for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
+    if (entry.device != ctx.device().kind) continue;
     candidates.push_back({entry.name, entry.rejects({problem.dtype, problem.heads, problem.kv_heads,
                                                      problem.head_dim})});
   }
@@ -132,7 +135,7 @@ std::vector<BenchRecord> BenchAttention(Context& ctx, const AttentionCase& probl
     SetPass(record, problem, run.mask(), backward);
     std::vector<std::function<void()>> runs;
     for (const std::string& name : implementations) runs.push_back([&once, &name] { once(name); });
-    const std::vector<Timing> timings = TimeInterleaved(runs, options.seconds);
+    const std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds);
     for (size_t i = 0; i < implementations.size(); ++i) {
       record.implementation = implementations[i];
       record.timing = timings[i];

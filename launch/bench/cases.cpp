@@ -95,6 +95,10 @@ constexpr const char* kAttentionForm =
 constexpr const char* kGemmForm =
     "gemm_DTYPE_M1024_N1024_K1024, with forward, dx or dw after the dtype for a linear layer";
 
+constexpr const char* kMemoryForm =
+    "rmsnorm, swiglu or add_DTYPE_T4096_D1024, rope_DTYPE_T4096_H8_D64, adamw_DTYPE_N1000000, "
+    "crossentropy_DTYPE_T1024_V32000 or embedding_DTYPE_T4096_V32000_D1024";
+
 ops::AttentionPattern ReadPattern(const std::string& kind, CaseName& name) {
   if (kind == "full") return ops::AttentionPattern::Full();
   if (kind == "causal") return ops::AttentionPattern::Causal();
@@ -155,6 +159,39 @@ GemmCase ParseGemmCase(const std::string& name) {
   return c;
 }
 
+MemoryCase ParseMemoryCase(const std::string& name) {
+  CaseName tokens(name, kMemoryForm);
+  MemoryCase c{.name = name};
+  const std::string kind = tokens.Word();
+  const std::map<std::string, MemoryOp> ops = {
+      {"rmsnorm", MemoryOp::kRmsNorm},
+      {"swiglu", MemoryOp::kSwiGlu},
+      {"add", MemoryOp::kAdd},
+      {"rope", MemoryOp::kRope},
+      {"adamw", MemoryOp::kAdamW},
+      {"crossentropy", MemoryOp::kCrossEntropy},
+      {"embedding", MemoryOp::kEmbedding},
+  };
+  const auto op = ops.find(kind);
+  if (op == ops.end()) tokens.Fail(Str("\"", kind, "\" is not an op that is timed by its bytes"));
+  c.op = op->second;
+  c.dtype = tokens.ReadDType();
+  if (c.dtype == DType::kF64) tokens.Fail("f64 is not timed; use f32 or bf16");
+  tokens.ReadSizes();
+  if (c.op == MemoryOp::kAdamW) {
+    c.parameters = tokens.Take("N", 1);
+  } else {
+    c.tokens = tokens.Take("T", 1);
+  }
+  const bool vocab = c.op == MemoryOp::kCrossEntropy || c.op == MemoryOp::kEmbedding;
+  if (vocab) c.vocab = tokens.Take("V", 1);
+  if (c.op == MemoryOp::kRope) c.heads = tokens.Take("H", 1);
+  if (c.op != MemoryOp::kAdamW && c.op != MemoryOp::kCrossEntropy) c.width = tokens.Take("D", 1);
+  tokens.Finish();
+  if (c.op == MemoryOp::kRope && c.width % 2 != 0) tokens.Fail(Str("D", c.width, " is odd"));
+  return c;
+}
+
 std::vector<std::string> ReadProblemList(std::string_view text) {
   constexpr std::string_view kBlank = " \t\r";
   std::vector<std::string> names;
@@ -197,6 +234,15 @@ GemmCase SmallVersion(const GemmCase& problem) {
   c.m = std::min<int64_t>(c.m, 97);
   c.n = std::min<int64_t>(c.n, 131);
   c.k = std::min<int64_t>(c.k, 203);
+  return c;
+}
+
+MemoryCase SmallVersion(const MemoryCase& problem) {
+  MemoryCase c = problem;
+  c.tokens = std::min<int64_t>(c.tokens, 131);
+  c.heads = std::min<int64_t>(c.heads, 3);
+  c.vocab = std::min<int64_t>(c.vocab, 203);
+  c.parameters = std::min<int64_t>(c.parameters, 1003);
   return c;
 }
 

@@ -40,21 +40,39 @@ struct GemmCase {
   int64_t m = 0, n = 0, k = 0;
 };
 
+// Memory      OP_DTYPE_sizes: an op whose time is that of moving its operands
+//   rmsnorm       T rows of D
+//   swiglu, add   T rows of D: gate, up and result; two operands and their sum
+//   rope          T tokens of H heads of D
+//   adamw         N parameters; state in f32, bf16: with a copy in bf16
+//   crossentropy  logits of T tokens over V words; the product that makes them is not counted
+//   embedding     T tokens, a table of V rows of D
+enum class MemoryOp { kRmsNorm, kSwiGlu, kAdd, kRope, kAdamW, kCrossEntropy, kEmbedding };
+struct MemoryCase {
+  std::string name;
+  DType dtype = DType::kF32;
+  MemoryOp op = MemoryOp::kAdd;
+  int64_t tokens = 0, width = 0, heads = 0, vocab = 0, parameters = 0;
+};
+
 // Errors    InvalidArgument naming the case and the token that is wrong, missing or given twice, or
 //           the problem of the pattern
 AttentionCase ParseAttentionCase(const std::string& name);
 GemmCase ParseGemmCase(const std::string& name);
+MemoryCase ParseMemoryCase(const std::string& name);
 
 // The names of a problem list: one a line; blank lines and what follows '#' are left out.
 std::vector<std::string> ReadProblemList(std::string_view text);
 
-// The text of a list that is part of the program: "attention_default", "attention_long",
-// "gemm_default", "gemm_long" (files of tests/bench/problems).
+// The text of a list that is part of the program: "attention_default", "attention_gpu" and
+// "attention_long", the same for gemm, "memory_default" and "memory_gpu" (files of
+// tests/bench/problems); also the configuration "llama_1b_32k" (configs/presets).
 std::string_view BuiltInProblems(std::string_view name);
 
 // A problem of the same kind that is small enough for the reference implementation, with odd sizes,
 // and still has hidden, partly visible and fully visible blocks where the pattern has them.
 AttentionCase SmallVersion(const AttentionCase& problem);
 GemmCase SmallVersion(const GemmCase& problem);
+MemoryCase SmallVersion(const MemoryCase& problem);
 
 }  // namespace longspan::launch

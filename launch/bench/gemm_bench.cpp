@@ -40,7 +40,8 @@ class GemmRun {
 
 void Check(Context& ctx, const GemmCase& problem, const std::string& implementation) {
   const GemmCase small = SmallVersion(problem);
-  GemmRun expected(ctx, small), got(ctx, small);
+  Context host(ContextOptions{.threads = ctx.threads()});
+  GemmRun expected(host, small), got(ctx, small);
   expected.Run(kReference);
   got.Run(implementation);
   RequireAgreement(problem.name, implementation, "the product",
@@ -55,6 +56,7 @@ std::vector<BenchRecord> BenchGemm(Context& ctx, const GemmCase& problem,
   if (backward ? !options.backward : !options.forward) return {};
   std::vector<Candidate> candidates;
   for (const ops::GemmImplementation& entry : ops::GemmImplementations()) {
+    if (entry.device != ctx.device().kind) continue;
     candidates.push_back({entry.name, entry.rejects({problem.dtype, ResultType(problem)})});
   }
   const std::vector<std::string> implementations =
@@ -66,7 +68,7 @@ std::vector<BenchRecord> BenchGemm(Context& ctx, const GemmCase& problem,
   GemmRun run(ctx, problem);
   std::vector<std::function<void()>> runs;
   for (const std::string& name : implementations) runs.push_back([&run, &name] { run.Run(name); });
-  const std::vector<Timing> timings = TimeInterleaved(runs, options.seconds);
+  const std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds);
   std::vector<BenchRecord> records;
   for (size_t i = 0; i < implementations.size(); ++i) {
     BenchRecord r;
@@ -74,6 +76,7 @@ std::vector<BenchRecord> BenchGemm(Context& ctx, const GemmCase& problem,
     r.name = problem.name;
     r.pass = backward ? "backward" : "forward";
     r.implementation = implementations[i];
+    r.device = peaks.device;
     r.threads = peaks.threads;
     r.timing = timings[i];
     r.flops = 2.0 * static_cast<double>(problem.m) * static_cast<double>(problem.n) *

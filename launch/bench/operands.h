@@ -4,7 +4,8 @@
 
 namespace longspan::launch {
 
-// Standard normal values times `scale`, rounded to the dtype: a function of (seed, index) only.
+// Standard normal values times `scale`, rounded to the dtype: a function of (seed, index) only. On
+// a GPU the first 4 Mi values are repeated.
 Tensor RandomTensor(Context& ctx, Shape shape, DType dtype, uint64_t seed, double scale = 1);
 
 // || a - b || / || b ||, computed in f64; +infinity when a value is not finite. Tensors of one

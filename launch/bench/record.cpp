@@ -40,53 +40,66 @@ double PeakGflops(const MachinePeaks& peaks, DType dtype) {
 }
 
 std::string ToJsonLine(const BenchRecord& r) {
-  const Json json = {{"op", r.op},
-                     {"case", r.name},
-                     {"pass", r.pass},
-                     {"impl", r.implementation},
-                     {"device", r.device},
-                     {"threads", r.threads},
-                     {"ms_median", r.timing.median_ms},
-                     {"ms_p90", r.timing.p90_ms},
-                     {"flops", r.flops},
-                     {"bytes", r.bytes},
-                     {"visible_fraction", OrNull(r.visible_fraction)},
-                     {"block_fraction", OrNull(r.block_fraction)},
-                     {"peak_gflops", r.peak_gflops},
-                     {"peak_gbps", r.peak_gbps},
-                     {"floor_ms", r.floor_ms()},
-                     {"fraction_of_floor", r.fraction_of_floor()},
-                     {"peer", nullptr},
-                     {"peer_ms_median", nullptr}};
+  Json json = {{"op", r.op},
+               {"case", r.name},
+               {"pass", r.pass},
+               {"impl", r.implementation},
+               {"device", r.device},
+               {"threads", r.threads},
+               {"ms_median", r.timing.median_ms},
+               {"ms_p90", r.timing.p90_ms},
+               {"flops", r.flops},
+               {"bytes", r.bytes},
+               {"visible_fraction", OrNull(r.visible_fraction)},
+               {"block_fraction", OrNull(r.block_fraction)},
+               {"peak_gflops", r.peak_gflops},
+               {"peak_gbps", r.peak_gbps},
+               {"floor_ms", r.floor_ms()},
+               {"fraction_of_floor", r.fraction_of_floor()},
+               {"peer", nullptr},
+               {"peer_ms_median", nullptr}};
+  if (r.tokens_per_s.has_value()) {
+    json["tokens_per_s"] = *r.tokens_per_s;
+    json["mfu"] = OrNull(r.mfu);
+  }
   return json.dump();
 }
 
 std::string ToJsonLine(const MachinePeaks& p) {
-  const Json json = {{"op", "machine"},        {"device", "cpu"},
-                     {"threads", p.threads},   {"f32_gflops", p.f32_gflops},
-                     {"f32_set", p.f32_set},   {"bf16_gflops", p.bf16_gflops},
-                     {"bf16_set", p.bf16_set}, {"copy_gbps", p.copy_gbps}};
+  const Json json = {{"op", "machine"},
+                     {"device", p.device},
+                     {"name", p.name.empty() ? Json() : Json(p.name)},
+                     {"threads", p.threads},
+                     {"f32_gflops", p.f32_gflops},
+                     {"f32_set", p.f32_set},
+                     {"bf16_gflops", p.bf16_gflops},
+                     {"bf16_set", p.bf16_set},
+                     {"copy_gbps", p.copy_gbps}};
   return json.dump();
 }
 
 std::string TableHead(size_t name_width) {
-  return Format("%-*s  %-8s  %-15s %10s %10s %9s %10s %7s %7s %10s %8s",
+  return Format("%-*s  %-8s  %-15s %10s %10s %9s %10s %8s %7s %7s %10s %8s",
                 static_cast<int>(name_width), "case", "pass", "impl", "ms median", "ms p90",
-                "GFLOP/s", "per thread", "visible", "blocks", "floor ms", "of floor");
+                "GFLOP/s", "per thread", "GB/s", "visible", "blocks", "floor ms", "of floor");
 }
 
 std::string TableLine(const BenchRecord& r, size_t name_width) {
   const auto share = [](const std::optional<double>& value) {
     return value.has_value() ? Format("%.3f", *value) : std::string("-");
   };
-  return Format("%-*s  %-8s  %-15s %10.3f %10.3f %9.1f %10.1f %7s %7s %10.3f %7.1f%%",
+  return Format("%-*s  %-8s  %-15s %10.3f %10.3f %9.1f %10.1f %8.1f %7s %7s %10.3f %7.1f%%",
                 static_cast<int>(name_width), r.name.c_str(), r.pass.c_str(),
                 r.implementation.c_str(), r.timing.median_ms, r.timing.p90_ms, r.gflops(),
-                r.gflops() / r.threads, share(r.visible_fraction).c_str(),
+                r.gflops() / r.threads, r.gbps(), share(r.visible_fraction).c_str(),
                 share(r.block_fraction).c_str(), r.floor_ms(), 100 * r.fraction_of_floor());
 }
 
 std::string ToText(const MachinePeaks& p) {
+  if (p.device != "cpu") {
+    return Format("peaks of %s: f32 %.0f GFLOP/s, bf16 %.0f GFLOP/s (%s), copy %.0f GB/s",
+                  p.name.c_str(), p.f32_gflops, p.bf16_gflops, p.bf16_set.c_str(), p.copy_gbps);
+  }
   return Format("peaks of %d %s: f32 %.1f GFLOP/s (%s), bf16 %.1f GFLOP/s (%s), copy %.1f GB/s",
                 p.threads, p.threads == 1 ? "thread" : "threads", p.f32_gflops, p.f32_set.c_str(),
                 p.bf16_gflops, p.bf16_set.c_str(), p.copy_gbps);
@@ -108,8 +121,11 @@ std::vector<std::string> ChooseImplementations(const std::string& case_name,
   if (!wanted.empty()) {
     throw InvalidArgument(Str("--impl ", wanted, " is not an implementation; use one of ", known));
   }
-  if (accepting.size() > 1) std::erase(accepting, kReference);
-  return accepting;
+  std::vector<std::string> timed;
+  for (const std::string& name : accepting) {
+    if (!IsReference(name)) timed.push_back(name);
+  }
+  return timed.empty() ? accepting : timed;
 }
 
 void RequireAgreement(const std::string& case_name, const std::string& implementation,

@@ -31,6 +31,10 @@ struct BenchRecord {
   double floor_ms() const;
   double fraction_of_floor() const { return floor_ms() / timing.median_ms; }
   double gflops() const { return flops / timing.median_ms * 1e-6; }
+  double gbps() const { return bytes / timing.median_ms * 1e-6; }
+
+  // Of whole training steps only, and only then in the JSON.
+  std::optional<double> tokens_per_s, mfu;
 };
 
 // Peak of the arithmetic that a dtype allows, on the threads of `peaks`. f64 is taken as half of
@@ -39,8 +43,8 @@ double PeakGflops(const MachinePeaks& peaks, DType dtype);
 
 // One line of JSON, with exactly the keys op, case, pass, impl, device, threads, ms_median, ms_p90,
 // flops, bytes, visible_fraction, block_fraction, peak_gflops, peak_gbps, floor_ms,
-// fraction_of_floor, peer, peer_ms_median. What does not apply is null; peers are other programs
-// (tests/bench/peers), so theirs always are.
+// fraction_of_floor, peer, peer_ms_median, and for steps tokens_per_s, mfu. What does not apply is
+// null; peers are other programs (tests/bench/peers), so theirs always are.
 std::string ToJsonLine(const BenchRecord& record);
 std::string ToJsonLine(const MachinePeaks& peaks);
 
@@ -56,8 +60,10 @@ struct Candidate {
 };
 
 inline constexpr const char* kReference = "reference";
+// "reference" and its likes on other devices.
+inline bool IsReference(const std::string& name) { return name.starts_with(kReference); }
 
-// What to time: `wanted`, or when that is empty every candidate that accepts. The reference, which
+// What to time: `wanted`, or when that is empty every candidate that accepts. A reference, which
 // is what the others are compared with and takes very long, is left out unless it is wanted or the
 // only one.
 //

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "ops/core/check.h"
+#include "ops/core/cuda/backend.h"
 
 namespace longspan::launch {
 namespace {
@@ -28,22 +29,52 @@ Timing Summarize(std::vector<double> milliseconds) {
           .repeats = static_cast<int>(n)};
 }
 
-std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs,
-                                    double seconds) {
-  for (const auto& run : runs) run();
-  std::vector<std::vector<double>> times(runs.size());
-  const double budget = seconds * static_cast<double>(runs.size());
+namespace {
+
+// Times rounds of `runs` with once(i), which returns milliseconds.
+std::vector<Timing> TimeRounds(size_t runs, double seconds,
+                               const std::function<double(size_t run)>& once) {
+  std::vector<std::vector<double>> times(runs);
+  const double budget = seconds * static_cast<double>(runs);
   const auto start = Clock::now();
   for (int round = 0; round < kLeastRounds || SecondsSince(start) < budget; ++round) {
-    for (size_t i = 0; i < runs.size(); ++i) {
-      const auto begin = Clock::now();
-      runs[i]();
-      times[i].push_back(SecondsSince(begin) * 1e3);
-    }
+    for (size_t i = 0; i < runs; ++i) times[i].push_back(once(i));
   }
   std::vector<Timing> timings;
   for (auto& t : times) timings.push_back(Summarize(std::move(t)));
   return timings;
+}
+
+}  // namespace
+
+std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs,
+                                    double seconds) {
+  for (const auto& run : runs) run();
+  return TimeRounds(runs.size(), seconds, [&](size_t i) {
+    const auto begin = Clock::now();
+    runs[i]();
+    return SecondsSince(begin) * 1e3;
+  });
+}
+
+std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::function<void()>>& runs,
+                                    double seconds) {
+  if (ctx.device().kind == DeviceKind::kCpu) return TimeInterleaved(runs, seconds);
+  constexpr double kShort = 1;  // ms
+  const auto begin = cuda::MakeMark(ctx.cuda()), end = cuda::MakeMark(ctx.cuda());
+  const Tensor other = ctx.Empty({4 * cuda::FactsOf(ctx.device().index).l2_bytes}, DType::kU8);
+  std::vector<double> last(runs.size());
+  const auto once = [&](size_t i) {
+    // This also gives the host time to issue the run before the device gets there.
+    if (last[i] < kShort) ctx.SetZero(other);
+    begin->Record();
+    runs[i]();
+    end->Record();
+    end->Wait();
+    return last[i] = end->MillisecondsSince(*begin);
+  };
+  for (size_t i = 0; i < runs.size(); ++i) once(i);
+  return TimeRounds(runs.size(), seconds, once);
 }
 
 }  // namespace longspan::launch

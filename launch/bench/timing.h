@@ -2,6 +2,8 @@
 #include <functional>
 #include <vector>
 
+#include "ops/core/context.h"
+
 namespace longspan::launch {
 
 struct Timing {
@@ -17,5 +19,10 @@ Timing Summarize(std::vector<double> milliseconds);
 // moment of the machine hits all alike. Ends after at least 5 rounds and `seconds` times the number
 // of runs.
 std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs, double seconds);
+
+// The same on the device of `ctx`: on a GPU by its own clock. Runs there that take less than 1 ms
+// begin with other data in its second-level cache, as they would in a training step.
+std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::function<void()>>& runs,
+                                    double seconds);
 
 }  // namespace longspan::launch

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -10,9 +11,14 @@
 #include "launch/bench/attention_bench.h"
 #include "launch/bench/cases.h"
 #include "launch/bench/gemm_bench.h"
+#include "launch/bench/gpu_peaks.h"
+#include "launch/bench/memory_bench.h"
 #include "launch/bench/record.h"
+#include "launch/cli/bench_step.h"
 #include "launch/cli/commands.h"
+#include "ops/core/cuda/backend.h"
 #include "ops/core/machine.h"
+#include "trainer/run_directory/file_io.h"
 
 namespace longspan::launch {
 namespace {
@@ -20,7 +26,8 @@ namespace {
 struct BenchArguments {
   std::string op;
   std::vector<std::string> problems;
-  std::string filter, pass = "both", implementation;
+  std::vector<std::string> sets;
+  std::string filter, pass = "both", implementation, device = "cpu", trace_file;
   int threads = 0;
   double seconds = 0.5;
   bool json = false, long_list = false;
@@ -31,7 +38,8 @@ constexpr double kSecondsPerPeak = 0.2;
 // The names of the cases, as given by --problem or from the built-in list.
 std::vector<std::string> NamesOf(const BenchArguments& a) {
   if (a.problems.empty()) {
-    return ReadProblemList(BuiltInProblems(a.op + (a.long_list ? "_long" : "_default")));
+    const char* list = a.long_list ? "_long" : a.device == "cuda" ? "_gpu" : "_default";
+    return ReadProblemList(BuiltInProblems(a.op + list));
   }
   std::vector<std::string> names;
   for (const std::string& problem : a.problems) {
@@ -65,23 +73,31 @@ std::vector<Case> CasesOf(const BenchArguments& a, Case (*parse)(const std::stri
   return cases;
 }
 
+MachinePeaks Measure(Context& ctx, double seconds) {
+  return ctx.device().kind == DeviceKind::kCuda ? MeasureGpuPeaks(ctx) : MeasurePeaks(ctx, seconds);
+}
+
 // Another program at the start must not leave a low peak behind that every case then beats.
 void RaisePeaks(Context& ctx, MachinePeaks& peaks) {
-  const MachinePeaks now = MeasurePeaks(ctx, kSecondsPerPeak / 4);
+  const MachinePeaks now = Measure(ctx, kSecondsPerPeak / 4);
   peaks.f32_gflops = std::max(peaks.f32_gflops, now.f32_gflops);
   peaks.bf16_gflops = std::max(peaks.bf16_gflops, now.bf16_gflops);
   peaks.copy_gbps = std::max(peaks.copy_gbps, now.copy_gbps);
+}
+
+BenchOptions OptionsOf(const BenchArguments& a) {
+  return {.implementation = a.implementation,
+          .forward = a.pass != "backward",
+          .backward = a.pass != "forward",
+          .seconds = a.seconds};
 }
 
 template <class Case>
 void RunCases(Context& ctx, const BenchArguments& a, const std::vector<Case>& cases,
               std::vector<BenchRecord> (*bench)(Context&, const Case&, const BenchOptions&,
                                                 const MachinePeaks&)) {
-  const BenchOptions options{.implementation = a.implementation,
-                             .forward = a.pass != "backward",
-                             .backward = a.pass != "forward",
-                             .seconds = a.seconds};
-  MachinePeaks peaks = MeasurePeaks(ctx, kSecondsPerPeak);
+  const BenchOptions options = OptionsOf(a);
+  MachinePeaks peaks = Measure(ctx, kSecondsPerPeak);
   size_t width = 0;
   for (const Case& c : cases) width = std::max(width, c.name.size());
   if (!a.json) std::printf("%s\n\n%s\n", ToText(peaks).c_str(), TableHead(width).c_str());
@@ -97,28 +113,77 @@ void RunCases(Context& ctx, const BenchArguments& a, const std::vector<Case>& ca
   if (records == 0) throw InvalidArgument("--pass " + a.pass + " leaves no case of " + a.op);
 }
 
+void RunSteps(Context& ctx, const BenchArguments& a) {
+  std::vector<StepCase> cases;
+  for (const std::string& file : a.problems) cases.push_back(ReadStepCase(file));
+  if (cases.empty()) cases.push_back(ReadStepCase(""));
+  const MachinePeaks peaks = Measure(ctx, kSecondsPerPeak);
+  if (!a.json) std::printf("%s\n\n", ToText(peaks).c_str());
+  for (const StepCase& c : cases) {
+    const BenchRecord r = BenchStep(ctx, c, a.sets, OptionsOf(a), peaks);
+    if (a.json) {
+      std::printf("%s\n", ToJsonLine(r).c_str());
+    } else {
+      std::printf("%s\n%s\n%.0f tokens/s, MFU %.1f %%\n", TableHead(r.name.size()).c_str(),
+                  TableLine(r, r.name.size()).c_str(), r.tokens_per_s.value_or(0),
+                  100 * r.mfu.value_or(0));
+    }
+    std::fflush(stdout);
+  }
+}
+
 void RunMachine(Context& ctx, const BenchArguments& a) {
-  const MachinePeaks peaks = MeasurePeaks(ctx, a.seconds);
+  const MachinePeaks peaks = Measure(ctx, a.seconds);
   std::printf("%s\n", (a.json ? ToJsonLine(peaks) : ToText(peaks)).c_str());
 }
 
-void Bench(const BenchArguments& a) {
-  Context ctx(ContextOptions{.threads = a.threads});
+void RunOp(Context& ctx, const BenchArguments& a) {
   if (a.op == "attention") {
     RunCases(ctx, a, CasesOf(a, ParseAttentionCase), BenchAttention);
   } else if (a.op == "gemm") {
     RunCases(ctx, a, CasesOf(a, ParseGemmCase), BenchGemm);
+  } else if (a.op == "memory") {
+    RunCases(ctx, a, CasesOf(a, ParseMemoryCase), BenchMemory);
+  } else if (a.op == "step") {
+    RunSteps(ctx, a);
   } else {
     RunMachine(ctx, a);
   }
 }
 
-// A case and its passes mean nothing to `bench machine`.
-void RefuseCaseOptions(const CLI::App& command) {
-  for (const char* option : {"--problem", "--filter", "--pass", "--impl", "--long"}) {
+void Bench(const BenchArguments& a) {
+  ContextOptions options{.threads = a.threads};
+  if (a.device == "cuda") {
+    std::string why;
+    if (cuda::DeviceCount(&why) == 0) {
+      throw InvalidArgument("--device cuda cannot be used: " + why + "; use cpu");
+    }
+    options.device = {DeviceKind::kCuda, 0};
+  }
+  Context ctx(options);
+  if (a.trace_file.empty()) return RunOp(ctx, a);
+  // Before hours of measuring, so that a path that cannot be written is known.
+  trainer::FileWriter file(a.trace_file, trainer::FileWriter::Mode::kTruncate);
+  const auto recorder = std::make_shared<TraceRecorder>(0);
+  ctx.trace().TimeDevice(true);
+  ctx.trace().Record(recorder, "compute");
+  RunOp(ctx, a);
+  ctx.trace().WaitForDevice();
+  file.Write(ChromeTrace({recorder->Events()}));
+  file.Close();
+}
+
+// Refuses what would not be looked at.
+void RefuseOptions(const CLI::App& command, const std::string& op) {
+  const std::map<std::string, std::vector<const char*>> unused = {
+      {"machine", {"--problem", "--filter", "--pass", "--impl", "--long", "--set"}},
+      {"step", {"--filter", "--pass", "--impl", "--long"}},
+      {"memory", {"--long", "--set"}},
+      {"attention", {"--set"}},
+      {"gemm", {"--set"}}};
+  for (const char* option : unused.at(op)) {
     if (command.get_option(option)->count() > 0) {
-      throw InvalidArgument(std::string(option) +
-                            " has no meaning for machine, which has no cases; leave it out");
+      throw InvalidArgument(Str(option, " has no meaning for ", op, "; leave it out"));
     }
   }
 }
@@ -129,13 +194,19 @@ void AddBenchCommand(CLI::App& root, int* exit_code) {
   auto a = std::make_shared<BenchArguments>();
   CLI::App* command =
       root.add_subcommand("bench", "Time kernels against what this machine can do at most");
-  command->add_option("op", a->op, "attention, gemm, or machine (the measured peaks alone)")
+  command
+      ->add_option("op", a->op,
+                   "attention, gemm, memory (ops that move more than they compute), step (a whole "
+                   "training step), or machine (the measured peaks alone)")
       ->required()
-      ->check(CLI::IsMember({"attention", "gemm", "machine"}));
+      ->check(CLI::IsMember({"attention", "gemm", "memory", "step", "machine"}));
+  command->add_option("--device", a->device, "cpu or cuda: the first GPU, by its own clock")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   CLI::Option* problem = command->add_option(
       "--problem", a->problems,
       "A case such as causal_f32_T4096_Hq8_Hkv4_D64 or gemm_bf16_M1024_N1024_K1024, or a file "
-      "with one a line; repeatable (default: a built-in list)");
+      "with one a line; for step a configuration; repeatable (default: a built-in list, for step "
+      "the preset llama_1b_32k)");
   problem->allow_extra_args(false);
   command->add_option("--filter", a->filter, "Only cases whose name contains this");
   command->add_option("--pass", a->pass, "forward, backward or both")
@@ -149,10 +220,15 @@ void AddBenchCommand(CLI::App& root, int* exit_code) {
       ->add_option("--seconds", a->seconds,
                    "Time per measurement; at least 5 runs are timed whatever it says")
       ->check(CLI::Range(0.0, 3600.0));
+  command
+      ->add_option("--set", a->sets, "With step: override a field of the configuration, repeatable")
+      ->allow_extra_args(false);
+  command->add_option("--trace", a->trace_file,
+                      "Write a Chrome trace (chrome://tracing, Perfetto) of everything that runs");
   command->add_flag("--json", a->json, "Print one JSON object a line instead of a table");
   command->add_flag("--long", a->long_list, "The built-in list of large cases")->excludes(problem);
   command->callback([a, command, exit_code] {
-    if (a->op == "machine") RefuseCaseOptions(*command);
+    RefuseOptions(*command, a->op);
     Bench(*a);
     *exit_code = 0;
   });

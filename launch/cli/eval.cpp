@@ -6,12 +6,14 @@
 
 #include "configs/load.h"
 #include "launch/cli/commands.h"
+#include "launch/cli/rank_device.h"
 #include "launch/cli/session.h"
 #include "parallel/mesh/device_mesh.h"
 #include "trainer/agreement.h"
 #include "trainer/checkpoint/reader.h"
 #include "trainer/eval/loss.h"
 #include "trainer/from_config.h"
+#include "trainer/run_directory/file_io.h"
 #include "trainer/trainer.h"
 
 namespace longspan::launch {
@@ -24,6 +26,8 @@ struct EvalArguments {
   std::vector<std::string> data;
   std::vector<std::string> sets;
   int64_t rows = 0;
+  int local_ranks = 0;
+  std::string trace_file;
   bool json = false;
 };
 
@@ -52,24 +56,46 @@ trainer::TrainOptions OptionsFor(const configs::LoadedConfig& loaded, const Eval
   return o;
 }
 
-void Eval(parallel::Bootstrap& job, const EvalArguments& a) {
+// Writes what all ranks recorded.
+void WriteTrace(parallel::Communicator& world, const TraceRecorder& recorder,
+                const std::string& file) {
+  const auto events = trainer::GatherStrings(world, recorder.Events());
+  trainer::OnAllRanks(world, [&] {
+    if (world.rank() == 0) trainer::WriteFileAtomically(file, ChromeTrace(events));
+  });
+}
+
+void Eval(const Rank& rank, const EvalArguments& a) {
   CheckTasks(a);
-  const auto path = trainer::AgreeOnCheckpoint(job.world(), a.target);
+  const auto path = trainer::AgreeOnCheckpoint(rank.world, a.target);
   const auto reader = trainer::CheckpointReader::Open(path);
   // One replica that all ranks share, unless --set says otherwise.
-  std::vector<std::string> sets = {"parallel.dp=1", Str("parallel.cp=", job.size())};
+  std::vector<std::string> sets = {"parallel.dp=1", Str("parallel.cp=", rank.world.size())};
   sets.insert(sets.end(), a.sets.begin(), a.sets.end());
   const auto loaded = configs::LoadText(reader.info().config_text, path.string(), sets);
 
+  std::shared_ptr<TraceRecorder> recorder;
+  if (!a.trace_file.empty()) {
+    rank.world.Barrier();
+    recorder = std::make_shared<TraceRecorder>(rank.world.rank());
+  }
   nlohmann::json results = nlohmann::json::array();
   for (int64_t length : a.lengths.empty() ? std::vector<int64_t>{0} : a.lengths) {
-    const trainer::TrainOptions o = OptionsFor(loaded, a, job.size(), length);
-    parallel::DeviceMesh mesh(job.world(),
-                              {.dp = static_cast<int>(o.dp), .cp = static_cast<int>(o.cp)});
-    Context ctx(ContextOptions{.threads = o.threads > 0 ? o.threads : job.threads()});
+    const trainer::TrainOptions o = OptionsFor(loaded, a, rank.world.size(), length);
+    const RankDevice device = ChooseDevice(rank, o);
+    Context ctx = MakeContext(rank, device, o);
+    const auto carrier = MakeCarrier(rank, o, ctx);
+    parallel::Communicator& world = carrier != nullptr ? *carrier : rank.world;
+    world.UseDevice(ctx.runtime());
+    parallel::DeviceMesh mesh(world, {.dp = static_cast<int>(o.dp), .cp = static_cast<int>(o.cp)});
     ctx.SetProgress([&] { mesh.axis("cp").Progress(); });
+    if (recorder != nullptr) {
+      ctx.trace().TimeDevice(true);
+      ctx.trace().Record(recorder, "compute");
+    }
     const trainer::EvaluationLoss e = trainer::EvaluateCheckpoint(ctx, mesh, o, reader, a.rows);
-    if (job.rank() != 0) continue;
+    ctx.trace().WaitForDevice();
+    if (rank.world.rank() != 0) continue;
     results.push_back({{"task", "loss"},
                        {"length", o.context_length},
                        {"step", reader.info().step},
@@ -83,7 +109,8 @@ void Eval(parallel::Bootstrap& job, const EvalArguments& a) {
           static_cast<long long>(e.rows), static_cast<long long>(reader.info().step));
     }
   }
-  if (a.json && job.rank() == 0) std::printf("%s\n", results.dump(2).c_str());
+  if (recorder != nullptr) WriteTrace(rank.world, *recorder, a.trace_file);
+  if (a.json && rank.world.rank() == 0) std::printf("%s\n", results.dump(2).c_str());
 }
 
 }  // namespace
@@ -107,9 +134,15 @@ void AddEvalCommand(CLI::App& root, int* exit_code) {
   command->add_option("--rows", a->rows, "Rows to use (0 = all)")->check(CLI::NonNegativeNumber);
   command->add_option("--set", a->sets, "Override a field of the checkpoint's configuration")
       ->allow_extra_args(false);
+  command
+      ->add_option("--local-ranks", a->local_ranks,
+                   "Run this many ranks as threads of one process, all on one device")
+      ->check(CLI::Range(1, 1024));
+  command->add_option("--trace", a->trace_file,
+                      "Write a Chrome trace (chrome://tracing, Perfetto) of the evaluation");
   command->add_flag("--json", a->json, "Print a JSON array");
   command->callback([a, exit_code] {
-    *exit_code = RunSession([&](parallel::Bootstrap& job) { Eval(job, *a); });
+    *exit_code = RunRanks(a->local_ranks, [&](const Rank& rank) { Eval(rank, *a); });
   });
 }
 

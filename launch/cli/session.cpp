@@ -7,6 +7,7 @@
 
 #include "ops/core/context.h"
 #include "ops/core/error.h"
+#include "parallel/comm/local.h"
 
 namespace longspan::launch {
 namespace {
@@ -65,6 +66,27 @@ int RunSession(const std::function<void(parallel::Bootstrap&)>& body) {
   std::fflush(stderr);
   job->world().Abort(error);
   return kAllFailed;  // not reached: Abort ends the process
+}
+
+int RunRanks(int local_ranks, const std::function<void(const Rank&)>& body) {
+  return RunSession([&](parallel::Bootstrap& job) {
+    if (local_ranks == 0) {
+      body({job.world(), job.local_rank(), job.local_size(), job.threads()});
+      return;
+    }
+    if (job.launched()) {
+      throw ConfigError(Str("--local-ranks ", local_ranks, " is for one process, and a launcher ",
+                            "started ", job.size(), "; leave it out"));
+    }
+    const int threads = parallel::ThreadsPerLocalRank(local_ranks);
+    // As long as the other communicators would wait: a rank may be writing a checkpoint.
+    constexpr double kPatience = 3600;
+    parallel::RunLocal(local_ranks,
+                       [&](parallel::Communicator& world) {
+                         body({world, world.rank(), world.size(), threads, true});
+                       },
+                       {.timeout_s = kPatience});
+  });
 }
 
 }  // namespace longspan::launch

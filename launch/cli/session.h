@@ -13,4 +13,18 @@ namespace longspan::launch {
 //      error and ends the whole job
 int RunSession(const std::function<void(parallel::Bootstrap&)>& body);
 
+// One rank as commands see it: a process of a job, or a thread of this process.
+struct Rank {
+  parallel::Communicator& world;
+  int local_rank = 0, local_size = 1;  // among the ranks of this node
+  int threads = 1;                     // of the host, for this rank
+  bool is_thread = false;
+};
+
+// The same with `body` called for each rank of this process: once, or with local_ranks > 0 on that
+// many threads, which are then the whole job. The first error of a thread is the job's.
+//
+// Errors    ConfigError: local_ranks in a job that a launcher started
+int RunRanks(int local_ranks, const std::function<void(const Rank&)>& body);
+
 }  // namespace longspan::launch

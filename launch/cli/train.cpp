@@ -9,9 +9,9 @@
 
 #include "configs/load.h"
 #include "launch/cli/commands.h"
+#include "launch/cli/rank_device.h"
 #include "launch/cli/session.h"
 #include "launch/cli/signals.h"
-#include "ops/core/machine.h"
 #include "ops/core/rng.h"
 #include "parallel/comm/counting.h"
 #include "parallel/mesh/device_mesh.h"
@@ -28,30 +28,21 @@ struct TrainArguments {
   trainer::RunSettings run;
   double max_minutes = 0;
   double lock_wait_seconds = 30;
+  int local_ranks = 0;
   bool json = false;
 };
 
-// The sum of what all ranks reach at the same time, so that ranks which share cores do not count
-// them twice.
-double PeakFlops(Context& ctx, parallel::Communicator& world, DType dtype) {
-  world.Barrier();
-  const MachinePeaks peaks = MeasurePeaks(ctx);
-  const double mine = dtype == DType::kBF16 ? peaks.bf16_gflops : peaks.f32_gflops;
-  // f64 halves the lanes of f32.
-  const double local = dtype == DType::kF64 ? mine / 2 : mine;
-  return parallel::AllReduceValue(world, local, parallel::ReduceOp::kSum) * 1e9;
-}
-
-void PrintStart(const trainer::TrainOptions& o, const TrainArguments& a, int threads) {
+void PrintStart(const trainer::TrainOptions& o, const TrainArguments& a, const RankDevice& device,
+                int threads) {
   const double millions = static_cast<double>(trainer::CountParameters(o.model)) * 1e-6;
   std::printf(
       "longspan: %.2fM parameters, %s, context %lld, %lld tokens a step (%lld x %lld rows), "
-      "dp %lld x cp %lld (%s, %s), %d threads a rank, run directory %s\n",
+      "dp %lld x cp %lld (%s, %s), %s, %d threads a rank, run directory %s\n",
       millions, ToString(o.model.compute), static_cast<long long>(o.context_length),
       static_cast<long long>(o.global_batch_tokens), static_cast<long long>(o.accumulation()),
       static_cast<long long>(o.dp * o.micro_batch_rows), static_cast<long long>(o.dp),
-      static_cast<long long>(o.cp), ToString(o.placement), ToString(o.strategy), threads,
-      a.run.run_directory.c_str());
+      static_cast<long long>(o.cp), ToString(o.placement), ToString(o.strategy),
+      device.name.c_str(), threads, a.run.run_directory.c_str());
   std::fflush(stdout);
 }
 
@@ -64,11 +55,13 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
                         {"seconds", s.seconds},
                         {"tokens_per_s", nullptr},
                         {"skipped_steps", s.skipped_steps},
-                        {"attention_share", s.attention_share},
-                        {"wait_share", s.wait_share},
+                        {"attention_share", nullptr},
+                        {"wait_share", nullptr},
                         {"run_directory", a.run.run_directory.string()}};
     if (s.last_loss.has_value()) j["loss"] = *s.last_loss;
     if (s.tokens_per_s.has_value()) j["tokens_per_s"] = *s.tokens_per_s;
+    if (s.attention_share.has_value()) j["attention_share"] = *s.attention_share;
+    if (s.wait_share.has_value()) j["wait_share"] = *s.wait_share;
     if (s.validation_loss.has_value()) j["validation_loss"] = *s.validation_loss;
     std::printf("%s\n", j.dump().c_str());
     return;
@@ -80,21 +73,22 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
   std::printf("%s at step %lld: loss %.4f", s.stopped ? "stopped and saved" : "done",
               static_cast<long long>(s.step), *s.last_loss);
   if (s.validation_loss.has_value()) std::printf(", validation loss %.4f", *s.validation_loss);
-  std::printf(
-      " nats/token; %.0f tokens/s, %.0f %% of the time in attention, %.0f %% waiting for "
-      "other ranks",
-      s.tokens_per_s.value_or(0), 100 * s.attention_share, 100 * s.wait_share);
+  std::printf(" nats/token; %.0f tokens/s", s.tokens_per_s.value_or(0));
+  if (s.attention_share.has_value() && s.wait_share.has_value()) {
+    std::printf(", %.0f %% of the time in attention, %.0f %% waiting for other ranks",
+                100 * *s.attention_share, 100 * *s.wait_share);
+  }
   if (s.skipped_steps > 0) {
     std::printf("; %lld steps skipped", static_cast<long long>(s.skipped_steps));
   }
   std::printf("\n");
 }
 
-void Train(parallel::Bootstrap& job, TrainArguments a) {
+void Train(const Rank& rank, TrainArguments a) {
   const configs::LoadedConfig loaded = configs::Load(a.config, a.sets);
   // Before anything is built on it: ranks with other layouts would wait for each other for ever.
-  trainer::RequireSame(job.world(), "the configuration", StreamOf(loaded.resolved_text().c_str()));
-  const trainer::TrainOptions options = trainer::OptionsFromConfig(loaded, job.size());
+  trainer::RequireSame(rank.world, "the configuration", StreamOf(loaded.resolved_text().c_str()));
+  const trainer::TrainOptions options = trainer::OptionsFromConfig(loaded, rank.world.size());
   if (a.run.run_directory.empty()) {
     a.run.run_directory = std::filesystem::path("runs") / std::filesystem::path(a.config).stem();
   }
@@ -104,19 +98,22 @@ void Train(parallel::Bootstrap& job, TrainArguments a) {
   a.run.lock_wait = std::chrono::milliseconds(std::llround(1e3 * a.lock_wait_seconds));
   if (a.json) a.run.quiet = true;
 
-  parallel::CountingCommunicator world(job.world());
+  const RankDevice device = ChooseDevice(rank, options);
+  Context ctx = MakeContext(rank, device, options);
+  const auto carrier = MakeCarrier(rank, options, ctx);
+  parallel::CountingCommunicator world(carrier != nullptr ? *carrier : rank.world);
+  world.UseDevice(ctx.runtime());
   parallel::DeviceMesh mesh(
       world, {.dp = static_cast<int>(options.dp), .cp = static_cast<int>(options.cp)});
-  Context ctx(ContextOptions{.threads = options.threads > 0 ? options.threads : job.threads(),
-                             .deterministic = options.deterministic});
   ctx.SetProgress([&] {
     mesh.axis("cp").Progress();
     mesh.world().Progress();
   });
-  a.run.peak_flops = PeakFlops(ctx, world, options.model.compute);
-  if (job.rank() == 0 && !a.run.quiet) PrintStart(options, a, ctx.threads());
+  a.run.peak_flops = PeakFlops(ctx, world, device, options.model.compute);
+  const bool root = world.rank() == 0;
+  if (root && !a.run.quiet) PrintStart(options, a, device, ctx.threads());
   const trainer::RunSummary summary = trainer::RunTraining(ctx, mesh, world, options, a.run);
-  if (job.rank() == 0) PrintSummary(summary, a);
+  if (root) PrintSummary(summary, a);
 }
 
 }  // namespace
@@ -147,6 +144,17 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
       ->add_option("--lock-wait", a->lock_wait_seconds,
                    "Seconds to wait for another job to leave the run directory (default 30)")
       ->check(CLI::Range(0.0, 1e6));
+  command
+      ->add_option("--local-ranks", a->local_ranks,
+                   "Run this many ranks as threads of one process, all on one device, instead of "
+                   "under a launcher")
+      ->check(CLI::Range(1, 1024));
+  command->add_option("--trace", a->run.trace_file,
+                      "Write a Chrome trace (chrome://tracing, Perfetto) of the first steps");
+  command
+      ->add_option("--trace-steps", a->run.trace_steps, "How many steps --trace covers (default 3)")
+      ->check(CLI::Range(1, 10000))
+      ->needs("--trace");
   command->add_flag("--json", a->json, "Print one JSON object at the end and no progress");
   command
       ->add_option("--checkpoint-bytes-per-second", a->run.checkpoint_bytes_per_second,
@@ -154,7 +162,7 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
       ->group("Testing");
   command->callback([a, exit_code] {
     CatchStopSignals();  // before the start: a signal that comes early ends the run after one step
-    *exit_code = RunSession([&](parallel::Bootstrap& job) { Train(job, *a); });
+    *exit_code = RunRanks(a->local_ranks, [&](const Rank& rank) { Train(rank, *a); });
   });
 }
 

@@ -15,9 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 std::vector<Json> EventsOf(const std::string& text) {
-  std::vector<Json> events;
-  for (const Json& event : Json::parse(text).at("traceEvents")) events.push_back(event);
-  return events;
+  return Json::parse(text).at("traceEvents").get<std::vector<Json>>();
 }
 
 std::map<std::string, Json> SpansOn(const std::string& track, const std::vector<Json>& events,

@@ -1,0 +1,135 @@
+#include "launch/cli/bench_step.h"
+
+#include <chrono>
+#include <filesystem>
+#include <optional>
+
+#include "configs/load.h"
+#include "data/loader.h"
+#include "launch/bench/cases.h"
+#include "launch/bench/gpu_peaks.h"
+#include "ops/core/rng.h"
+#include "parallel/comm/self.h"
+#include "parallel/mesh/device_mesh.h"
+#include "trainer/batch.h"
+#include "trainer/from_config.h"
+#include "trainer/run_directory/file_io.h"
+#include "trainer/step.h"
+
+namespace longspan::launch {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kWarmUp = 2;
+constexpr int kLeastSteps = 5;
+
+// The configuration on one rank with one micro-batch a step.
+trainer::TrainOptions OptionsOf(const StepCase& problem, const std::vector<std::string>& sets,
+                                const Context& ctx) {
+  const bool cuda = ctx.device().kind == DeviceKind::kCuda;
+  std::vector<std::string> all = {"parallel.dp=1", "parallel.cp=1",
+                                  Str("run.device=", cuda ? "CUDA" : "CPU")};
+  all.insert(all.end(), sets.begin(), sets.end());
+  trainer::TrainOptions o =
+      trainer::OptionsFromConfig(configs::LoadText(problem.text, problem.origin, all), 1);
+  o.global_batch_tokens = o.context_length * o.micro_batch_rows;
+  LONGSPAN_CHECK((o.device == DeviceKind::kCuda) == cuda && o.dp == 1 && o.cp == 1)
+      << "bench step runs one rank on the device of --device; leave those fields out of --set";
+  return o;
+}
+
+// Rows of random tokens, each one document.
+data::Row RandomRow(const trainer::TrainOptions& o, int64_t sample) {
+  const Philox random(o.seed, StreamOf("bench tokens"));
+  std::vector<int32_t> tokens(static_cast<size_t>(o.context_length) + 1);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const uint64_t index = static_cast<uint64_t>(sample) * tokens.size() + i;
+    tokens[i] =
+        static_cast<int32_t>(random.Below(index, static_cast<uint64_t>(o.model.vocab_size)));
+  }
+  return data::PackRow(tokens, {}, /*document_mask=*/false);
+}
+
+data::LoaderOptions LoaderFrom(const trainer::TrainOptions& o, trainer::BatchBuilder& builder) {
+  data::LoaderOptions loader;
+  loader.row = [&o](int64_t sample) { return RandomRow(o, sample); };
+  loader.rows = o.micro_batch_rows;
+  loader.sample_indices = [rows = o.micro_batch_rows](int64_t n) {
+    std::vector<int64_t> samples;
+    for (int64_t i = 0; i < rows; ++i) samples.push_back(n * rows + i);
+    return samples;
+  };
+  loader.attach = [&builder](const data::MicroBatch& batch) -> std::shared_ptr<void> {
+    return builder.Build(batch);
+  };
+  return loader;
+}
+
+}  // namespace
+
+StepCase ReadStepCase(const std::string& file) {
+  constexpr const char* kPreset = "llama_1b_32k";
+  if (file.empty()) return {kPreset, std::string(BuiltInProblems(kPreset)), kPreset};
+  try {
+    return {std::filesystem::path(file).stem().string(), trainer::ReadFile(file), file};
+  } catch (const CheckpointError& e) {
+    throw ConfigError(Str("--problem ", file, ": ", e.what()));
+  }
+}
+
+BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<std::string>& sets,
+                      const BenchOptions& options, const MachinePeaks& peaks) {
+  trainer::TrainOptions o = OptionsOf(problem, sets, ctx);
+  o.steps = int64_t{1} << 40;  // the schedule does not end here
+  parallel::SelfCommunicator self;
+  self.UseDevice(ctx.runtime());
+  parallel::DeviceMesh mesh(self, {.dp = 1, .cp = 1});
+  trainer::ParameterStore store(ctx, o.model, /*training=*/true);
+  store.Initialize(o.seed);
+  trainer::BatchBuilder builder(
+      o.model, parallel::Placement(o.placement, o.micro_batch_rows, o.context_length, 1),
+      o.strategy, 0);
+  trainer::TrainStep train(ctx, mesh, o, store);
+  data::Loader loader(LoaderFrom(o, builder));
+
+  // As in a run: a step is asked for its result when the next one has been issued.
+  std::vector<double> milliseconds;
+  trainer::StepResult last;
+  const auto start = Clock::now();
+  std::optional<trainer::PendingStep> pending;
+  const auto enough = [&] {
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    return milliseconds.size() >= kLeastSteps && seconds >= options.seconds;
+  };
+  for (int64_t step = 0; !enough(); ++step) {
+    trainer::PendingStep next = train.Begin(loader, step, nullptr);
+    if (pending.has_value()) {
+      last = train.Finish(std::move(*pending));
+      if (last.step > kWarmUp) milliseconds.push_back(last.seconds * 1e3);
+    }
+    pending = std::move(next);
+  }
+  train.Finish(std::move(*pending));
+
+  BenchRecord r;
+  r.op = "step";
+  r.name = Str(problem.name, "_T", o.context_length);
+  r.pass = "both";
+  r.implementation = ToString(o.model.compute);
+  r.device = peaks.device;
+  r.threads = peaks.threads;
+  r.timing = Summarize(std::move(milliseconds));
+  r.flops = last.flops;
+  r.peak_gflops = PeakGflops(peaks, o.model.compute);
+  r.peak_gbps = peaks.copy_gbps;
+  const auto known = KnownGpu(peaks.name);
+  const double stated =
+      known.has_value() ? (o.model.compute == DType::kBF16 ? known->bf16_gflops : known->f32_gflops)
+                        : r.peak_gflops;
+  r.tokens_per_s = static_cast<double>(last.tokens) / r.timing.median_ms * 1e3;
+  r.mfu = r.gflops() / stated;
+  return r;
+}
+
+}  // namespace longspan::launch
