@@ -106,7 +106,9 @@ def number(value, form):
 
 
 def speed(record):
-    """TFLOP/s where arithmetic is counted, otherwise GB/s."""
+    """Tokens of a step, TFLOP/s where arithmetic is counted, otherwise GB/s."""
+    if record.get("tokens_per_s"):
+        return f"{record['tokens_per_s']:.0f} tokens/s, MFU {number(record.get('mfu'), '.1%')}"
     if record.get("flops"):
         return f"{record['flops'] / record['ms_median'] * 1e-9:.1f} TFLOP/s"
     if record.get("bytes"):
@@ -132,6 +134,13 @@ def measurements(records):
                      str(r.get("peer") or "-"), number(peer, ".3f"),
                      number(peer / r["ms_median"] if peer else None, ".2f")))
     return aligned(rows) if len(rows) > 1 else []
+
+
+def machine(records):
+    """The peaks that the program measured by itself."""
+    return [", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                      for key, value in r.items() if value is not None and key != "op")
+            for r in records if r.get("op") == "machine"]
 
 
 def sparse_gain(records):
@@ -163,6 +172,8 @@ def table(out, facts):
     rows += [(r["part"], r["check"], r["result"], f"{r['seconds']:.0f}", r["detail"]) for r in results]
     sections = [[f"{name}: {value}" for name, value in facts.items()], aligned(rows)]
     for title, records in (("measured alone", bench), ("in turns with peers", peers)):
+        if lines := machine(records):
+            sections.append(lines)
         if lines := measurements(records):
             sections.append([title, *lines])
         if lines := sparse_gain(records):

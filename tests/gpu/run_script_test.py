@@ -118,7 +118,7 @@ import json, os, sys
 def option(name):
     return sys.argv[sys.argv.index(name) + 1]
 if sys.argv[1:] == ["bench", "--help"]:
-    print("attention, gemm, memory, step; --device")
+    print("machine, attention, gemm, memory, step; --device")
 elif sys.argv[1:] == ["train", "--help"]:
     print("--local-ranks")
 elif sys.argv[1] == "bench":
@@ -202,7 +202,7 @@ class WholeRuns(unittest.TestCase):
         status, output, results = self.run_script("bench")
         self.assertEqual((status, set(results.values())), (0, {"passed"}))
         self.assertIn("2.0 TFLOP/s", output)
-        self.assertEqual(len(results), 4)
+        self.assertEqual(len(results), 5)
 
     def test_step(self):
         status, output, results = self.run_script("step", gtest=GREEN)
