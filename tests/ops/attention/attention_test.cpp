@@ -41,7 +41,7 @@ Context OneThread() { return OpContext(1); }
 // bf16 operands are exact in f32 and the results are f32, so most implementations are allowed no
 // more error than for f32. Tensor cores take probabilities and score gradients in bf16.
 double Tolerance(const std::string& name, DType dtype) {
-  if (name == "mma_bf16") return 1e-2;
+  if (name == "mma_bf16") return 5e-3;
   return dtype == DType::kF64 ? 1e-12 : 1e-5;
 }
 
@@ -92,7 +92,7 @@ TEST(AttentionTest, AllImplementationsMatchNaiveOnSampledMasks) {
     return c.documents.documents->tokens() > 800 || c.shard.keys.size() == 0;
   });
   ASSERT_GT(cases.size(), 100u);
-  cases.resize(OnCuda() ? 50 : 100);  // the emulated device is slow
+  cases.resize(OnCuda() ? 40 : 100);  // the emulated device is slow
   for (size_t i = 0; i < cases.size(); ++i) {
     const bool large = cases[i].documents.documents->tokens() > 300;
     Draws draw(100 + i);
@@ -129,6 +129,7 @@ TEST(AttentionTest, OddLengthsAndHeadSizes) {
       for (const DType dtype : FloatDtypes()) {
         for (const int64_t group : kGroups) {
           Draws draw(++seed);
+          if (OnCuda() && draw.Of(kGroups) != group) continue;  // a third of them
           AttentionCase c{.mask_case = {.pattern = draw.Of(patterns),
                                         .documents = {Str(tokens, " tokens"), documents},
                                         .shard = {"whole", all, all},
@@ -245,7 +246,7 @@ TEST(AttentionTest, EmptyRowsGiveZeroAndNoGradient) {
 TEST(AttentionTest, ImplementationsAgreeOnLongRows) {
   Context ctx = OneThread();
   const auto documents =
-      std::make_shared<ops::Documents>(ops::Documents::FromEnds(1200, {{100, 1200}}));
+      std::make_shared<ops::Documents>(ops::Documents::FromEnds(800, {{100, 800}}));
   const auto all = ops::BlockList::All(*documents);
   const NamedPattern patterns[] = {
       {"causal", ops::AttentionPattern::Causal()},

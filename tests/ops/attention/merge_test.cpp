@@ -120,7 +120,7 @@ TEST(MergeTest, PartsOfTheKeysGiveTheWhole) {
       for (const std::string& name :
            ImplementationsFor(OpContext(1), {dtype, kHeads, kKvHeads, kDim})) {
         // Tensor cores round probabilities, relative to other maxima in a part.
-        Check(dtype, name, name == "mma_bf16" ? 1e-2 : dtype == DType::kF64 ? 1e-13 : 1e-5, seed);
+        Check(dtype, name, name == "mma_bf16" ? 5e-3 : dtype == DType::kF64 ? 1e-13 : 1e-5, seed);
       }
     }
   }
