@@ -7,6 +7,7 @@
 #include <numeric>
 #include <sstream>
 
+#include "ops/core/error.h"
 #include "tests/emulated_cuda/memory.h"
 
 #ifdef LONGSPAN_ASAN
@@ -70,6 +71,12 @@ struct BlockOrder {
     return static_cast<uint64_t>((static_cast<Wide>(i) * step + first) % n);
   }
 };
+
+std::string Hex(uint32_t mask) {
+  std::ostringstream text;
+  text << "0x" << std::hex << mask;
+  return text.str();
+}
 
 }  // namespace
 
@@ -164,10 +171,8 @@ void BlockRunner::EndBlock(const KernelRun& run) {
   if (!kGuards || std::memcmp(guard, Guard(), kGuardBytes) == 0) return;
   size_t i = run.shared_bytes;
   while (shared_[i] == std::byte{kGuardByte}) ++i;
-  std::ostringstream why;
-  why << "block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << ") wrote to byte "
-      << i << " of its dynamic shared memory of " << run.shared_bytes << " bytes";
-  failure_ = why.str();
+  failure_ = Str("block ", Place(), " wrote to byte ", i, " of its dynamic shared memory of ",
+                 run.shared_bytes, " bytes");
 }
 
 uint64_t BlockRunner::Random() {
@@ -256,10 +261,9 @@ void BlockRunner::ThreadExited() {
   for (int t = warp; t < std::min(warp + 32, threads_); ++t) {
     const Thread& other = thread_[static_cast<size_t>(t)];
     if (other.state == State::kInCollective && (other.mask >> (current_ & 31) & 1)) {
-      std::ostringstream why;
-      why << "thread " << t << " waits in " << other.what << " for thread " << current_
-          << ", which has returned";
-      Fail(why.str());
+      failure_ = Str("thread ", t, " waits in ", other.what, " for thread ", current_,
+                     ", which has returned");
+      Stop();
     }
   }
 }
@@ -270,7 +274,7 @@ void BlockRunner::GoOn() {
   const int next = PickNext();
   Fiber* mine = running_;
   if (next < 0) {
-    if (live_ > 0) Fail(Waits());
+    if (live_ > 0) StopForWaits();
     free_fibers_.push_back(mine);
     Fiber::Leave(*mine, *main_);
   }
@@ -285,7 +289,7 @@ void BlockRunner::GoOn() {
 void BlockRunner::Suspend() {
   const int self = current_;
   const int next = PickNext();
-  if (next < 0) Fail(Waits());
+  if (next < 0) StopForWaits();
   Thread& thread = thread_[static_cast<size_t>(self)];
   if (next != self) {
     Thread& other = thread_[static_cast<size_t>(next)];
@@ -311,10 +315,9 @@ void BlockRunner::Collective(const char* what, uint32_t mask,
   const int lane = current_ & 31, warp = current_ & ~31;
   Thread& mine = thread_[static_cast<size_t>(current_)];
   if (!(mask >> lane & 1)) {
-    std::ostringstream why;
-    why << "thread " << current_ << " calls " << what << " with a mask of 0x" << std::hex << mask
-        << " that does not name it";
-    Fail(why.str());
+    failure_ = Str("thread ", current_, " calls ", what, " with a mask of ", Hex(mask),
+                   " that does not name it");
+    Stop();
   }
   mine.what = what;
   mine.mask = mask;
@@ -326,11 +329,10 @@ void BlockRunner::Collective(const char* what, uint32_t mask,
     const int other = std::countr_zero(rest), t = warp + other;
     const Thread* thread = t < threads_ ? &thread_[static_cast<size_t>(t)] : nullptr;
     if (thread == nullptr || thread->state == State::kExited) {
-      std::ostringstream why;
-      why << "thread " << current_ << " calls " << what << " with a mask of 0x" << std::hex << mask
-          << std::dec << " that names thread " << t << ", which "
-          << (thread == nullptr ? "does not exist" : "has returned");
-      Fail(why.str());
+      failure_ = Str("thread ", current_, " calls ", what, " with a mask of ", Hex(mask),
+                     " that names thread ", t, ", which ",
+                     thread == nullptr ? "does not exist" : "has returned");
+      Stop();
     }
     if (other == lane) {
       operands[other] = operand;
@@ -372,31 +374,41 @@ int BlockRunner::Barrier(bool predicate) {
   return barrier_result_;
 }
 
+std::string BlockRunner::Place() {
+  return Str("(", blockIdx.x, ", ", blockIdx.y, ", ", blockIdx.z, ")");
+}
+
 // What every thread of the block is waiting for, when none can go on.
 std::string BlockRunner::Waits() const {
   int exited = 0, barrier = 0;
-  std::ostringstream lanes;
+  std::string lanes;
   int listed = 0;
   for (int t = 0; t < threads_; ++t) {
     const Thread& thread = thread_[static_cast<size_t>(t)];
     exited += thread.state == State::kExited;
     barrier += thread.state == State::kAtBarrier;
     if (thread.state != State::kInCollective || ++listed > 8) continue;
-    lanes << "; thread " << t << " is in " << thread.what << " with mask 0x" << std::hex
-          << thread.mask << std::dec;
+    lanes += Str("; thread ", t, " is in ", thread.what, " with mask ", Hex(thread.mask));
   }
-  std::ostringstream why;
-  why << "no thread can go on in block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z
-      << "): of " << threads_ << " threads " << barrier << " are at __syncthreads, " << exited
-      << " have returned" << lanes.str();
-  return why.str();
+  return Str("no thread can go on in block ", Place(), ": of ", threads_, " threads ", barrier,
+             " are at __syncthreads, ", exited, " have returned", lanes);
 }
 
-void BlockRunner::Fail(const std::string& why) {
-  failure_ = why;
+// The stack of the running thread is left as it is, so nothing on it may own memory by now.
+void BlockRunner::Stop() {
   thread_[static_cast<size_t>(current_)].fiber = running_;  // for EndBlock
   Fiber::Leave(*running_, *main_);
   std::abort();  // not reached
+}
+
+void BlockRunner::StopForWaits() {
+  failure_ = Waits();
+  Stop();
+}
+
+void BlockRunner::Fail(const char* why) {
+  failure_ = why;
+  Stop();
 }
 
 bool BlockRunner::MayBeShared(const void* p, size_t bytes) const {

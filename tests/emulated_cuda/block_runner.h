@@ -53,7 +53,7 @@ class BlockRunner {
   void Collective(const char* what, uint32_t mask, void (*combine)(void* const*, uint32_t),
                   void* operand);
   int Barrier(bool predicate);
-  [[noreturn]] void Fail(const std::string& why);
+  [[noreturn]] void Fail(const char* why);
   // Copies of the running thread.
   void StartCopy(void* to, const void* from);
   void CommitCopies();
@@ -83,7 +83,10 @@ class BlockRunner {
   void GuardShared(size_t bytes);
   void AllReady();
   void SetReady(int thread);
+  [[noreturn]] void Stop();  // as failure_ says
+  [[noreturn]] void StopForWaits();
   std::string Waits() const;
+  static std::string Place();  // of the block
   Fiber* FreeFiber();
   static void FiberMain(void* runner);
   uint64_t Random();

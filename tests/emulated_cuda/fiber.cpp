@@ -162,6 +162,10 @@ void Fiber::Prepare(void (*entry)(void*), void* argument) {
   entry_ = entry;
   argument_ = argument;
   std::byte* top = mapping_ + mapping_bytes_ - colour_;
+#ifdef LONGSPAN_ASAN
+  // What the few frames left that were on the stack when it was left for good.
+  __asan_unpoison_memory_region(top - kPage, kPage);
+#endif
 #if defined(__x86_64__) || defined(__aarch64__)
   stack_pointer_ = FirstStackPointer(top, &Fiber::Start);
 #else
