@@ -47,7 +47,6 @@ void TrainStep::Prepare(size_t values) {
   report_ = ctx_.Zeros({sums + ops::kStepFields}, DType::kF64);
   report_.Rows(sums, report_.dim(0)).WriteFrom(record.data());
   squares_ = ctx_.Zeros({1}, DType::kF64);
-  slots_.clear();
 }
 
 void TrainStep::SetSkippedSteps(int64_t steps) {
@@ -62,7 +61,6 @@ std::shared_ptr<PendingStep::Slot> TrainStep::FreeSlot() {
   }
   auto slot = std::make_shared<PendingStep::Slot>();
   if (on_gpu_) {
-    slot->report = cuda::MakeReadback(ctx_.cuda(), report_.bytes());
     slot->begin = cuda::MakeMark(ctx_.cuda());
     slot->end = cuda::MakeMark(ctx_.cuda());
   }
@@ -97,6 +95,10 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
 
   if (on_gpu_) {
     slot->end->Record();
+    if (slot->report_bytes < report_.bytes()) {
+      slot->report = cuda::MakeReadback(ctx_.cuda(), report_.bytes());
+      slot->report_bytes = report_.bytes();
+    }
     slot->report->Start(report_.raw(), report_.bytes());
   } else {
     slot->host_report.resize(static_cast<size_t>(report_.numel()));

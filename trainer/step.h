@@ -48,7 +48,8 @@ class PendingStep {
  public:
   // What of a step is on its way to the host; TrainStep reuses it afterwards.
   struct Slot {
-    std::unique_ptr<cuda::Readback> report;  // the rest is for a GPU only
+    std::unique_ptr<cuda::Readback> report;  // these three are for a GPU
+    size_t report_bytes = 0;
     std::unique_ptr<cuda::Mark> begin, end;
     std::vector<double> host_report;
     double host_seconds = 0;

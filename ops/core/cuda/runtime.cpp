@@ -10,8 +10,9 @@
 namespace longspan::cuda {
 namespace {
 
-constexpr size_t kSlotBytes = size_t{1} << 20;
-constexpr size_t kSlots = 16;
+constexpr size_t kStagingBytes = size_t{16} << 20;
+constexpr size_t kPartBytes = size_t{1} << 20;  // at most, of one copy
+constexpr size_t kStagedAlignment = 256;
 constexpr int kOldestMajor = 8;  // sm_80: bf16 mma, cp.async
 
 // Memory of the device's default pool, which keeps what is returned until the process ends. Order
@@ -203,19 +204,16 @@ Runtime::Runtime(int device, bool sync_checks) : device_(device), sync_checks_(s
                         properties_.major, ".", properties_.minor, "; 8.0 or newer is needed"));
   }
   LONGSPAN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  LONGSPAN_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&staging_), kSlots * kSlotBytes,
-                              cudaHostAllocDefault));
-  for (size_t i = 0; i < kSlots; ++i) {
-    slots_.push_back(std::make_unique<Slot>());
-    slots_.back()->data = staging_ + i * kSlotBytes;
-  }
+  LONGSPAN_CUDA(
+      cudaHostAlloc(reinterpret_cast<void**>(&staging_), kStagingBytes, cudaHostAllocDefault));
 }
 
 Runtime::~Runtime() {
   if (cudaSetDevice(device_) != cudaSuccess) return;
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
   libraries_.clear();
-  slots_.clear();
+  staged_.clear();
+  free_events_.clear();
   if (staging_ != nullptr) cudaFreeHost(staging_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
@@ -227,11 +225,30 @@ void Runtime::Synchronize() const {
   LONGSPAN_CUDA(cudaStreamSynchronize(stream_));
 }
 
-Runtime::Slot& Runtime::FreeSlot() {
-  Slot& slot = *slots_[next_slot_];
-  next_slot_ = (next_slot_ + 1) % slots_.size();
-  if (slot.used && !slot.copied.Done()) slot.copied.Synchronize();
-  return slot;
+std::byte* Runtime::Stage(size_t bytes) {
+  bytes = (bytes + kStagedAlignment - 1) / kStagedAlignment * kStagedAlignment;
+  const auto retire_oldest = [this] {
+    free_events_.push_back(std::move(staged_.front().copied));
+    staged_.pop_front();
+  };
+  while (!staged_.empty() && staged_.front().copied->Done()) retire_oldest();
+  const auto wait_while = [&](auto in_the_way) {
+    while (!staged_.empty() && in_the_way(staged_.front())) {
+      staged_.front().copied->Synchronize();
+      retire_oldest();
+    }
+  };
+  if (next_staged_ + bytes > kStagingBytes) {  // the oldest parts are at the end
+    wait_while([this](const Part& part) { return part.begin >= next_staged_; });
+    next_staged_ = 0;
+  }
+  const size_t begin = next_staged_, end = begin + bytes;
+  wait_while([&](const Part& part) { return part.begin < end && begin < part.end; });
+  if (free_events_.empty()) free_events_.push_back(std::make_unique<Event>());
+  staged_.push_back({begin, end, std::move(free_events_.back())});
+  free_events_.pop_back();
+  next_staged_ = end;
+  return staging_ + begin;
 }
 
 void Runtime::Upload(void* to, const void* from, size_t bytes) {
@@ -239,12 +256,11 @@ void Runtime::Upload(void* to, const void* from, size_t bytes) {
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
   while (bytes > 0) {
-    Slot& slot = FreeSlot();
-    const size_t part = std::min(bytes, kSlotBytes);
-    std::memcpy(slot.data, source, part);
-    LONGSPAN_CUDA(cudaMemcpyAsync(target, slot.data, part, cudaMemcpyHostToDevice, stream_));
-    slot.copied.Record(stream_);
-    slot.used = true;
+    const size_t part = std::min(bytes, kPartBytes);
+    std::byte* staged = Stage(part);
+    std::memcpy(staged, source, part);
+    LONGSPAN_CUDA(cudaMemcpyAsync(target, staged, part, cudaMemcpyHostToDevice, stream_));
+    staged_.back().copied->Record(stream_);
     target += part, source += part, bytes -= part;
   }
 }
@@ -255,26 +271,30 @@ void Runtime::Download(void* to, const void* from, size_t bytes) {
   MakeCurrent();
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
-  struct Part {
-    Slot* slot;
-    std::byte* target;
+  // Half of the staging memory at a time, so that no part is handed out again before it is read.
+  struct Arriving {
+    std::byte *staged, *target;
     size_t bytes;
+    Event copied;
   };
-  std::deque<Part> under_way;
+  std::deque<std::unique_ptr<Arriving>> under_way;
   const auto take_oldest = [&] {
-    const Part part = under_way.front();
+    const Arriving& oldest = *under_way.front();
+    oldest.copied.Synchronize();
+    std::memcpy(oldest.target, oldest.staged, oldest.bytes);
     under_way.pop_front();
-    part.slot->copied.Synchronize();
-    std::memcpy(part.target, part.slot->data, part.bytes);
   };
   while (bytes > 0) {
-    if (under_way.size() == slots_.size() / 2) take_oldest();
-    Slot& slot = FreeSlot();
-    const size_t part = std::min(bytes, kSlotBytes);
-    LONGSPAN_CUDA(cudaMemcpyAsync(slot.data, source, part, cudaMemcpyDeviceToHost, stream_));
-    slot.copied.Record(stream_);
-    slot.used = true;
-    under_way.push_back({&slot, target, part});
+    if (under_way.size() == kStagingBytes / kPartBytes / 2) take_oldest();
+    const size_t part = std::min(bytes, kPartBytes);
+    under_way.push_back(std::make_unique<Arriving>());
+    Arriving& arriving = *under_way.back();
+    arriving.staged = Stage(part);
+    arriving.target = target;
+    arriving.bytes = part;
+    LONGSPAN_CUDA(cudaMemcpyAsync(arriving.staged, source, part, cudaMemcpyDeviceToHost, stream_));
+    staged_.back().copied->Record(stream_);
+    arriving.copied.Record(stream_);
     target += part, source += part, bytes -= part;
   }
   while (!under_way.empty()) take_oldest();

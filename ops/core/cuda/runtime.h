@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -69,21 +70,23 @@ class Runtime {
   std::shared_ptr<void>& Library(const std::string& name) { return libraries_[name]; }
 
  private:
-  // A part of the staging memory, free again when its event is done.
-  struct Slot {
-    std::byte* data = nullptr;
-    Event copied;
-    bool used = false;
+  // A range of the staging memory, free again when its event is done.
+  struct Part {
+    size_t begin, end;
+    std::unique_ptr<Event> copied;
   };
-  Slot& FreeSlot();
+  // The next `bytes` of staging memory, which is handed out round and round; waits only for copies
+  // that are still under way there. Record the last part's event behind the copy.
+  std::byte* Stage(size_t bytes);
 
   const int device_;
   const bool sync_checks_;
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
   std::byte* staging_ = nullptr;
-  std::vector<std::unique_ptr<Slot>> slots_;
-  size_t next_slot_ = 0;
+  std::deque<Part> staged_;  // oldest first
+  std::vector<std::unique_ptr<Event>> free_events_;
+  size_t next_staged_ = 0;
   std::map<std::string, std::shared_ptr<void>> libraries_;
 };
 

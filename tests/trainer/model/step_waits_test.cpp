@@ -1,0 +1,68 @@
+// What a step on a GPU must not do, seen by the emulated device: wait, allocate, read back.
+#include <gtest/gtest.h>
+
+#include "parallel/comm/self.h"
+#include "tests/emulated_cuda/emulator.h"
+#include "tests/support/numeric.h"
+#include "tests/trainer/model/model_support.h"
+#include "trainer/trainer.h"
+
+namespace longspan::test {
+namespace {
+
+using namespace trainer;
+
+TrainOptions Options(const TemporaryFolder& folder, DType dtype, int64_t micro_batches,
+                     bool documents) {
+  TrainOptions o;
+  o.model = SmallModel(dtype);
+  o.steps = 20;
+  o.context_length = 64;
+  o.global_batch_tokens = 64 * micro_batches;
+  o.train = {{(folder.path() / "train").string(), 1}};
+  o.adamw.lr = 1e-2;
+  // Documents change the masks, and with them the memory that a step needs.
+  o.document_mask = documents;
+  return o;
+}
+
+TEST(StepWaitsTest, ASteadyStepNeitherWaitsNorAllocates) {
+  TemporaryFolder folder;
+  WriteCorpus((folder.path() / "train").string(), 19, 100, 150, 1);
+  struct Case {
+    DType dtype;
+    int64_t micro_batches;
+    bool documents;
+  };
+  for (const auto& [dtype, micro_batches, documents] :
+       {Case{DType::kF32, 1, true}, {DType::kBF16, 2, false}}) {
+    Context ctx({.device = {DeviceKind::kCuda, 0}, .threads = 1});
+    parallel::SelfCommunicator world;
+    world.UseDevice(ctx.runtime());
+    parallel::DeviceMesh mesh(world, {.dp = 1, .cp = 1});
+    Trainer trainer(ctx, mesh, Options(folder, dtype, micro_batches, documents));
+    emulated::SetLag(5);  // the host is always ahead
+    PendingStep pending = trainer.BeginStep();
+    for (int step = 1; step < 8; ++step) {
+      const emulated::Counters before = emulated::Count();
+      PendingStep next = trainer.BeginStep();
+      const emulated::Counters after = emulated::Count();
+      if (step >= 4) {
+        EXPECT_EQ(after.host_waits, before.host_waits) << "step " << step;
+        EXPECT_EQ(after.blocking_copies, before.blocking_copies) << "step " << step;
+        if (!documents) {
+          EXPECT_EQ(after.allocations, before.allocations) << "step " << step;
+        }
+        EXPECT_EQ(after.host_allocations, before.host_allocations) << "step " << step;
+      }
+      EXPECT_GT(after.launches, before.launches);
+      trainer.FinishStep(std::move(pending));
+      pending = std::move(next);
+    }
+    trainer.FinishStep(std::move(pending));
+    emulated::SetLag(0);
+  }
+}
+
+}  // namespace
+}  // namespace longspan::test
