@@ -94,6 +94,17 @@ bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recv
   for (const Send& s : sends) check("send", s);
   for (const Recv& r : recvs) check("receive", r);
   LONGSPAN_CHECK(!(on_gpu && on_host)) << "Exchange: messages in host memory and in GPU memory";
+  if (!on_gpu) return false;
+  for (const Recv& r : recvs) {  // the device moves all messages at the same time
+    for (const Send& s : sends) {
+      const auto* from = static_cast<const std::byte*>(s.data);
+      const auto* to = static_cast<const std::byte*>(r.data);
+      const bool apart = from + s.bytes <= to || to + r.bytes <= from;
+      LONGSPAN_CHECK(apart || s.bytes == 0 || r.bytes == 0 || (from == to && s.bytes == r.bytes))
+          << "Exchange: a send of " << s.bytes << " and a receive of " << r.bytes
+          << " bytes overlap in GPU memory";
+    }
+  }
   return on_gpu;
 }
 

@@ -138,6 +138,10 @@ std::shared_ptr<Posted> LocalHub::Post(LocalGroup& group, int rank, int64_t sequ
     FailLocked(Str(mine->description, " failed: ", e.what()));
   }
   if (failure_) {
+    // Peers that posted before must not take what has been matched for all there is.
+    for (const auto& post : record.posts) {
+      if (post != nullptr) post->lost = true;
+    }
     OrderDeviceWork(*mine);
     ThrowFailure(lock);
   }

@@ -41,12 +41,13 @@ struct Posted {
   std::string description{};  // "AllReduce #3 of f32[7]"
   int unmatched = 0;          // ranks whose post this one still needs
   int64_t pieces = 0, pieces_done = 0;
+  bool lost = false;                          // a failure while it was matched: never complete
   std::shared_ptr<LocalGroup> split_group{};  // result of Split, null for a negative color
   int split_rank = 0;
 
   bool Needs(int rank, int peer) const;  // whether completion at `rank` depends on `peer`'s post
   // On a GPU: everything is in the order of the streams.
-  bool Complete() const { return unmatched == 0 && pieces_done == pieces; }
+  bool Complete() const { return !lost && unmatched == 0 && pieces_done == pieces; }
   bool DeviceDone() const;
 };
 

@@ -11,7 +11,9 @@
 #include <thread>
 
 #include "ops/core/context.h"
+#include "ops/core/cuda/backend.h"
 #include "parallel/comm/counting.h"
+#include "tests/support/device.h"
 
 namespace longspan::test {
 
@@ -37,19 +39,48 @@ T Value(int rank, int64_t i) {
 }
 
 template <class T>
-Tensor Filled(Context& ctx, int64_t n, int rank) {
-  Tensor t = ctx.Empty({n}, DTypeOf<T>());
-  T* data = t.data<T>();
-  for (int64_t i = 0; i < n; ++i) data[i] = Value<T>(rank, i);
+Tensor FromHost(Context& ctx, Shape shape, const std::vector<T>& values) {
+  Tensor t = ctx.Empty(shape, DTypeOf<T>());
+  CopyFromHost(ctx, values.data(), t);
   return t;
+}
+
+// The elements as the compute stream of `ctx` sees them: it waits for nothing else.
+template <class T>
+std::vector<T> ToHost(Context& ctx, const Tensor& t) {
+  std::vector<T> values(static_cast<size_t>(t.numel()));
+  if (t.bytes() == 0) return values;
+  if (OnCuda()) {
+    cuda::Download(ctx.cuda(), values.data(), t.data<T>(), t.bytes());
+  } else {
+    std::memcpy(values.data(), t.raw(), t.bytes());
+  }
+  return values;
+}
+
+template <class T>
+T At(Context& ctx, const Tensor& t, int64_t i) {
+  return ToHost<T>(ctx, t)[static_cast<size_t>(i)];
+}
+
+template <class T>
+Tensor Filled(Context& ctx, int64_t n, int rank) {
+  std::vector<T> values(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) values[static_cast<size_t>(i)] = Value<T>(rank, i);
+  return FromHost(ctx, {n}, values);
+}
+
+Tensor Bytes(Context& ctx, int64_t n, int value) {
+  return FromHost(ctx, {n},
+                  std::vector<uint8_t>(static_cast<size_t>(n), static_cast<uint8_t>(value)));
 }
 
 // First index at which `t` differs from expected(i), or -1.
 template <class T, class F>
-int64_t Mismatch(const Tensor& t, F&& expected) {
-  const T* data = t.data<T>();
+int64_t Mismatch(Context& ctx, const Tensor& t, F&& expected) {
+  const std::vector<T> data = ToHost<T>(ctx, t);
   for (int64_t i = 0, n = t.numel(); i < n; ++i) {
-    if (data[i] != static_cast<T>(expected(i))) return i;
+    if (data[static_cast<size_t>(i)] != static_cast<T>(expected(i))) return i;
   }
   return -1;
 }
@@ -63,9 +94,11 @@ class CommContract : public testing::TestWithParam<Harness> {
   static void Run(const std::function<void(Communicator&, Context&)>& body) {
     GetParam().run([&](Communicator& comm) {
       ContextOptions options;
+      options.device = TestDevice();
       options.threads = 1;
       options.poison_buffers = true;
       Context ctx(options);
+      comm.UseDevice(ctx.runtime());
       SCOPED_TRACE(Str("rank ", comm.rank(), " of ", comm.size()));
       body(comm, ctx);
     });
@@ -77,10 +110,10 @@ TEST_P(CommContract, RankAndSizeAgree) {
     ASSERT_GE(comm.rank(), 0);
     ASSERT_LT(comm.rank(), comm.size());
     EXPECT_FALSE(comm.name().empty());
-    Tensor mine = ctx.Empty({1}, DType::kI64), all = ctx.Empty({comm.size()}, DType::kI64);
-    mine.data<int64_t>()[0] = comm.rank();
+    Tensor mine = FromHost<int64_t>(ctx, {1}, {comm.rank()});
+    Tensor all = ctx.Empty({comm.size()}, DType::kI64);
     comm.AllGather(mine, all).Wait();
-    EXPECT_EQ(Mismatch<int64_t>(all, [](int64_t i) { return i; }), -1);
+    EXPECT_EQ(Mismatch<int64_t>(ctx, all, [](int64_t i) { return i; }), -1);
   });
 }
 
@@ -99,9 +132,9 @@ void CheckAllReduce(Communicator& comm, Context& ctx) {
       for (int r = 0; r <= last; ++r) value += Value<T>(r, i);
       return value;
     };
-    EXPECT_EQ(Mismatch<T>(sum, total), -1);
-    EXPECT_EQ(Mismatch<T>(max, [&](int64_t i) { return Value<T>(last, i); }), -1);
-    EXPECT_EQ(Mismatch<T>(min, [&](int64_t i) { return Value<T>(0, i); }), -1);
+    EXPECT_EQ(Mismatch<T>(ctx, sum, total), -1);
+    EXPECT_EQ(Mismatch<T>(ctx, max, [&](int64_t i) { return Value<T>(last, i); }), -1);
+    EXPECT_EQ(Mismatch<T>(ctx, min, [&](int64_t i) { return Value<T>(0, i); }), -1);
   }
 }
 
@@ -118,22 +151,24 @@ TEST_P(CommContract, ReductionsGiveTheSameBitsOnAllRanksAndAgain) {
   Run([](Communicator& comm, Context& ctx) {
     constexpr int64_t kN = 300007;
     auto fill = [&] {  // magnitudes that make f32 sums depend on their order
-      Tensor t = ctx.Empty({kN}, DType::kF32);
+      std::vector<float> values(kN);
       for (int64_t i = 0; i < kN; ++i) {
-        t.data<float>()[i] = std::sin(static_cast<float>(i * 7 + comm.rank() * 13)) *
-                             std::pow(10.0f, static_cast<float>((i + comm.rank()) % 7));
+        values[static_cast<size_t>(i)] = std::sin(static_cast<float>(i * 7 + comm.rank() * 13)) *
+                                         std::pow(10.0f, static_cast<float>((i + comm.rank()) % 7));
       }
-      return t;
+      return FromHost(ctx, {kN}, values);
     };
     Tensor first = fill(), second = fill();
     comm.AllReduce(first, ReduceOp::kSum).Wait();
     comm.AllReduce(second, ReduceOp::kSum).Wait();
-    EXPECT_EQ(std::memcmp(first.raw(), second.raw(), first.bytes()), 0);
+    const std::vector<float> sums = ToHost<float>(ctx, first);
+    EXPECT_EQ(std::memcmp(sums.data(), ToHost<float>(ctx, second).data(), first.bytes()), 0);
     Tensor reference = first.Reshape({1, kN});
     Tensor all = ctx.Empty({comm.size(), kN}, DType::kF32);
     comm.AllGather(reference, all).Wait();
     for (int r = 0; r < comm.size(); ++r) {
-      EXPECT_EQ(std::memcmp(all.Rows(r, r + 1).raw(), first.raw(), first.bytes()), 0) << r;
+      const std::vector<float> theirs = ToHost<float>(ctx, all.Rows(r, r + 1));
+      EXPECT_EQ(std::memcmp(theirs.data(), sums.data(), first.bytes()), 0) << r;
     }
     // Every element must still be the sum of all ranks: the same garbage everywhere would pass.
     for (int64_t i = 0; i < kN; i += 997) {
@@ -144,7 +179,7 @@ TEST_P(CommContract, ReductionsGiveTheSameBitsOnAllRanksAndAgain) {
         sum += x;
         scale += std::abs(x);
       }
-      EXPECT_NEAR(first.data<float>()[i], sum, 1e-6 * scale) << i;
+      EXPECT_NEAR(sums[static_cast<size_t>(i)], sum, 1e-6 * scale) << i;
     }
   });
 }
@@ -154,11 +189,13 @@ void CheckAllGather(Communicator& comm, Context& ctx) {
   for (int64_t n : {0, 1, 7, 1023, 65537}) {
     SCOPED_TRACE(Str(ToString(DTypeOf<T>()), "[", n, ", 3]"));
     auto fill = [&](Tensor t) {
-      T* data = t.data<T>();
-      for (int64_t i = 0; i < n * 3; ++i) data[i] = T(Value<float>(comm.rank(), i));
+      std::vector<T> values;
+      for (int64_t i = 0; i < n * 3; ++i) values.push_back(T(Value<float>(comm.rank(), i)));
+      CopyFromHost(ctx, values.data(), t);
     };
     auto check = [&](const Tensor& out) {
-      const T* data = out.data<T>();
+      const std::vector<T> values = ToHost<T>(ctx, out);
+      const T* data = values.data();
       int64_t wrong = 0;
       for (int r = 0; r < comm.size(); ++r) {
         for (int64_t i = 0; i < n * 3; ++i, ++data) {
@@ -192,17 +229,16 @@ TEST_P(CommContract, ReduceScatterSumsOwnRows) {
   Run([](Communicator& comm, Context& ctx) {
     const int p = comm.size();
     for (int64_t n : kLengths) {
-      Tensor in = ctx.Empty({n * p}, DType::kF64), out = ctx.Empty({n}, DType::kF64);
-      double* data = in.data<double>();
-      for (int64_t i = 0; i < n * p; ++i) data[i] = Value<double>(comm.rank(), i);
+      Tensor in = Filled<double>(ctx, n * p, comm.rank()), out = ctx.Empty({n}, DType::kF64);
       comm.ReduceScatter(in, out).Wait();
       auto expected = [&](int64_t i) {
         double sum = 0;
         for (int r = 0; r < p; ++r) sum += Value<double>(r, comm.rank() * n + i);
         return sum;
       };
-      EXPECT_EQ(Mismatch<double>(out, expected), -1) << n;
-      EXPECT_EQ(Mismatch<double>(in, [&](int64_t i) { return Value<double>(comm.rank(), i); }), -1)
+      EXPECT_EQ(Mismatch<double>(ctx, out, expected), -1) << n;
+      EXPECT_EQ(Mismatch<double>(ctx, in, [&](int64_t i) { return Value<double>(comm.rank(), i); }),
+                -1)
           << "the input changed";
     }
   });
@@ -214,7 +250,8 @@ TEST_P(CommContract, BroadcastFromEveryRoot) {
       for (int64_t n : kLengths) {
         Tensor t = Filled<int32_t>(ctx, n, comm.rank());
         comm.Broadcast(t, root).Wait();
-        EXPECT_EQ(Mismatch<int32_t>(t, [&](int64_t i) { return Value<int32_t>(root, i); }), -1);
+        EXPECT_EQ(Mismatch<int32_t>(ctx, t, [&](int64_t i) { return Value<int32_t>(root, i); }),
+                  -1);
       }
     }
   });
@@ -233,16 +270,15 @@ TEST_P(CommContract, UnevenExchangeWithEveryPeer) {
       std::vector<parallel::Send> sends;
       std::vector<parallel::Recv> recvs;
       for (int peer = 0; peer < p; ++peer) {
-        outgoing.push_back(ctx.Empty({length(me, peer)}, DType::kU8));
-        std::memset(outgoing.back().raw(), 16 * me + 4 * peer + round, outgoing.back().bytes());
+        outgoing.push_back(Bytes(ctx, length(me, peer), 16 * me + 4 * peer + round));
         incoming.push_back(ctx.Empty({length(peer, me)}, DType::kU8));
-        sends.push_back({peer, outgoing.back().raw(), length(me, peer)});
-        recvs.push_back({peer, incoming.back().raw(), length(peer, me)});
+        sends.push_back(parallel::SendOf(peer, outgoing.back()));
+        recvs.push_back(parallel::RecvInto(peer, incoming.back()));
       }
       comm.Exchange(sends, recvs).Wait();
       for (int peer = 0; peer < p; ++peer) {
         const auto expected = static_cast<uint8_t>(16 * peer + 4 * me + round);
-        EXPECT_EQ(Mismatch<uint8_t>(incoming[static_cast<size_t>(peer)],
+        EXPECT_EQ(Mismatch<uint8_t>(ctx, incoming[static_cast<size_t>(peer)],
                                     [&](int64_t) { return expected; }),
                   -1)
             << "from " << peer;
@@ -261,16 +297,14 @@ TEST_P(CommContract, MessagesOfAPairArriveInOrder) {
     std::vector<parallel::Send> sends;
     std::vector<parallel::Recv> recvs;
     for (int64_t size : kSizes) {
-      outgoing.push_back(ctx.Empty({size}, DType::kU8));
+      outgoing.push_back(Bytes(ctx, size, static_cast<int>(outgoing.size()) + 1));
       incoming.push_back(ctx.Empty({size}, DType::kU8));
-      std::memset(outgoing.back().raw(), static_cast<int>(outgoing.size()),
-                  outgoing.back().bytes());
-      sends.push_back({next, outgoing.back().raw(), size});
-      recvs.push_back({previous, incoming.back().raw(), size});
+      sends.push_back(parallel::SendOf(next, outgoing.back()));
+      recvs.push_back(parallel::RecvInto(previous, incoming.back()));
     }
     comm.Exchange(sends, recvs).Wait();
     for (size_t i = 0; i < incoming.size(); ++i) {
-      EXPECT_EQ(Mismatch<uint8_t>(incoming[i], [&](int64_t) { return i + 1; }), -1) << i;
+      EXPECT_EQ(Mismatch<uint8_t>(ctx, incoming[i], [&](int64_t) { return i + 1; }), -1) << i;
     }
   });
 }
@@ -282,11 +316,11 @@ TEST_P(CommContract, ExchangeBetweenSomeRanksOnly) {
     Tensor out = Filled<float>(ctx, 1000, me), in = ctx.Zeros({1000}, DType::kF32);
     std::vector<parallel::Send> sends;
     std::vector<parallel::Recv> recvs;
-    if (me == 0) sends.push_back({p - 1, out.raw(), 4000});
-    if (me == p - 1) recvs.push_back({0, in.raw(), 4000});
+    if (me == 0) sends.push_back(parallel::SendOf(p - 1, out));
+    if (me == p - 1) recvs.push_back(parallel::RecvInto(0, in));
     comm.Exchange(sends, recvs).Wait();
     if (me == p - 1) {
-      EXPECT_EQ(Mismatch<float>(in, [](int64_t i) { return Value<float>(0, i); }), -1);
+      EXPECT_EQ(Mismatch<float>(ctx, in, [](int64_t i) { return Value<float>(0, i); }), -1);
     }
     comm.Exchange({}, {}).Wait();
   });
@@ -306,8 +340,8 @@ TEST_P(CommContract, PendingOperationsOverlapAndFinishInAnyOrder) {
       ins.push_back(ctx.Empty({kN}, DType::kF64));
       gathered.push_back(ctx.Empty({kN * p}, DType::kF64));
       works.push_back(comm.AllReduce(sums.back(), ReduceOp::kSum));
-      works.push_back(comm.Exchange({{next, outs.back().raw(), kN * 8}},
-                                    {{previous, ins.back().raw(), kN * 8}}));
+      works.push_back(comm.Exchange({parallel::SendOf(next, outs.back())},
+                                    {parallel::RecvInto(previous, ins.back())}));
       works.push_back(comm.AllGather(outs.back(), gathered.back()));
     }
     comm.Progress();
@@ -328,11 +362,11 @@ TEST_P(CommContract, PendingOperationsOverlapAndFinishInAnyOrder) {
         return s;
       };
       const auto at = static_cast<size_t>(k);
-      EXPECT_EQ(Mismatch<double>(sums[at], sum), -1);
-      EXPECT_EQ(
-          Mismatch<double>(ins[at], [&](int64_t i) { return Value<double>(previous + 10 * k, i); }),
-          -1);
-      EXPECT_EQ(Mismatch<double>(gathered[at],
+      EXPECT_EQ(Mismatch<double>(ctx, sums[at], sum), -1);
+      EXPECT_EQ(Mismatch<double>(ctx, ins[at],
+                                 [&](int64_t i) { return Value<double>(previous + 10 * k, i); }),
+                -1);
+      EXPECT_EQ(Mismatch<double>(ctx, gathered[at],
                                  [&](int64_t i) {
                                    return Value<double>(static_cast<int>(i / kN) + 10 * k, i % kN);
                                  }),
@@ -348,12 +382,13 @@ TEST_P(CommContract, BarrierWaitsForAll) {
     for (const int late : {0, comm.size() - 1}) {
       if (comm.rank() == late) std::this_thread::sleep_for(std::chrono::milliseconds(50));
       // One clock for all ranks: they share a machine in these tests.
-      Tensor mine = ctx.Empty({2}, DType::kI64), all = ctx.Empty({2 * comm.size()}, DType::kI64);
-      mine.data<int64_t>()[0] = now();
+      const int64_t before = now();
       comm.Barrier();
-      mine.data<int64_t>()[1] = now();
-      comm.AllGather(mine, all).Wait();
-      const int64_t* times = all.data<int64_t>();
+      const int64_t after = now();
+      Tensor all = ctx.Empty({2 * comm.size()}, DType::kI64);
+      comm.AllGather(FromHost<int64_t>(ctx, {2}, {before, after}), all).Wait();
+      const std::vector<int64_t> gathered = ToHost<int64_t>(ctx, all);
+      const int64_t* times = gathered.data();
       for (int r = 0; r < comm.size(); ++r) {
         EXPECT_GE(times[2 * r + 1], times[2 * late]) << "rank " << r << " left before " << late;
       }
@@ -385,7 +420,7 @@ TEST_P(CommContract, SplitMakesGridAxes) {
     EXPECT_EQ(row_sum, expected_row);
     EXPECT_EQ(column_sum, expected_column);
     work.Wait();
-    EXPECT_EQ(pending.data<float>()[49999], Value<float>(0, 49999));
+    EXPECT_EQ(At<float>(ctx, pending, 49999), Value<float>(0, 49999));
   });
 }
 
@@ -400,7 +435,7 @@ TEST_P(CommContract, SplitOrdersByKeyThenRankAndExcludes) {
     // The parts know nothing of each other: traffic in one must not reach the other.
     Tensor t = Filled<float>(ctx, 3, me);
     reversed->Broadcast(t, 0).Wait();
-    EXPECT_EQ(t.data<float>()[0], Value<float>(p - 1, 0));
+    EXPECT_EQ(At<float>(ctx, t, 0), Value<float>(p - 1, 0));
 
     const auto without_first = comm.Split(me == 0 ? -1 : 0, 0);
     EXPECT_EQ(without_first == nullptr, me == 0);
@@ -423,7 +458,7 @@ TEST_P(CommContract, ProgressOfTheParentMovesItsParts) {
     work.Wait();
     double sum = 0;
     for (int r = 0; r < comm.size(); ++r) sum += Value<double>(r, 199999);
-    EXPECT_EQ(t.data<double>()[199999], sum);
+    EXPECT_EQ(At<double>(ctx, t, 199999), sum);
     comm.Barrier();
   });
 }
@@ -495,6 +530,35 @@ TEST_P(CommContract, ACompleteWorkCanBeDroppedAndDefaultWorkIsComplete) {
       }
     }
     comm.Barrier();
+  });
+}
+
+// What a rank has waited for is settled: it may write over what it sent, and peers still get what
+// was there before. Nothing else keeps the tensors alive.
+TEST_P(CommContract, BuffersMayBeReusedAfterWaitAndDroppedBeforeIt) {
+  Run([](Communicator& comm, Context& ctx) {
+    const int p = comm.size(), me = comm.rank();
+    const int next = (me + 1) % p, previous = (me + p - 1) % p;
+    constexpr int64_t kN = 100003;
+    for (int round = 0; round < 4; ++round) {
+      Tensor in = ctx.Empty({kN}, DType::kF32), kept = Filled<float>(ctx, kN, me + round);
+      Tensor all = ctx.Empty({kN * p}, DType::kF64);
+      Work gather = comm.AllGather(Filled<double>(ctx, kN, me), all);
+      Work hop = comm.Exchange({parallel::SendOf(next, kept)}, {parallel::RecvInto(previous, in)});
+      const Tensor other =
+          Filled<double>(ctx, kN, -5);  // may not take the place of the gathered one
+      hop.Wait();
+      CopyFromHost(ctx, std::vector<float>(kN, -1.0f).data(), kept);
+      EXPECT_EQ(
+          Mismatch<float>(ctx, in, [&](int64_t i) { return Value<float>(previous + round, i); }),
+          -1);
+      gather.Wait();
+      EXPECT_EQ(
+          Mismatch<double>(
+              ctx, all, [&](int64_t i) { return Value<double>(static_cast<int>(i / kN), i % kN); }),
+          -1);
+      EXPECT_EQ(Mismatch<double>(ctx, other, [&](int64_t i) { return Value<double>(-5, i); }), -1);
+    }
   });
 }
 

@@ -1,12 +1,65 @@
-// Communicators that need no launcher: self, and threads as ranks.
+// Communicators that need no launcher: self, threads as ranks, and NCCL among threads where the GPU
+// is emulated. Started as one rank of a job without MPI (LONGSPAN_RENDEZVOUS), NCCL among
+// processes.
+#include <gtest/gtest.h>
+
+#include "ops/core/cuda/backend.h"
+#include "parallel/comm/bootstrap.h"
 #include "parallel/comm/local.h"
+#include "parallel/comm/nccl.h"
 #include "parallel/comm/self.h"
 #include "tests/parallel/comm/contract.h"
 
 namespace longspan::test {
+namespace {
+
+// The library refuses two ranks of one process on one GPU.
+bool CanShareGpu() {
+  return cuda::DeviceCount() > 0 && cuda::FactsOf(0).name.find("mulated") != std::string::npos;
+}
+
+Harness NcclThreads(int ranks) {
+  return {Str("nccl_", ranks), [ranks](const auto& body) {
+            parallel::RunLocal(ranks, [&](parallel::Communicator& control) {
+              parallel::NcclOptions options;
+              options.timeout_s = 60;
+              options.exit_after_s = 0;
+              const auto comm = parallel::MakeNccl(control, cuda::MakeRuntime(0, false), options);
+              body(*comm);
+            });
+          }};
+}
+
+// The job of this process, from the first test that asks until all tests are over.
+class Job : public testing::Environment {
+ public:
+  static parallel::Bootstrap& Get() {
+    if (bootstrap_ == nullptr) bootstrap_ = parallel::Bootstrap::Start();
+    return *bootstrap_;
+  }
+  void TearDown() override {
+    if (bootstrap_ != nullptr) bootstrap_->Finish();
+    bootstrap_.reset();
+  }
+
+ private:
+  static inline std::unique_ptr<parallel::Bootstrap> bootstrap_;
+};
+
+}  // namespace
 
 std::vector<Harness> Harnesses() {
   std::vector<Harness> all;
+  if (parallel::Environment("LONGSPAN_RENDEZVOUS")) {
+    testing::AddGlobalTestEnvironment(new Job);
+    all.push_back({"NcclProcess", [](const auto& body) {
+                     auto& world = Job::Get().world();
+                     const auto comm = world.Split(0, world.rank());
+                     body(*comm);
+                     comm->Barrier();
+                   }});
+    return all;
+  }
   all.push_back({"self", [](const auto& body) {
                    parallel::SelfCommunicator self;
                    body(self);
@@ -14,6 +67,11 @@ std::vector<Harness> Harnesses() {
   for (int ranks = 1; ranks <= 5; ++ranks) {
     all.push_back(
         {Str("local_", ranks), [ranks](const auto& body) { parallel::RunLocal(ranks, body); }});
+  }
+  if (parallel::NcclBuiltIn() && cuda::DeviceCount() > 0) {
+    for (int ranks = 1; ranks <= (CanShareGpu() ? 4 : 1); ++ranks) {
+      all.push_back(NcclThreads(ranks));
+    }
   }
   const size_t plain = all.size();
   for (size_t i = 0; i < plain; ++i) all.push_back(Counted(all[i]));

@@ -172,6 +172,26 @@ TEST(LocalTest, DisagreementIsNamed) {
   named(error, "sends 1 messages to rank 1 but it receives 0");
 }
 
+// Who posted first must not take an operation for complete whose other side contradicts it.
+TEST(LocalTest, AMismatchFailsBothSides) {
+  std::atomic<int> failed{0};
+  ErrorOf(2, [&](Communicator& comm) {
+    Tensor t = Ones(4);
+    if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    try {
+      if (comm.rank() == 0) {
+        comm.Exchange({{1, t.raw(), 16}}, {}).Wait();
+      } else {
+        comm.Exchange({}, {{0, t.raw(), 12}}).Wait();
+      }
+    } catch (const CommError&) {
+      ++failed;
+      throw;
+    }
+  });
+  EXPECT_EQ(failed, 2);
+}
+
 TEST(LocalTest, ARankThatLeavesIsNamed) {
   for (bool late : {false, true}) {  // the others wait before or after it has left
     const std::string error = ErrorOf(3, [late](Communicator& comm) {

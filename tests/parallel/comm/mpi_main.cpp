@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <string>
 
+#include "tests/support/device_flag.h"
+
 namespace longspan::test {
 namespace {
 
@@ -36,6 +38,9 @@ parallel::Bootstrap& Job() { return *job; }
 int main(int argc, char** argv) {
   using longspan::test::job;
   testing::InitGoogleTest(&argc, argv);
+  if (argc > 1 && std::string(argv[1]) == "--device=cuda") {
+    longspan::test::internal::SetTestDevice({longspan::DeviceKind::kCuda, 0});
+  }
   longspan::parallel::MpiOptions options;
   options.piece_bytes = 1 << 18;  // so that small tests have messages of several pieces
   job = longspan::parallel::Bootstrap::Start(options);
