@@ -54,7 +54,6 @@ std::string MmaRejects(const AttentionProblem& problem) {
     return Str("head_dim ", problem.head_dim, " is not a multiple of 8");
   }
   if (!problem.aligned) return "q, k, v or d_out has rows that do not start at 16 bytes";
-  if (!internal::kMmaBuilt) return "it is not in this build";
   return ReferenceCudaRejects(problem);
 }
 

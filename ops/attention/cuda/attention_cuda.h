@@ -13,8 +13,6 @@ inline constexpr int64_t kMaxCudaHeadDim = 256;
 void ReferenceCudaForward(Context& ctx, const ForwardArgs& args);
 void ReferenceCudaBackward(Context& ctx, const BackwardArgs& args);
 
-inline constexpr bool kMmaBuilt = false;  // true once attention_pending.cpp is gone
-
 // Products of bf16 operands on tensor cores. head_dim a multiple of 8; q, k and v rows at 16 bytes.
 void MmaForward(Context& ctx, const ForwardArgs& args);
 void MmaBackward(Context& ctx, const BackwardArgs& args);

@@ -46,13 +46,13 @@ class QueryGradientTile {
         Scores s, dp;
         MultiplyRows<kDim>(s, tiles_, Shape::kQ + WarpRow() * kDim * 2, k);
         MultiplyRows<kDim>(dp, tiles_, Shape::kDOut + WarpRow() * kDim * 2, Shape::kV + rows);
-        if (first + kKeys == kBlock) {
+        ScoreGradients(s, dp);
+        if (Masked(now)) Hide(dp, first / 32);
+        if (first + kKeys == kBlock) {  // V and the mask are free
           next = State().StepAt(index + 1);
           __syncthreads();
           Load(Shape::kV, p_.v, next);
         }
-        ScoreGradients(s, dp);
-        if (Masked(now)) Hide(dp, first / 32);
         const Weights<kM, kKeys / 16> ds(dp);
         AddProduct<kDim>(dq, tiles_, ds, k);
       }

@@ -52,6 +52,16 @@ LONGSPAN_HD constexpr FragmentPlace PlaceInColumns(int lane) {
   return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
 }
 
+// Byte offset of what a lane names for rows [16 n, 16 n + 16) and chunks 2 p and 2 p + 1 of the
+// tile at `tile`, where `lane` = ChunkOffset of its place. The twist of the chunks is one of the
+// address because tiles begin, and 16 rows end, at multiples of the bytes that it moves within: no
+// more than four different addresses are alive for a tile.
+template <int kDim>
+LONGSPAN_HD constexpr int FragmentOffset(int lane, int tile, int n, int p) {
+  constexpr int kPairs = kDim % 64 == 0 ? 4 : 2;  // of chunks, that the twist moves within
+  return ((tile + lane) ^ (p % kPairs * 32)) + (n * 16 * kDim * 2 + p / kPairs * (kPairs * 32));
+}
+
 // Which queries see which keys of two blocks: words[query][half], bit j of a half stands for key
 // 32 * half + j.
 inline constexpr int kMaskBytes = kBlock * 2 * 4;
@@ -86,7 +96,11 @@ struct QueryGradientShape {
   static constexpr int kTask = kMask + kMaskBytes;
   static constexpr int kBytes = kTask + kTaskBytes;
   static constexpr int kStepKeys = kHeads == 2 || kDim >= 128 ? 32 : 64;  // scores held at a time
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kResident = kDim * kHeads <= 64 ? 3 : 2;  // what shared memory allows
+#else
   static constexpr int kResident = kDim <= 64 ? 3 : 2;
+#endif
 };
 
 // Gradients of k and v: K and V stay; Q is double-buffered, dO is free in the middle of a step.

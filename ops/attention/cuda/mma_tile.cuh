@@ -18,10 +18,11 @@ template <int kDim>
 __device__ __forceinline__ void CopyTileAsync(std::byte* tile, const BF16* from, int stride,
                                               int rows, int dim) {
   constexpr unsigned kChunks = kDim / 8;
+  const unsigned thread = cuda::ptx::ThreadIndexAnew();
   // Unrolled further, the addresses would take registers from the accumulators.
 #pragma unroll 2
   for (unsigned i = 0; i < kBlock * kChunks / kThreads; ++i) {
-    const unsigned at = i * kThreads + threadIdx.x;
+    const unsigned at = i * kThreads + thread;
     const int row = static_cast<int>(at / kChunks), chunk = static_cast<int>(at % kChunks);
     const bool inside = row < rows && chunk * 8 < dim;
     const int offset = inside ? row * stride + chunk * 8 : 0;
@@ -29,24 +30,19 @@ __device__ __forceinline__ void CopyTileAsync(std::byte* tile, const BF16* from,
   }
 }
 
-// Where a lane reads the fragments of a tile: rows [16 n, 16 n + 16), chunks 2 p and 2 p + 1. The
-// twist of the chunks is one of the address because tiles begin, and 16 rows end, at multiples of
-// the bytes that it moves within.
+// Where a lane reads the fragments of a tile, which lies at a byte offset in shared memory.
 template <int kDim>
 class FragmentReader {
  public:
   __device__ explicit FragmentReader(FragmentPlace place)
       : lane_(ChunkOffset<kDim>(place.row, place.chunk)) {}
-  // `tile` is a byte offset in shared memory.
   __device__ __forceinline__ const std::byte* At(const std::byte* shared, int tile, int n,
                                                  int p) const {
-    constexpr int kPairs = kDim % 64 == 0 ? 4 : 2;  // that the twist moves within
-    return shared + ((tile + lane_) ^ (p % kPairs * 32)) +
-           (n * 16 * kDim * 2 + p / kPairs * (kPairs * 32));
+    return shared + FragmentOffset<kDim>(lane_, tile, n, p);
   }
 
  private:
-  int lane_;  // bytes
+  int lane_;
 };
 
 // The shared memory of a block, and how one thread reads its tiles: as rows of A (and as B by the

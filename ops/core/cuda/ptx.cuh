@@ -12,6 +12,10 @@
 //   d[0..3]  D[16 x 8]: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 #ifdef LONGSPAN_EMULATED_CUDA
 #include <emulated_ptx.h>
+
+namespace longspan::cuda::ptx {
+inline uint32_t ThreadIndexAnew() { return threadIdx.x; }
+}  // namespace longspan::cuda::ptx
 #else
 #include <cstdint>
 
@@ -73,6 +77,13 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// threadIdx.x, read here: what is computed from it is not kept in registers over a loop around it.
+__device__ __forceinline__ uint32_t ThreadIndexAnew() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // 2^x within 2 ulp, 0 below 2^-126; 2^-inf = 0.

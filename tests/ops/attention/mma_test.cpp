@@ -1,0 +1,214 @@
+// mma_bf16 where it differs from the other implementations: tiles of pairs of heads, padded head
+// sizes, lists longer than what is held at a time. Against naive f64 attention.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "tests/ops/attention/attention_fixture.h"
+#include "tests/ops/op_test.h"
+
+namespace longspan::test {
+namespace {
+
+constexpr const char* kName = "mma_bf16";
+
+// Probabilities and score gradients are rounded to bf16 once, which is off by 2^-9 / sqrt(3) in the
+// mean; the sums over keys average some of it out. Worst of all that a call computes.
+constexpr double kRmsError = 3e-3;
+
+Vec Finite(Vec lse) {
+  for (double& x : lse) x = std::isinf(x) ? -1e3 : x;
+  return lse;
+}
+
+double WorstRms(const AttentionRun& run, const NaiveOutput& out, const NaiveGradients& grads) {
+  double worst = RelRms(run.o, out.o);
+  worst = std::max(worst, RelRms(run.dv, grads.dv));
+  worst = std::max(worst, 100 * RelRms(Finite(run.lse), Finite(out.lse)));
+  // Where rows see one key each, dq and dk cancel to nothing.
+  const auto gradient = [](Vec a, Vec b) {
+    a.push_back(1);
+    b.push_back(1);
+    return RelRms(a, b);
+  };
+  worst = std::max(worst, gradient(run.dq, grads.dq));
+  return std::max(worst, gradient(run.dk, grads.dk));
+}
+
+void Check(const AttentionCase& c) {
+  SCOPED_TRACE(c.Name());
+  Context ctx = OpContext(1);
+  const AttentionInputs in = MakeInputs(c);
+  const AttentionRun run = RunAttention(ctx, c, in, kName);
+  EXPECT_EQ(run.implementation, kName);
+  EXPECT_LT(WorstRms(run, NaiveForward(in.problem, in.q, in.k, in.v),
+                     NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse)),
+            kRmsError);
+}
+
+std::shared_ptr<const ops::Documents> OneRow(int64_t tokens) {
+  return std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, tokens));
+}
+
+// bf16 everywhere; the shard is the whole micro-batch unless the test sets it.
+AttentionCase Case(const ops::AttentionPattern& pattern,
+                   std::shared_ptr<const ops::Documents> documents) {
+  const auto all = ops::BlockList::All(*documents);
+  AttentionCase c{.mask_case = {.pattern = {pattern.ToString(), pattern},
+                                .documents = {"documents", std::move(documents)},
+                                .shard = {"whole", all, all},
+                                .kv_heads = 1},
+                  .dtype = DType::kBF16};
+  return c;
+}
+
+class MmaTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!OnCuda()) GTEST_SKIP() << "for GPUs";
+  }
+};
+
+TEST_F(MmaTest, EveryHeadSize) {
+  for (int64_t dim = 8; dim <= 256; dim += 8) {
+    AttentionCase c = Case(ops::AttentionPattern::Window(50, 2), OneRow(100));
+    c.dim = dim;
+    c.group = 1 + dim / 8 % 3;
+    c.seed = static_cast<uint64_t>(dim);
+    Check(c);
+  }
+}
+
+TEST_F(MmaTest, GroupsOfAnySize) {
+  for (const int64_t group : {1, 2, 3, 4, 5, 8}) {
+    for (const int64_t dim : {64, 136}) {
+      AttentionCase c = Case(ops::AttentionPattern::Causal(), OneRow(80));
+      c.mask_case.kv_heads = group < 4 ? 2 : 1;
+      c.group = group;
+      c.dim = dim;
+      c.with_dlse = group % 2 == 0;
+      c.seed = static_cast<uint64_t>(group * 1000 + dim);
+      Check(c);
+    }
+  }
+}
+
+// One query block against 135 key blocks, and one key block against as many query blocks.
+TEST_F(MmaTest, ListsLongerThanWhatIsHeld) {
+  const auto documents = OneRow(135 * 64 - 7);
+  std::vector<int32_t> many(135);
+  std::iota(many.begin(), many.end(), 0);
+  for (const ops::AttentionPattern& pattern :
+       {ops::AttentionPattern::Causal(), ops::AttentionPattern::S2({.block_size = 32,
+                                         .local_blocks = 3,
+                                         .stride_blocks = 3,
+                                         .allow_incomplete_coverage = true})}) {
+    AttentionCase c = Case(pattern, documents);
+    c.dim = 32;
+    c.mask_case.shard = {"row", ops::BlockList::FromIds(*documents, {134}),
+                         ops::BlockList::FromIds(*documents, many)};
+    Check(c);
+    c.group = 2;
+    c.mask_case.shard = {"column", ops::BlockList::FromIds(*documents, many),
+                         ops::BlockList::FromIds(*documents, {0})};
+    Check(c);
+  }
+}
+
+// Query blocks out of order, a short one among them: local offsets are odd then.
+TEST_F(MmaTest, PermutedShards) {
+  const auto documents =
+      std::make_shared<ops::Documents>(ops::Documents::FromEnds(201, {{70, 201}, {5, 150, 201}}));
+  AttentionCase c = Case(ops::AttentionPattern::Window(90, 3), documents);
+  c.mask_case.kv_heads = 2;
+  c.group = 2;
+  c.mask_case.shard = {"permuted", ops::BlockList::FromIds(*documents, {3, 6, 7, 0, 2, 5}),
+                       ops::BlockList::FromIds(*documents, {4, 3, 0, 6, 1})};
+  for (const int64_t dim : {40, 128}) {
+    c.dim = dim;
+    Check(c);
+  }
+}
+
+// The running maximum is that of the scaled scores, whatever the sign of the scale.
+TEST_F(MmaTest, NegativeScale) {
+  AttentionCase c = Case(ops::AttentionPattern::Causal(), OneRow(150));
+  c.group = 2;
+  for (const double scale : {-0.125, -2.0, 1e-30}) {
+    c.scale = scale;
+    c.dim = 64;
+    Check(c);
+    c.dim = 192;
+    Check(c);
+  }
+}
+
+// Scores of padding are 0 and those of real keys far below: the padding may not take part.
+TEST_F(MmaTest, ShortBlocksBesideLowScores) {
+  const auto documents = OneRow(70);
+  AttentionCase c = Case(ops::AttentionPattern::Full(), documents);
+  c.dim = 16;
+  c.group = 2;
+  c.scale = 60;
+  AttentionInputs in = MakeInputs(c);
+  for (double& x : in.q) x = std::abs(x);
+  for (double& x : in.k) x = -std::abs(x);
+  Context ctx = OpContext(1);
+  const AttentionRun run = RunAttention(ctx, c, in, kName);
+  const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
+  const NaiveGradients grads = NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
+  EXPECT_LT(*std::max_element(out.lse.begin(), out.lse.end()), -128);
+  EXPECT_LT(RelRms(run.lse, out.lse), 1e-5);
+  EXPECT_LT(WorstRms(run, out, grads), 1e-2);  // scores of 1000 carry 1e-4 in f32
+}
+
+// d_out in f32 is rounded to bf16, and nothing else changes.
+TEST_F(MmaTest, GradientOfOutputInF32) {
+  Context ctx = OpContext(1);
+  const auto documents = OneRow(100);
+  const auto all = ops::BlockList::All(*documents);
+  const auto mask = ops::BlockMask::Build(ops::AttentionPattern::Causal(), 2, documents, all, all);
+  const Shape shape{100, 4, 24}, kv_shape{100, 2, 24};
+  const Vec d_out = Normal(100 * 4 * 24, 3);
+  const Tensor q = FromVec(ctx, shape, DType::kBF16, Normal(100 * 4 * 24, 1));
+  const Tensor k = FromVec(ctx, kv_shape, DType::kBF16, Normal(100 * 2 * 24, 2));
+  const auto kv = ops::MakeKvView(k, k, *mask);
+  const ops::AttentionOptions options{.implementation = kName};
+  const auto forward = ops::AttentionForward(ctx, q, kv, *mask, options);
+  const Tensor delta = FromVec(ctx, {100, 4}, DType::kF32, Normal(400, 4));
+  const auto backward = [&](DType dtype) {
+    Tensor dq = ctx.Zeros(shape, DType::kF32);
+    const auto dkv = ops::MakeKvGradView(ctx.Zeros(kv_shape, DType::kF32),
+                                         ctx.Zeros(kv_shape, DType::kF32), *mask);
+    ops::AttentionBackward(ctx, FromVec(ctx, shape, dtype, d_out), q, kv, forward.lse, delta, *mask,
+                           dq, dkv, options);
+    return std::vector<Tensor>{dq, dkv.dk, dkv.dv};
+  };
+  const std::vector<Tensor> wide = backward(DType::kF32), narrow = backward(DType::kBF16);
+  for (size_t i = 0; i < wide.size(); ++i) {
+    EXPECT_TRUE(SameBits(wide[i], narrow[i])) << i;
+    EXPECT_GT(RelRms(ToVec(wide[i]), Vec(static_cast<size_t>(wide[i].numel()))), 0.5) << i;
+  }
+}
+
+TEST_F(MmaTest, RepeatsBitForBit) {
+  AttentionCase c = Case(ops::AttentionPattern::Causal(), OneRow(200));
+  c.group = 3;
+  c.dim = 80;
+  const AttentionInputs in = MakeInputs(c);
+  Context ctx = OpContext(1);
+  const AttentionRun first = RunAttention(ctx, c, in, kName);
+  for (int i = 0; i < 3; ++i) {
+    const AttentionRun again = RunAttention(ctx, c, in, kName);
+    EXPECT_EQ(again.o, first.o);
+    EXPECT_EQ(again.lse, first.lse);
+    EXPECT_EQ(again.dq, first.dq);
+    EXPECT_EQ(again.dk, first.dk);
+    EXPECT_EQ(again.dv, first.dv);
+  }
+}
+
+}  // namespace
+}  // namespace longspan::test
