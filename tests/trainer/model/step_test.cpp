@@ -173,6 +173,7 @@ TEST_F(StepTest, NotesOfAllRanksComeBackInTheirOrder) {
     parallel::DeviceMesh mesh(world, {.dp = 1, .cp = 3});
     TrainOptions o = Options();
     o.cp = 3;
+    o.placement = parallel::PlacementKind::kContiguous;
     o.context_length = 192;
     o.global_batch_tokens = 192;
     Trainer trainer(ctx, mesh, o);
