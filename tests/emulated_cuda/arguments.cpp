@@ -1,12 +1,11 @@
 // Host pointers among the arguments of a kernel, which a GPU could not follow.
 #include <cuda_runtime.h>
-#include <pthread.h>
-#include <unistd.h>
 
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <mutex>
+#include <set>
 #include <sstream>
 #include <string>
 
@@ -16,43 +15,39 @@
 namespace longspan::emulated {
 namespace {
 
-struct Range {
-  uintptr_t begin = 0, end = 0;
-  bool Holds(uintptr_t p) const { return p >= begin && p < end; }
-};
+// Where the host's memory is not: sizes and pairs of counts are below.
+constexpr uintptr_t kLowest = uintptr_t{1} << 40, kHighest = uintptr_t{1} << 47;
 
-Range StackOfThread() {
-  Range range;
-  pthread_attr_t attributes;
-  if (pthread_getattr_np(pthread_self(), &attributes) != 0) return range;
-  void* low = nullptr;
-  size_t bytes = 0;
-  if (pthread_attr_getstack(&attributes, &low, &bytes) == 0) {
-    range = {reinterpret_cast<uintptr_t>(low), reinterpret_cast<uintptr_t>(low) + bytes};
-  }
-  pthread_attr_destroy(&attributes);
-  return range;
-}
-
-uintptr_t HeapBegin() {
+// Whether this process could read there.
+bool IsMapped(uintptr_t address) {
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
-    if (line.find("[heap]") == std::string::npos) continue;
-    return std::stoull(line.substr(0, line.find('-')), nullptr, 16);
+    const size_t dash = line.find('-'), space = line.find(' ');
+    const uintptr_t begin = std::stoull(line.substr(0, dash), nullptr, 16);
+    const uintptr_t end = std::stoull(line.substr(dash + 1, space - dash - 1), nullptr, 16);
+    if (address >= begin && address < end) return line[space + 1] == 'r';
   }
-  return UINTPTR_MAX;
+  return false;
+}
+
+// Words that are no pointers come again with every launch of a kernel.
+bool IsKnownNumber(uintptr_t word, bool learn) {
+  constexpr size_t kMost = 1 << 16;
+  static std::mutex mutex;
+  static std::set<uintptr_t>& numbers = *new std::set<uintptr_t>;
+  const std::lock_guard lock(mutex);
+  if (!learn) return numbers.contains(word);
+  if (numbers.size() < kMost) numbers.insert(word);
+  return true;
 }
 
 bool IsHostPointer(uintptr_t word, bool surely_a_pointer) {
   const auto* p = reinterpret_cast<const void*>(word);
   if (word == 0 || MayBeDevice(p)) return false;
-  if (!surely_a_pointer) {
-    static const uintptr_t heap = HeapBegin();
-    thread_local const Range stack = StackOfThread();
-    const Range heap_now{heap, reinterpret_cast<uintptr_t>(sbrk(0))};
-    if (!stack.Holds(word) && !heap_now.Holds(word)) return false;
-  }
-  return Locate(p, 1).place == Place::kHost;
+  if (surely_a_pointer) return Locate(p, 1).place == Place::kHost;
+  if (word < kLowest || word >= kHighest || IsKnownNumber(word, false)) return false;
+  if (Locate(p, 1).place != Place::kHost) return false;
+  return IsMapped(word) || !IsKnownNumber(word, true);
 }
 
 }  // namespace

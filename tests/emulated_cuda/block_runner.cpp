@@ -142,7 +142,10 @@ void BlockRunner::BeginBlock(const KernelRun& run, uint64_t number) {
   DrawOrder();
   live_ = threads_;
   at_barrier_ = yes_ = 0;
-  in_collective_ = 0;
+  for (int w = 0; w < 32; ++w) {
+    const int lanes = std::clamp(threads_ - 32 * w, 0, 32);
+    warps_[static_cast<size_t>(w)] = {lanes == 0 ? ~0u : ~(0xffffffffu >> (32 - lanes)), 0};
+  }
   for (int t = 0; t < threads_; ++t) {
     Thread& thread = thread_[static_cast<size_t>(t)];
     thread.state = State::kUnstarted;
@@ -198,28 +201,17 @@ void BlockRunner::AllReady() {
   warp_ = -1;
 }
 
-void BlockRunner::SetReady(int thread) {
-  ready_[static_cast<size_t>(thread >> 5)] |= 1u << (thread & 31);
-  warps_ready_ |= 1u << (thread >> 5);
-}
-
-namespace {
-int NthSetBit(uint32_t bits, uint64_t n) {
-  for (; n > 0; --n) bits &= bits - 1;
-  return std::countr_zero(bits);
-}
-}  // namespace
-
 // A warp goes on while any of its lanes can, as they mostly wait for each other.
 int BlockRunner::PickNext() {
   if (warps_ready_ == 0) return -1;
   const auto pick = [this](uint32_t bits) {
     if (order_ == Order::kForward) return std::countr_zero(bits);
     if (order_ == Order::kBackward) return 31 - std::countl_zero(bits);
-    return NthSetBit(bits, Random() % static_cast<uint64_t>(std::popcount(bits)));
+    const int turn = static_cast<int>(Random() & 31);
+    return (std::countr_zero(std::rotr(bits, turn)) + turn) & 31;
   };
   if (warp_ < 0 || ready_[static_cast<size_t>(warp_)] == 0 ||
-      (order_ == Order::kRandom && Random() % 64 == 0)) {
+      (order_ == Order::kRandom && Random() % 16 == 0)) {
     warp_ = pick(warps_ready_);
   }
   uint32_t& lanes = ready_[static_cast<size_t>(warp_)];
@@ -256,15 +248,15 @@ void BlockRunner::ThreadExited() {
   Thread& thread = thread_[static_cast<size_t>(current_)];
   thread.state = State::kExited;
   --live_;
-  if (in_collective_ == 0) return;
-  const int warp = current_ & ~31;
-  for (int t = warp; t < std::min(warp + 32, threads_); ++t) {
+  Warp& lanes = warps_[static_cast<size_t>(current_ >> 5)];
+  lanes.gone |= 1u << (current_ & 31);
+  for (uint32_t rest = lanes.waiting; rest != 0; rest &= rest - 1) {
+    const int t = (current_ & ~31) + std::countr_zero(rest);
     const Thread& other = thread_[static_cast<size_t>(t)];
-    if (other.state == State::kInCollective && (other.mask >> (current_ & 31) & 1)) {
-      failure_ = Str("thread ", t, " waits in ", other.what, " for thread ", current_,
-                     ", which has returned");
-      Stop();
-    }
+    if ((other.mask & lanes.gone) == 0) continue;
+    failure_ = Str("thread ", t, " waits in ", other.what, " for thread ", current_,
+                   ", which has returned");
+    Stop();
   }
 }
 
@@ -319,43 +311,40 @@ void BlockRunner::Collective(const char* what, uint32_t mask,
                    " that does not name it");
     Stop();
   }
+  Warp& lanes = warps_[static_cast<size_t>(warp >> 5)];
+  if ((mask & lanes.gone) != 0) {
+    const int t = warp + std::countr_zero(mask & lanes.gone);
+    failure_ =
+        Str("thread ", current_, " calls ", what, " with a mask of ", Hex(mask),
+            " that names thread ", t, ", which ", t < threads_ ? "has returned" : "does not exist");
+    Stop();
+  }
   mine.what = what;
   mine.mask = mask;
   mine.combine = combine;
   mine.operand = operand;
+  lanes.waiting |= 1u << lane;
   void* operands[32] = {};
-  bool complete = true;
-  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-    const int other = std::countr_zero(rest), t = warp + other;
-    const Thread* thread = t < threads_ ? &thread_[static_cast<size_t>(t)] : nullptr;
-    if (thread == nullptr || thread->state == State::kExited) {
-      failure_ = Str("thread ", current_, " calls ", what, " with a mask of ", Hex(mask),
-                     " that names thread ", t, ", which ",
-                     thread == nullptr ? "does not exist" : "has returned");
-      Stop();
-    }
-    if (other == lane) {
-      operands[other] = operand;
-    } else if (thread->state == State::kInCollective && thread->mask == mask &&
-               thread->combine == combine) {
-      operands[other] = thread->operand;
-    } else {
-      complete = false;
-    }
+  bool complete = (mask & ~lanes.waiting) == 0;
+  for (uint32_t rest = complete ? mask : 0; rest != 0; rest &= rest - 1) {
+    const int other = std::countr_zero(rest);
+    const Thread& thread = thread_[static_cast<size_t>(warp + other)];
+    operands[other] = thread.operand;
+    complete &= thread.mask == mask && thread.combine == combine;
   }
   if (!complete) {
     mine.state = State::kInCollective;
-    ++in_collective_;
     Suspend();
     return;
   }
   combine(operands, mask);
+  lanes.waiting &= ~mask;
   for (uint32_t rest = mask & ~(1u << lane); rest != 0; rest &= rest - 1) {
     const int t = warp + std::countr_zero(rest);
     thread_[static_cast<size_t>(t)].state = State::kReady;
-    SetReady(t);
-    --in_collective_;
   }
+  ready_[static_cast<size_t>(warp >> 5)] |= mask & ~(1u << lane);
+  if (mask != 1u << lane) warps_ready_ |= 1u << (warp >> 5);
 }
 
 int BlockRunner::Barrier(bool predicate) {

@@ -82,7 +82,6 @@ class BlockRunner {
   void GoOn();  // on the fiber of a thread that has ended
   void GuardShared(size_t bytes);
   void AllReady();
-  void SetReady(int thread);
   [[noreturn]] void Stop();  // as failure_ says
   [[noreturn]] void StopForWaits();
   std::string Waits() const;
@@ -96,10 +95,15 @@ class BlockRunner {
   uint64_t random_ = 0;
   Order order_ = Order::kForward;
   int threads_ = 0, current_ = 0, live_ = 0;
-  int in_collective_ = 0, at_barrier_ = 0, yes_ = 0, barrier_result_ = 0;
+  int at_barrier_ = 0, yes_ = 0, barrier_result_ = 0;
   uint32_t warps_ready_ = 0;
   int warp_ = 0;
   std::array<uint32_t, 32> ready_{};
+  struct Warp {
+    uint32_t gone;     // lanes that have returned or do not exist
+    uint32_t waiting;  // lanes in a collective
+  };
+  std::array<Warp, 32> warps_{};
   std::array<Thread, 1024> thread_{};
   std::array<uint3, 1024> index_{};
   std::vector<std::vector<PendingCopy>> copies_;  // of each thread

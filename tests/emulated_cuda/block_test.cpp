@@ -86,7 +86,7 @@ TEST_F(BlockTest, MissingBarrierChangesTheResult) {
     for (int& value : got) value -= values[0];
     without.insert(got);
   }
-  EXPECT_GT(without.size(), 3u);
+  EXPECT_GT(without.size(), 2u);
 }
 
 __global__ void HalfAtBarrier(int* out) {
@@ -263,9 +263,6 @@ TEST_F(BlockTest, HostPointersAmongArgumentsAreReported) {
   for (const float* host : {on_heap.data(), static_cast<const float*>(on_stack)}) {
     EXPECT_THROW(Launch(runtime_, "TakePointer", TakePointer, one, host, 3), CudaError);
     ExpectFailure("kernel TakePointer: argument 1 is a pointer to host memory");
-#ifdef __SANITIZE_THREAD__
-    continue;  // its heap is not where one would look for it
-#endif
     EXPECT_THROW(Launch(runtime_, "TakeStruct", TakeStruct, one, Mixed{1, host}, 1.0), CudaError);
     ExpectFailure("kernel TakeStruct: argument 1, at byte 8 of 16, is a pointer to host memory");
   }
