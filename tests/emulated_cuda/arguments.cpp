@@ -45,6 +45,8 @@ bool IsHostPointer(uintptr_t word, bool surely_a_pointer) {
   const auto* p = reinterpret_cast<const void*>(word);
   if (word == 0 || MayBeDevice(p)) return false;
   if (surely_a_pointer) return Locate(p, 1).place == Place::kHost;
+  // A bool and the undefined bytes behind it can look like a pointer that ends in 0 or 1.
+  if ((word & 0xff) <= 1) return false;
   if (word < kLowest || word >= kHighest || IsKnownNumber(word, false)) return false;
   if (Locate(p, 1).place != Place::kHost) return false;
   return IsMapped(word) || !IsKnownNumber(word, true);
