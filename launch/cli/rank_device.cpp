@@ -27,7 +27,7 @@ int RanksOnMyGpu(const Rank& rank, const trainer::TrainOptions& options, int ind
   for (size_t r = 0; r < ids.size(); ++r) ranks += ids[r] == ids[me];
   std::string error;
   for (size_t r = 0; r < ids.size() && error.empty(); ++r) {
-    if (r == me || ids[r] != ids[me] || options.backend == trainer::CommBackend::kMpi) continue;
+    if (r == me || ids[r] != ids[me] || options.backend != trainer::CommBackend::kAuto) continue;
     error = Str("ranks ", std::min(r, me), " and ", std::max(r, me), " would share GPU ", index,
                 " (", facts.name, ") of ", host, ", which has ", cuda::DeviceCount(),
                 " for this job; start at most that many ranks on a node, or let them share with ",
@@ -71,6 +71,12 @@ std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,
     throw ConfigError(
         "parallel.backend has no meaning with --local-ranks, whose threads share one GPU; leave it "
         "out");
+  }
+  if (rank.world.name() == "nccl") {  // the job was started over NCCL
+    if (options.backend != CommBackend::kMpi) return nullptr;
+    throw ConfigError(
+        "parallel.backend is MPI, but the ranks of this job met through LONGSPAN_RENDEZVOUS; start "
+        "them with mpirun, or use AUTO");
   }
   const bool nccl = options.backend == CommBackend::kNccl ||
                     (options.backend == CommBackend::kAuto && parallel::NcclBuiltIn());

@@ -18,7 +18,8 @@ struct RankDevice {
 // On CUDA the n-th rank of a node gets GPU n modulo the number that the process sees; threads of
 // one process share GPU 0. Collective.
 //
-// Errors    ConfigError when two processes would share a GPU, unless parallel.backend is MPI
+// Errors    ConfigError when two processes would share a GPU and parallel.backend is AUTO. MPI can
+//           do that; NCCL only when told that they are different hosts (NCCL_HOSTID)
 RankDevice ChooseDevice(const Rank& rank, const trainer::TrainOptions& options);
 
 // The Context of a rank on its device.

@@ -16,7 +16,7 @@ constexpr auto kMeetingTime = std::chrono::seconds(4);
 constexpr int kAllFailed = 2;
 
 // True when every rank comes here within kMeetingTime.
-bool MeetAtExit(parallel::Communicator& exit_comm) {
+bool MeetAtExit(parallel::Communicator& exit_comm) try {
   Context ctx(ContextOptions{.threads = 1});
   parallel::Work work = exit_comm.AllReduce(ctx.Zeros({1}, DType::kI64), parallel::ReduceOp::kSum);
   const auto deadline = std::chrono::steady_clock::now() + kMeetingTime;
@@ -26,6 +26,8 @@ bool MeetAtExit(parallel::Communicator& exit_comm) {
   }
   work.Wait();
   return true;
+} catch (const CommError&) {
+  return false;  // communication itself has failed
 }
 
 // Ends the process with `code` when the clean end takes too long, for example because operations

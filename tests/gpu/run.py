@@ -378,7 +378,8 @@ def nccl_processes(run, quickstart):
     run.record("2 processes, NCCL", *next((v for v in verdicts if v[0] != PASSED), verdicts[0]), start)
 
     start, check = time.monotonic(), "2 processes, training"
-    started = [run.start(quickstart.command("processes", "CUDA", "F32", "--set", "parallel.cp=2"),
+    started = [run.start(quickstart.command("processes", "CUDA", "F32", "--set", "parallel.cp=2",
+                                             "--set", "parallel.backend=NCCL"),
                          environment(rank, "training")) for rank in range(2)]
     ended = run.finish(started)
     problem = next((p for lines, status, late in ended

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <mpi.h>
+#include <unistd.h>
 
 #include <cstdlib>
 
@@ -50,6 +51,33 @@ TEST(BootstrapTest, TheLauncherKnowsWhetherThereIsATerminal) {
   setenv("LONGSPAN_TERMINAL", "0", 1);
   EXPECT_FALSE(parallel::StdoutIsTerminal());
   unsetenv("LONGSPAN_TERMINAL");
+}
+
+// The executable has the emulated GPU and NCCL.
+TEST(BootstrapTest, RanksMeetWithoutMpi) {
+  const std::string file = testing::TempDir() + Str("longspan-bootstrap-", getpid());
+  setenv("LONGSPAN_RENDEZVOUS", file.c_str(), 1);
+  setenv("LONGSPAN_RANK", "0", 1);
+  setenv("LONGSPAN_WORLD_SIZE", "1", 1);
+  EXPECT_THROW(parallel::Bootstrap::Start(), CommError) << "no job id";
+  setenv("LONGSPAN_JOB_ID", "here", 1);
+  for (int again = 0; again < 2; ++again) {  // the file of the first job is gone
+    auto job = parallel::Bootstrap::Start();
+    int initialized = 1;
+    MPI_Initialized(&initialized);
+    EXPECT_FALSE(initialized);
+    EXPECT_TRUE(job->launched());
+    EXPECT_EQ(job->world().name(), "nccl");
+    EXPECT_EQ(job->local_rank(), 0);
+    EXPECT_EQ(job->local_size(), 1);
+    EXPECT_EQ(BroadcastString(job->world(), "text", 0), "text");
+    EXPECT_NE(access(file.c_str(), F_OK), 0);
+    job->Finish();
+  }
+  for (const char* name :
+       {"LONGSPAN_RENDEZVOUS", "LONGSPAN_RANK", "LONGSPAN_WORLD_SIZE", "LONGSPAN_JOB_ID"}) {
+    unsetenv(name);
+  }
 }
 
 // A launcher of another MPI: its variables are there, but our library starts alone.
