@@ -9,6 +9,7 @@
 
 #include "ops/core/error.h"
 #include "tests/emulated_cuda/memory.h"
+#include "tests/emulated_cuda/static_shared.h"
 
 #ifdef LONGSPAN_ASAN
 #include <sanitizer/asan_interface.h>
@@ -109,6 +110,7 @@ std::string BlockRunner::Run(const KernelRun& run) {
   const uint64_t blocks = uint64_t{run.grid.x} * run.grid.y * run.grid.z;
   const BlockOrder order(blocks, run.seed);
   GuardShared(run.shared_bytes);
+  PoisonStaticShared();
   for (uint64_t i = 0; i < blocks && failure_.empty(); ++i) {
     const uint64_t b = order(i);
     blockIdx = {static_cast<unsigned>(b % run.grid.x),

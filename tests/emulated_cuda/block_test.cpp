@@ -243,6 +243,25 @@ TEST_F(BlockTest, DynamicSharedMemoryIsFreshAndGuarded) {
   }
 }
 
+template <class T>
+__global__ void ReadStaticShared(T* out) {
+  __shared__ T values[40];
+  out[threadIdx.x] = values[threadIdx.x];
+  __syncthreads();
+  values[threadIdx.x] = static_cast<T>(threadIdx.x);
+}
+
+TEST_F(BlockTest, StaticSharedMemoryIsFreshForEachKernel) {
+  auto* out = Device<int>(40);
+  auto* wide = Device<long long>(40);
+  for (int i = 0; i < 2; ++i) {
+    Launch(runtime_, "ReadStaticShared", ReadStaticShared<int>, {dim3(1), dim3(40)}, out);
+    EXPECT_EQ(Host(out, 40), std::vector<int>(40, -1));
+    Launch(runtime_, "ReadStaticShared", ReadStaticShared<long long>, {dim3(1), dim3(40)}, wide);
+    EXPECT_EQ(Host(wide, 40), std::vector<long long>(40, -1));
+  }
+}
+
 #ifndef __SANITIZE_ADDRESS__
 struct Mixed {
   int count;
