@@ -111,8 +111,8 @@ __global__ void BarrierInsideWarp(int* out) {
 
 TEST_F(BlockTest, CollectivesThatCannotEndAreReported) {
   auto* out = Device<int>(64);
-  const LaunchShape two_warps{dim3(2), dim3(64)}, warp{dim3(1), dim3(32)};
-  for (uint64_t seed = 1; seed <= 4; ++seed) {
+  const LaunchShape two_warps{dim3(1), dim3(64)}, warp{dim3(1), dim3(32)};
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
     emulated::SetSeed(seed);
     Launch(runtime_, "HalfAtBarrier", HalfAtBarrier, two_warps, out);
     ExpectFailure("of 64 threads 32 are at __syncthreads, 32 have returned");
