@@ -10,6 +10,9 @@
 // cores. A block of 16 x 16 threads; thread (y, x) owns rows 4y..4y+3 of a tile and, of each
 // column chunk, as many columns per thread as fill it. Operands pass through shared memory a piece
 // at a time, so that its size does not depend on head_dim.
+//
+// Cost: 9 products of 64 x 64 x head_dim a block pair and query head (2 forward, 7 backward). 50
+// quickstart steps are 4.7 TFLOP: one second at a tenth of the f32 rate of an H100.
 namespace longspan::ops::reference_cuda {
 
 constexpr int kThreads = 256;
