@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "ops/attention/cuda/attention_cuda.h"
-#include "ops/attention/cuda/mma_arguments.h"
+#include "ops/attention/cuda/mma_arguments.cuh"
 #include "ops/attention/cuda/mma_shape.h"
 #include "ops/core/cuda/launch.h"
 

@@ -1,5 +1,5 @@
 #pragma once
-#include "ops/attention/cuda/mma_arguments.h"
+#include "ops/attention/cuda/mma_arguments.cuh"
 #include "ops/attention/cuda/mma_tile.cuh"
 #include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/launch.h"
