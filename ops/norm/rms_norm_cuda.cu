@@ -14,12 +14,10 @@ constexpr int kThreads = 256;
 constexpr int64_t kRowsPerPartial = 32;
 constexpr int64_t kMaxWidth = 32768;  // columns whose f32 sums fit the shared memory of sm_80
 
-// Calls f(d, n) for the runs of columns that this thread owns: [d, d + n), n = N but for a tail.
+// Calls f(d) for the packs of N columns that this thread owns; rows consist of whole packs.
 template <int N, class F>
 __device__ void OwnColumns(int64_t width, F f) {
-  for (int64_t d = static_cast<int64_t>(threadIdx.x) * N; d < width; d += kThreads * N) {
-    f(d, width - d < N ? static_cast<int>(width - d) : N);
-  }
+  for (int64_t d = static_cast<int64_t>(threadIdx.x) * N; d < width; d += kThreads * N) f(d);
 }
 
 // 1 / sqrt(mean(row^2) + eps). Squares of finite values can overflow f32: such a row is summed
@@ -27,9 +25,11 @@ __device__ void OwnColumns(int64_t width, F f) {
 template <int N, class T>
 __device__ float InverseRms(const T* row, int64_t width, double eps) {
   float square = 0;
-  OwnColumns<N>(width, [&](int64_t d, int n) {
-    for (int j = 0; j < n; ++j) {
-      const float x = static_cast<float>(row[d + j]);
+  OwnColumns<N>(width, [&](int64_t d) {
+    const Pack<T, N> in = PackAt<N>(row, d);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float x = static_cast<float>(in.element[j]);
       square += x * x;
     }
   });
@@ -38,8 +38,8 @@ __device__ float InverseRms(const T* row, int64_t width, double eps) {
     return 1.0f / sqrtf(square / static_cast<float>(width) + static_cast<float>(eps));
   }
   double wide = 0;
-  OwnColumns<N>(width, [&](int64_t d, int n) {
-    for (int j = 0; j < n; ++j) {
+  OwnColumns<N>(width, [&](int64_t d) {
+    for (int j = 0; j < N; ++j) {
       const double x = static_cast<double>(static_cast<float>(row[d + j]));
       wide += x * x;
     }
@@ -55,21 +55,15 @@ __global__ void __launch_bounds__(kThreads)
   const T* row = x + t * width;
   const float r = InverseRms<N>(row, width, eps);
   if (threadIdx.x == 0) rstd[t] = r;
-  OwnColumns<N>(width, [&](int64_t d, int n) {
-    if (n == N) {
-      const Pack<T, N> in = PackAt<N>(row, d);
-      const Pack<float, N> weight = PackAt<N>(w, d);
-      Pack<T, N> out;
+  OwnColumns<N>(width, [&](int64_t d) {
+    const Pack<T, N> in = PackAt<N>(row, d);
+    const Pack<float, N> weight = PackAt<N>(w, d);
+    Pack<T, N> out;
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        out.element[j] = static_cast<T>(static_cast<float>(in.element[j]) * r * weight.element[j]);
-      }
-      PackAt<N>(y + t * width, d) = out;
-    } else {
-      for (int j = 0; j < n; ++j) {
-        y[t * width + d + j] = static_cast<T>(static_cast<float>(row[d + j]) * r * w[d + j]);
-      }
+    for (int j = 0; j < N; ++j) {
+      out.element[j] = static_cast<T>(static_cast<float>(in.element[j]) * r * weight.element[j]);
     }
+    PackAt<N>(y + t * width, d) = out;
   });
 }
 
@@ -79,33 +73,41 @@ __global__ void __launch_bounds__(kThreads)
                    const float* rstd, T* dx, float* partial) {
   LONGSPAN_DYNAMIC_SHARED(shared);
   auto* sums = reinterpret_cast<float*>(shared);  // [width]; a thread uses its own columns only
-  OwnColumns<N>(width, [&](int64_t d, int n) {
-    for (int j = 0; j < n; ++j) sums[d + j] = 0;
-  });
+  OwnColumns<N>(width, [&](int64_t d) { PackAt<N>(sums, d) = Pack<float, N>{}; });
   const int64_t begin = blockIdx.x * kRowsPerPartial;
   const int64_t end = begin + kRowsPerPartial < tokens ? begin + kRowsPerPartial : tokens;
   for (int64_t t = begin; t < end; ++t) {
     const T *row = x + t * width, *drow = dy + t * width;
     const float r = rstd[t];
     float dot = 0;
-    OwnColumns<N>(width, [&](int64_t d, int n) {
-      for (int j = 0; j < n; ++j) {
-        dot += static_cast<float>(drow[d + j]) * w[d + j] * (static_cast<float>(row[d + j]) * r);
+    OwnColumns<N>(width, [&](int64_t d) {
+      const Pack<T, N> in = PackAt<N>(row, d), g = PackAt<N>(drow, d);
+      const Pack<float, N> weight = PackAt<N>(w, d);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        dot += static_cast<float>(g.element[j]) * weight.element[j] *
+               (static_cast<float>(in.element[j]) * r);
       }
     });
     const float mean = cuda::BlockSum<kThreads>(dot) / static_cast<float>(width);
-    OwnColumns<N>(width, [&](int64_t d, int n) {
-      for (int j = 0; j < n; ++j) {
-        const float g = static_cast<float>(drow[d + j]);
-        const float xhat = static_cast<float>(row[d + j]) * r;
-        sums[d + j] += g * xhat;
-        dx[t * width + d + j] = static_cast<T>(r * (g * w[d + j] - xhat * mean));
+    OwnColumns<N>(width, [&](int64_t d) {
+      const Pack<T, N> in = PackAt<N>(row, d), g = PackAt<N>(drow, d);
+      const Pack<float, N> weight = PackAt<N>(w, d);
+      Pack<float, N> sum = PackAt<N>(sums, d);
+      Pack<T, N> out;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float slope = static_cast<float>(g.element[j]);
+        const float xhat = static_cast<float>(in.element[j]) * r;
+        sum.element[j] += slope * xhat;
+        out.element[j] = static_cast<T>(r * (slope * weight.element[j] - xhat * mean));
       }
+      PackAt<N>(sums, d) = sum;
+      PackAt<N>(dx + t * width, d) = out;
     });
   }
-  OwnColumns<N>(width, [&](int64_t d, int n) {
-    for (int j = 0; j < n; ++j) partial[blockIdx.x * width + d + j] = sums[d + j];
-  });
+  OwnColumns<N>(
+      width, [&](int64_t d) { PackAt<N>(partial + blockIdx.x * width, d) = PackAt<N>(sums, d); });
 }
 
 }  // namespace
@@ -136,9 +138,12 @@ Tensor RmsNormBackwardCuda(Context& ctx, const Tensor& dy, const Tensor& x, cons
   DispatchGpuFloat(x.dtype(), "RmsNormBackward", [&]<class T>() {
     const cuda::LaunchShape shape{dim3(static_cast<unsigned>(partials)), dim3(kThreads),
                                   static_cast<size_t>(width) * sizeof(float)};
-    cuda::Launch(ctx.cuda(), "RmsNormBackward", BackwardKernel<kPackElements, T>, shape, tokens,
-                 width, dy.data<T>(), x.data<T>(), w.data<float>(), rstd.data<float>(),
-                 dx.data<T>(), partial.data<float>());
+    const bool packs = width % kPackElements == 0 && Aligned16(dy.raw()) && Aligned16(x.raw()) &&
+                       Aligned16(w.raw());
+    const auto kernel = packs ? BackwardKernel<kPackElements, T> : BackwardKernel<1, T>;
+    cuda::Launch(ctx.cuda(), "RmsNormBackward", kernel, shape, tokens, width, dy.data<T>(),
+                 x.data<T>(), w.data<float>(), rstd.data<float>(), dx.data<T>(),
+                 partial.data<float>());
   });
   if (dw.defined()) AddRowsInto(ctx, dw, partial);
   return dx;
