@@ -10,7 +10,7 @@
 #include "ops/core/context.h"
 #include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/launch.h"
-#include "ops/core/cuda/tensor_map.h"
+#include "ops/core/cuda/tensor_map.cuh"
 #include "tests/support/device.h"
 #include "tests/support/numeric.h"
 

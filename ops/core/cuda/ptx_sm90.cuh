@@ -7,7 +7,7 @@
 
 // Instructions of sm_90a: bulk and tensor copies (TMA) with their barriers, products of warpgroups
 // (wgmma), registers handed between warpgroups, clusters. One function per instruction; the
-// layouts are in ops/core/sm90_layout.h, tensor maps in tensor_map.h. Shared addresses are 32-bit
+// layouts are in ops/core/sm90_layout.h, tensor maps in tensor_map.cuh. Shared addresses are 32-bit
 // (Shared()).
 //
 // Kernels that use it have a body for sm_90a only:
