@@ -60,6 +60,19 @@ std::string Allocator::Usage() const {
   return Str(used_bytes_, text.empty() ? "" : text + ")");
 }
 
+void Allocator::Count(size_t bytes, MemoryCategory category) {
+  used_bytes_ += bytes;
+  used_by_[static_cast<size_t>(category)] += bytes;
+  if (used_bytes_ <= peak_bytes_) return;
+  peak_bytes_ = used_bytes_;
+  peak_by_ = used_by_;
+}
+
+void Allocator::CountForeign(size_t bytes, MemoryCategory category) {
+  std::lock_guard lock(mutex_);
+  Count(bytes, category);
+}
+
 void* Allocator::Allocate(size_t bytes, MemoryCategory category) {
   const size_t size = ClassOf(bytes);
   void* data = nullptr;
@@ -71,12 +84,7 @@ void* Allocator::Allocate(size_t bytes, MemoryCategory category) {
       it->second.pop_back();
       cached_bytes_ -= size;
     }
-    used_bytes_ += size;
-    used_by_[static_cast<size_t>(category)] += size;
-    if (used_bytes_ > peak_bytes_) {
-      peak_bytes_ = used_bytes_;
-      peak_by_ = used_by_;
-    }
+    Count(size, category);
   }
   if (data == nullptr) data = source_->Get(size);
   if (data == nullptr) {

@@ -58,6 +58,8 @@ class Allocator {
   void* Allocate(size_t bytes, MemoryCategory category = MemoryCategory::kActivations);
   void Free(void* data, size_t bytes,
             MemoryCategory category = MemoryCategory::kActivations) noexcept;
+  // Counts memory that a library took from the device by itself and keeps.
+  void CountForeign(size_t bytes, MemoryCategory category);
   void Trim();  // returns cached blocks to the source
 
   size_t used_bytes() const;    // handed out now
@@ -73,7 +75,8 @@ class Allocator {
 
  private:
   static size_t ClassOf(size_t bytes);
-  std::string Usage() const;  // for messages; called with the lock held
+  void Count(size_t bytes, MemoryCategory category);  // called with the lock held
+  std::string Usage() const;                          // for messages; called with the lock held
   const bool poison_;
   const std::unique_ptr<MemorySource> source_;
   mutable std::mutex mutex_;

@@ -174,7 +174,10 @@ class CublasLt {
 
 void RunCublasLt(Context& ctx, const GemmCall& call) {
   std::shared_ptr<void>& place = ctx.cuda().Library("cublasLt");
-  if (place == nullptr) place = std::make_shared<CublasLt>(ctx.cuda());
+  if (place == nullptr) {
+    place = std::make_shared<CublasLt>(ctx.cuda());
+    ctx.allocator().CountForeign(kWorkspaceBytes, MemoryCategory::kWorkspace);
+  }
   static_cast<CublasLt*>(place.get())->Run(call);
 }
 
