@@ -197,6 +197,24 @@ TEST(LinearCrossEntropyTest, AWeightThatIsNotFiniteShowsInTheLoss) {
   }
 }
 
+// The same where one thread meets the bad logit among good ones.
+TEST(LinearCrossEntropyTest, AnInfiniteLogitAmongManyShowsInTheLoss) {
+  for (const int64_t vocab : {3100, 3101}) {
+    for (const double bad :
+         {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity()}) {
+      for (const int64_t row : {int64_t{0}, int64_t{1500}, vocab - 1}) {
+        Context ctx = OpContext();
+        Vec w = Normal(vocab * 2, 1);
+        w[static_cast<size_t>(2 * row)] = bad;
+        const auto result = ops::LinearCrossEntropyForward(
+            ctx, FromVec(ctx, {1, 2}, DType::kF32, {1, 1}),
+            FromVec(ctx, {vocab, 2}, DType::kF32, w), IntTensor(ctx, {7}), {});
+        EXPECT_FALSE(std::isfinite(LossSum(result))) << bad << " " << row << " of " << vocab;
+      }
+    }
+  }
+}
+
 // A GPU cannot throw for a label; it must not read outside the logits, and must not go unnoticed.
 TEST(LinearCrossEntropyTest, LabelsOutOfRangeOnAGpuGiveNan) {
   if (!OnCuda()) return;
