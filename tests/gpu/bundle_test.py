@@ -75,7 +75,8 @@ class BundleTest(unittest.TestCase):
                 os.path.join(self.folder, name), "--set", f"data.train[0].path={corpus}/train",
                 "--set", f"data.validation[0].path={corpus}/validation", "--set", "run.steps=3",
                 "--set", "run.context_length=256", "--set", "run.global_batch_tokens=512",
-                "--set", "parallel.cp=1", "--set", "evaluation.rows=1", *options)
+                "--set", "parallel.cp=1", "--set", "evaluation.rows=1",
+                "--set", "schedule.cosine.warmup_steps=1", *options)
 
         run = train("cpu")
         self.assertEqual(run.returncode, 0, run.stderr)
