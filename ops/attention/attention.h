@@ -60,7 +60,9 @@ void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const 
 //                   AVX-512
 //   portable        the same blocks in plain vector code, head_dim up to 256
 //   reference       token by token from Visible(), any head_dim; the only one for f64
-//   mma_bf16        GPU, tensor cores: bf16 operands, head_dim a multiple of 8 up to 256
+//   mma_bf16        GPU, tensor cores: bf16 operands, head_dim a multiple of 8 up to 256;
+//                   probabilities and score gradients, and d_out, are rounded to bf16 where they
+//                   are operands
 //   reference_cuda  GPU, f32 products of f32 or bf16 operands, head_dim up to 256
 struct AttentionProblem {
   DType dtype;
