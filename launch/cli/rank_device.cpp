@@ -84,17 +84,19 @@ std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,
   return parallel::MakeNccl(rank.world, ctx.runtime());
 }
 
-double PeakFlops(Context& ctx, parallel::Communicator& world, const RankDevice& device,
+double PeakFlops(const Context& ctx, parallel::Communicator& world, const RankDevice& device,
                  DType dtype) {
+  // Apart from the run's memory, whose high-water mark is reported.
+  Context own(ContextOptions{.device = ctx.device(), .threads = ctx.threads()});
   world.Barrier();
   double mine = 0;
   if (device.device.kind == DeviceKind::kCuda) {
     const auto known = KnownGpu(device.name);
     mine = known.has_value() ? (dtype == DType::kBF16 ? known->bf16_gflops : known->f32_gflops)
-                             : MeasureGemmGflops(ctx, dtype);
+                             : MeasureGemmGflops(own, dtype);
     if (known.has_value()) mine /= device.ranks;
   } else {
-    const MachinePeaks peaks = MeasurePeaks(ctx);
+    const MachinePeaks peaks = MeasurePeaks(own);
     mine = dtype == DType::kBF16 ? peaks.bf16_gflops : peaks.f32_gflops;
     if (dtype == DType::kF64) mine /= 2;  // half the lanes of f32
   }

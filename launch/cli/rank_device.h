@@ -36,7 +36,7 @@ std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,
 // what its maker says, or for unknown ones the best that a product reaches now; of a CPU measured
 // now. Collective; at the same time on all ranks, so that those which share cores or a GPU do not
 // count them twice.
-double PeakFlops(Context& ctx, parallel::Communicator& world, const RankDevice& device,
+double PeakFlops(const Context& ctx, parallel::Communicator& world, const RankDevice& device,
                  DType dtype);
 
 }  // namespace longspan::launch
