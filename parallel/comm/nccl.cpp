@@ -222,11 +222,37 @@ class NcclState : public Work::State {
   bool finished_ = false;
 };
 
+// An operation of the host's communicator, whose wait ends when NCCL has failed: the peers may
+// never come to it.
+class HostState : public Work::State {
+ public:
+  HostState(Work work, std::shared_ptr<Watchdog> watchdog)
+      : work_(std::move(work)), watchdog_(std::move(watchdog)) {}
+  bool Done() override {
+    watchdog_->Check();
+    return work_.Done();
+  }
+  void Wait() override {
+    Pauses pauses(0);
+    while (!Done()) pauses.Next();
+    work_.Wait();
+  }
+  double CompletedFraction() const override { return work_.CompletedFraction(); }
+
+ private:
+  Work work_;
+  const std::shared_ptr<Watchdog> watchdog_;
+};
+
 class NcclCommunicator : public Communicator {
  public:
+  // `host` carries tensors in host memory where there is one.
   NcclCommunicator(std::shared_ptr<Link> link, std::shared_ptr<DeviceQueue> queue,
-                   std::shared_ptr<Watchdog> watchdog)
-      : link_(std::move(link)), queue_(std::move(queue)), watchdog_(std::move(watchdog)) {
+                   std::shared_ptr<Watchdog> watchdog, std::unique_ptr<Communicator> host)
+      : link_(std::move(link)),
+        queue_(std::move(queue)),
+        watchdog_(std::move(watchdog)),
+        host_(std::move(host)) {
     Require(link_->Call([this](ncclComm_t c) { return ncclCommUserRank(c, &rank_); }), "rank");
     Require(link_->Call([this](ncclComm_t c) { return ncclCommCount(c, &size_); }), "size");
   }
@@ -245,12 +271,15 @@ class NcclCommunicator : public Communicator {
   void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override {
     if (runtime != nullptr) queue_->SetCompute(std::move(runtime));
   }
-  void Progress() override {}  // NCCL and the watchdog have threads of their own
+  void Progress() override {  // NCCL and the watchdog have threads of their own
+    if (host_ != nullptr) host_->Progress();
+  }
   std::unique_ptr<Communicator> Split(int color, int key) override;
 
   [[noreturn]] void Abort(const std::string& reason) override {
     LOG(ERROR) << "rank " << rank_ << " ends the job: " << reason;
     if (const auto& publish = watchdog_->options().publish_failure) publish(reason);
+    if (host_ != nullptr && host_->name() == "mpi") host_->Abort(reason);
     google::FlushLogFiles(google::GLOG_INFO);
     std::_Exit(kAbortExitCode);
   }
@@ -266,6 +295,14 @@ class NcclCommunicator : public Communicator {
     watchdog_->Fail(Str(what, ": ", link_->Text(code)));
   }
   internal::Gpu gpu() const { return queue_->device(); }
+  Work OnHost(Work work) const {
+    return Work(std::make_shared<HostState>(std::move(work), watchdog_));
+  }
+  // Not for Exchange: a rank without messages could not tell which way the others go.
+  bool ForHost(const Tensor& t) const {
+    watchdog_->Check();
+    return host_ != nullptr && !internal::OnGpu(t);
+  }
   std::shared_ptr<NcclState> Begin(CommOp op, const std::string& what, std::vector<Tensor> tensors,
                                    bool on_gpu);
   // Issues f(communicator, stream).
@@ -275,6 +312,7 @@ class NcclCommunicator : public Communicator {
   const std::shared_ptr<Link> link_;
   const std::shared_ptr<DeviceQueue> queue_;  // shared with the parts
   const std::shared_ptr<Watchdog> watchdog_;  // likewise
+  const std::unique_ptr<Communicator> host_;
   int rank_ = 0, size_ = 1;
   int64_t sequence_ = 0;
 };
@@ -337,6 +375,7 @@ Work NcclCommunicator::Issue(const std::shared_ptr<NcclState>& state, F&& f) {
 
 Work NcclCommunicator::AllReduce(Tensor t, ReduceOp op) {
   internal::CheckAllReduce(t, op, gpu());
+  if (ForHost(t)) return OnHost(host_->AllReduce(t, op));
   auto state = Begin(CommOp::kAllReduce, t.Describe(), {t}, internal::OnGpu(t));
   if (t.bytes() == 0) return Work();
   std::byte* data = state->Place(t, true, true);
@@ -348,6 +387,7 @@ Work NcclCommunicator::AllReduce(Tensor t, ReduceOp op) {
 
 Work NcclCommunicator::AllGather(Tensor in, Tensor out) {
   internal::CheckAllGather(in, out, rank_, size_, gpu());
+  if (ForHost(in)) return OnHost(host_->AllGather(in, out));
   auto state = Begin(CommOp::kAllGather, in.Describe(), {in, out}, internal::OnGpu(in));
   if (in.bytes() == 0) return Work();
   const std::byte* mine = state->Place(in, true, false);
@@ -359,6 +399,7 @@ Work NcclCommunicator::AllGather(Tensor in, Tensor out) {
 
 Work NcclCommunicator::ReduceScatter(Tensor in, Tensor out) {
   internal::CheckReduceScatter(in, out, size_, gpu());
+  if (ForHost(in)) return OnHost(host_->ReduceScatter(in, out));
   auto state = Begin(CommOp::kReduceScatter, in.Describe(), {in, out}, internal::OnGpu(in));
   if (out.bytes() == 0) return Work();
   const std::byte* all = state->Place(in, true, false);
@@ -371,6 +412,7 @@ Work NcclCommunicator::ReduceScatter(Tensor in, Tensor out) {
 
 Work NcclCommunicator::Broadcast(Tensor t, int root) {
   internal::CheckBroadcast(t, root, size_, gpu());
+  if (ForHost(t)) return OnHost(host_->Broadcast(t, root));
   auto state = Begin(CommOp::kBroadcast, t.Describe(), {t}, internal::OnGpu(t));
   if (t.bytes() == 0) return Work();
   std::byte* data = state->Place(t, rank_ == root, rank_ != root);
@@ -455,12 +497,13 @@ std::unique_ptr<Communicator> NcclCommunicator::Split(int color, int key) {
   }),
           "Split");
   Settle(*link_, *watchdog_, "Split");
+  auto host = host_ == nullptr ? nullptr : host_->Split(color, key);
   if (color < 0) {
     watchdog_->Remove(*part);
     return nullptr;
   }
   Settle(*part, *watchdog_, "Split");
-  return std::make_unique<NcclCommunicator>(std::move(part), queue_, watchdog_);
+  return std::make_unique<NcclCommunicator>(std::move(part), queue_, watchdog_, std::move(host));
 }
 
 }  // namespace
@@ -474,9 +517,12 @@ std::string MakeNcclId() {
   return std::string(id.internal, sizeof id.internal);
 }
 
-std::unique_ptr<Communicator> MakeNccl(const std::string& text, int rank, int size,
-                                       std::shared_ptr<cuda::Runtime> runtime,
-                                       const NcclOptions& options) {
+namespace {
+
+std::unique_ptr<Communicator> Connect(const std::string& text, int rank, int size,
+                                      std::shared_ptr<cuda::Runtime> runtime,
+                                      const NcclOptions& options,
+                                      std::unique_ptr<Communicator> host) {
   ncclUniqueId id;
   LONGSPAN_CHECK(text.size() == sizeof id.internal && rank >= 0 && rank < size)
       << "MakeNccl: an id of " << text.size() << " bytes, rank " << rank << " of " << size;
@@ -494,7 +540,16 @@ std::unique_ptr<Communicator> MakeNccl(const std::string& text, int rank, int si
     watchdog->Fail(Str(what, ": ", link->Text(code)));
   }
   NcclCommunicator::Settle(*link, *watchdog, what);
-  return std::make_unique<NcclCommunicator>(std::move(link), std::move(queue), std::move(watchdog));
+  return std::make_unique<NcclCommunicator>(std::move(link), std::move(queue), std::move(watchdog),
+                                            std::move(host));
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> MakeNccl(const std::string& id, int rank, int size,
+                                       std::shared_ptr<cuda::Runtime> runtime,
+                                       const NcclOptions& options) {
+  return Connect(id, rank, size, std::move(runtime), options, nullptr);
 }
 
 std::unique_ptr<Communicator> MakeNccl(Communicator& control,
@@ -511,7 +566,8 @@ std::unique_ptr<Communicator> MakeNccl(Communicator& control,
   error = BroadcastString(control, error, 0);
   if (!error.empty()) throw CommError(error);
   id = BroadcastString(control, id, 0);
-  return MakeNccl(id, control.rank(), control.size(), std::move(runtime), options);
+  return Connect(id, control.rank(), control.size(), std::move(runtime), options,
+                 control.Split(0, control.rank()));
 }
 
 }  // namespace longspan::parallel

@@ -36,8 +36,10 @@ bool NcclBuiltIn();
 // or on the GPU; results of operations that had not ended are lost, and every call throws CommError
 // with the first reason.
 //
-// Tensors in host memory go through pinned memory and the GPU, and Wait blocks until they are back:
-// meant for values that ranks agree on. Barrier and Split wait for all earlier operations.
+// Tensors in host memory travel over a part of `control`, beside the GPU. Without it, and in every
+// Exchange, they go through pinned memory and the GPU, behind what the stream has been given
+// before, and Wait blocks until they are back: meant for values that ranks agree on. Split waits
+// for all earlier operations.
 //
 // Transfers use the tensors where they are. NCCL can register buffers (ncclCommRegister), but only
 // memory of its own allocator, on all ranks alike and per communicator, while tensors come from the

@@ -18,8 +18,9 @@ bool CanShareGpu() {
   return cuda::DeviceCount() > 0 && cuda::FactsOf(0).name.find("mulated") != std::string::npos;
 }
 
-Harness NcclThreads(int ranks) {
-  return {Str("nccl_", ranks), [ranks](const auto& body) {
+// Host tensors go through the GPU, or over the threads' own communicator.
+Harness NcclThreads(int ranks, bool host_beside) {
+  return {Str(host_beside ? "nccl_with_host_" : "nccl_", ranks), [=](const auto& body) {
             parallel::RunLocal(ranks, [&](parallel::Communicator& control) {
               parallel::NcclOptions options;
               options.timeout_s = 60;
@@ -70,11 +71,12 @@ std::vector<Harness> Harnesses() {
   }
   if (parallel::NcclBuiltIn() && cuda::DeviceCount() > 0) {
     for (int ranks = 1; ranks <= (CanShareGpu() ? 4 : 1); ++ranks) {
-      all.push_back(NcclThreads(ranks));
+      all.push_back(NcclThreads(ranks, /*host_beside=*/false));
     }
   }
-  const size_t plain = all.size();
-  for (size_t i = 0; i < plain; ++i) all.push_back(Counted(all[i]));
+  std::vector<Harness> counted = {Counted(all[0]), Counted(all[3]), Counted(all.back())};
+  if (CanShareGpu()) all.push_back(NcclThreads(3, /*host_beside=*/true));
+  all.insert(all.end(), counted.begin(), counted.end());
   return all;
 }
 

@@ -36,6 +36,14 @@ NcclOptions Quick() {
   return options;
 }
 
+// Host tensors go through the GPU, as in a job without MPI.
+std::unique_ptr<Communicator> Connect(Communicator& control, Context& ctx,
+                                      const NcclOptions& options) {
+  const std::string id =
+      BroadcastString(control, control.rank() == 0 ? parallel::MakeNcclId() : std::string(), 0);
+  return MakeNccl(id, control.rank(), control.size(), ctx.runtime(), options);
+}
+
 std::string ErrorOf(const std::function<void()>& body) {
   try {
     body();
@@ -52,7 +60,7 @@ void ExpectNamed(const std::string& error, const std::string& text) {
 TEST(NcclTest, NothingIsLeftBehind) {
   RunLocal(3, [](Communicator& control) {
     Context ctx = GpuContext();
-    const auto world = MakeNccl(control, ctx.runtime(), Quick());
+    const auto world = Connect(control, ctx, Quick());
     EXPECT_EQ(world->rank(), control.rank());
     const auto part = world->Split(world->rank() % 2, 0), none = world->Split(-1, 0);
     EXPECT_EQ(none, nullptr);
@@ -66,7 +74,7 @@ TEST(NcclTest, NothingIsLeftBehind) {
 TEST(NcclTest, HostValuesTravelBesideGpuTensors) {
   RunLocal(2, [](Communicator& control) {
     Context ctx = GpuContext();
-    const auto comm = MakeNccl(control, ctx.runtime(), Quick());
+    const auto comm = Connect(control, ctx, Quick());
     Tensor t = ctx.Zeros({100000}, DType::kF32);
     Work work = comm->AllReduce(t, ReduceOp::kSum);
     EXPECT_EQ(AllReduceValue(*comm, int64_t{comm->rank()}, ReduceOp::kSum), 1);
@@ -88,7 +96,7 @@ TEST(NcclTest, RanksThatDoNotComeAreADeadline) {
     Context mine = GpuContext();
     NcclOptions hasty = options;
     hasty.connect_timeout_s = control.rank() == 0 ? 0.3 : 20;
-    const auto comm = MakeNccl(control, mine.runtime(), hasty);
+    const auto comm = Connect(control, mine, hasty);
     if (control.rank() == 0) {
       ExpectNamed(ErrorOf([&] { comm->Split(0, 0); }), "Split: not all ranks came within 0.3 s");
       over = true;
@@ -106,7 +114,7 @@ TEST(NcclTest, AnOperationThatNeverEndsIsAborted) {
     Context ctx = GpuContext();
     NcclOptions options = Quick();
     if (control.rank() == 0) options.timeout_s = 0.3;
-    const auto comm = MakeNccl(control, ctx.runtime(), options);
+    const auto comm = Connect(control, ctx, options);
     const auto part = comm->Split(0, 0);
     if (control.rank() == 0) {
       Tensor t = ctx.Zeros({1000}, DType::kF32);
@@ -131,7 +139,7 @@ TEST(NcclTest, WaitAndDoneOfAFailedOperationThrow) {
     Context ctx = GpuContext();
     NcclOptions options = Quick();
     if (control.rank() == 0) options.timeout_s = 0.2;
-    const auto comm = MakeNccl(control, ctx.runtime(), options);
+    const auto comm = Connect(control, ctx, options);
     if (control.rank() == 0) {
       Tensor t = ctx.Zeros({1000}, DType::kF32);
       Work work = comm->AllReduce(t, ReduceOp::kSum);
@@ -143,6 +151,28 @@ TEST(NcclTest, WaitAndDoneOfAFailedOperationThrow) {
     }
     control.Barrier();
   });
+}
+
+// The host beside NCCL: rank 1 never comes to the barrier, and rank 0 has no deadline of its own
+// there.
+TEST(NcclTest, AFailureEndsWaitsOfTheHost) {
+  std::atomic<bool> seen{false};
+  RunLocal(2, [&](Communicator& control) {
+    Context ctx = GpuContext();
+    NcclOptions options = Quick();
+    if (control.rank() == 0) options.timeout_s = 0.3;
+    const auto comm = MakeNccl(control, ctx.runtime(), options);
+    const auto part = comm->Split(0, -comm->rank());
+    EXPECT_EQ(AllReduceValue(*part, int64_t{1}, ReduceOp::kSum), 2);
+    if (control.rank() == 0) {
+      Tensor t = ctx.Zeros({1000}, DType::kF32);
+      part->AllReduce(t, ReduceOp::kSum).Wait();
+      ExpectNamed(ErrorOf([&] { part->Barrier(); }), "is not complete after 0.3 s");
+      seen = true;
+    }
+    while (!seen) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  EXPECT_TRUE(seen);
 }
 
 // One rank's transport fails; the other learns of it on another way, long before its own deadline.
@@ -160,7 +190,7 @@ TEST(NcclTest, AFailureIsPublishedToTheOthers) {
       std::lock_guard lock(mutex);
       return published;
     };
-    const auto comm = MakeNccl(control, ctx.runtime(), options);
+    const auto comm = Connect(control, ctx, options);
     comm->Barrier();
     control.Barrier();
     if (control.rank() == 1) emulated::FailNcclRank(1, ncclRemoteError);
@@ -189,7 +219,7 @@ TEST(NcclDeathTest, AProcessThatHangsAfterAFailureEndsWithCode3) {
       Context ctx = GpuContext();
       NcclOptions options;
       if (control.rank() == 0) options.timeout_s = 0.2, options.exit_after_s = 0.3;
-      const auto comm = MakeNccl(control, ctx.runtime(), options);
+      const auto comm = Connect(control, ctx, options);
       Tensor t = ctx.Zeros({1000}, DType::kF32);
       if (control.rank() == 0) comm->AllReduce(t, ReduceOp::kSum).Wait();
       std::this_thread::sleep_for(std::chrono::seconds(60));
