@@ -158,5 +158,28 @@ TEST(BenchCasesTest, SmallVersionNeverGrows) {
   EXPECT_LT(g.k, 500);
 }
 
+TEST(BenchCasesTest, MemoryCases) {
+  const MemoryCase rope = ParseMemoryCase("rope_bf16_T67_D16_H3");
+  EXPECT_EQ(rope.op, MemoryOp::kRope);
+  EXPECT_EQ(rope.dtype, DType::kBF16);
+  EXPECT_EQ((std::vector<int64_t>{rope.tokens, rope.heads, rope.width}),
+            (std::vector<int64_t>{67, 3, 16}));
+  const MemoryCase adamw = ParseMemoryCase("adamw_f32_N1000");
+  EXPECT_EQ(adamw.parameters, 1000);
+  for (const char* list : {"memory_default", "memory_gpu"}) {
+    EXPECT_GE(ReadProblemList(BuiltInProblems(list)).size(), 9u);
+    for (const std::string& name : ReadProblemList(BuiltInProblems(list))) ParseMemoryCase(name);
+  }
+  for (const std::string& name : ReadProblemList(BuiltInProblems("gemm_gpu"))) ParseGemmCase(name);
+  for (const std::string& name : ReadProblemList(BuiltInProblems("attention_gpu"))) {
+    ParseAttentionCase(name);
+  }
+  for (const char* wrong :
+       {"sort_f32_T4", "rmsnorm_f64_T4_D4", "rmsnorm_f32_T4", "rmsnorm_f32_T4_D4_H2",
+        "rope_f32_T4_H2_D5", "adamw_f32_T4", "embedding_f32_T4_D4", "add_f32_T0_D4"}) {
+    EXPECT_THROW(ParseMemoryCase(wrong), InvalidArgument) << wrong;
+  }
+}
+
 }  // namespace
 }  // namespace longspan::launch

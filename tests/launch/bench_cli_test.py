@@ -80,6 +80,45 @@ class BenchTest(CliTest):
             backward = "_d" in record["case"]
             self.assertEqual(record["pass"], "backward" if backward else "forward")
 
+    def test_memory_smoke(self):
+        records = self.records("memory", "--problem", problems("memory_smoke.txt"))
+        self.assertEqual(len({r["case"] for r in records}), 9)
+        bytes_of = {(r["case"], r["pass"]): r["bytes"] for r in records}
+        # By hand: x and y in bf16, w and rstd in f32; state read and written, gradient read, copy
+        # written; f32 logits, labels, lse.
+        self.assertEqual(bytes_of["rmsnorm_bf16_T130_D100", "forward"], 2 * 13000 * 2 + 4 * 230)
+        self.assertEqual(bytes_of["adamw_bf16_N1003", "forward"], 1003 * (6 * 4 + 4 + 2))
+        self.assertEqual(bytes_of["crossentropy_bf16_T37_V130", "forward"], 4 * (37 * 130 + 2 * 37))
+        self.assertEqual(bytes_of["crossentropy_bf16_T37_V130", "backward"],
+                         (4 + 2) * 37 * 130 + 8 * 37)
+        self.assertEqual({r["flops"] for r in records}, {0})
+
+    def test_step(self):
+        with open(os.path.join(self.folder, "small.textproto"), "w", encoding="utf-8") as file:
+            file.write("""run { steps: 9 context_length: 128 global_batch_tokens: 4096 precision: F32 }
+                model { vocab_size: 300 hidden_size: 16 num_layers: 1 num_heads: 2 num_kv_heads: 1
+                        ffn_hidden_size: 32 mixer { name: "a" softmax { causal {} } } layers: "a" }
+                data { train { path: "none" } } parallel { cp: 2 }
+                optimizer { adamw { lr: 1e-3 } } schedule { constant {} }""")
+        text = self.succeed("bench", "step", "--problem", "small.textproto", "--seconds", "0", "--json",
+                            "--set", "run.context_length=64")
+        record = json.loads(text)
+        self.assertEqual(list(record), [*KEYS, "tokens_per_s", "mfu"])
+        # 6 FLOP a matmul parameter and token (attention: 16 x (16 + 8 + 8 + 16), MLP: 3 x 16 x 32,
+        # head: 300 x 16), 12 D a visible pair and head.
+        parameters = 16 * 48 + 3 * 16 * 32 + 300 * 16
+        self.assertEqual(record["flops"], 6 * parameters * 64 + 12 * 8 * 2 * 64 * 65 / 2)
+        self.assertEqual(record["case"], "small_T64")
+        self.assertAlmostEqual(record["tokens_per_s"] * record["ms_median"] / 64e3, 1)
+        self.fail("bench", "step", "--problem", "nowhere.textproto", mentions=["nowhere.textproto"])
+
+    def test_trace(self):
+        self.succeed("bench", "gemm", "--problem", "gemm_f32_M40_N40_K40", "--seconds", "0", "--json",
+                     "--trace", "trace.json")
+        with open(os.path.join(self.folder, "trace.json"), encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        self.assertGreaterEqual([e["name"] for e in events].count("gemm"), 6)
+
     def test_choices(self):
         case = "causal_f32_T130_Hq2_Hkv2_D16"
         records = self.records("attention", "--problem", case, "--pass", "forward", "--impl",
@@ -110,6 +149,9 @@ class BenchTest(CliTest):
         for key in ("f32_gflops", "bf16_gflops", "copy_gbps"):
             self.assertGreater(machine[key], 0.1, key)
         self.fail("bench", "machine", "--problem", "x", mentions=["--problem", "machine"])
+        self.fail("bench", "gemm", "--set", "run.steps=3", mentions=["--set", "gemm"])
+        self.fail("bench", "step", "--impl", "onednn", mentions=["--impl", "step"])
+        self.fail("bench", "memory", "--long", mentions=["--long", "memory"])
 
     def test_bad_names(self):
         self.fail("bench", "attention", "--problem", "causal_f16_T64_Hq1_Hkv1_D8",

@@ -7,6 +7,7 @@
 
 #include "launch/bench/attention_bench.h"
 #include "launch/bench/gemm_bench.h"
+#include "launch/bench/gpu_peaks.h"
 #include "launch/bench/operands.h"
 #include "tests/support/numeric.h"
 
@@ -66,10 +67,43 @@ TEST(BenchRecordTest, PeaksFollowTheDtype) {
   EXPECT_EQ(PeakGflops(peaks, DType::kF64), 50);
 }
 
+TEST(GpuPeaksTest, NamesAreFoundAndNotMistaken) {
+  const auto bf16 = [](const char* name) {
+    const auto peaks = KnownGpu(name);
+    return peaks.has_value() ? peaks->bf16_gflops * 1e-3 : 0;
+  };
+  EXPECT_NEAR(bf16("NVIDIA H100 80GB HBM3"), 989, 1);
+  EXPECT_NEAR(bf16("NVIDIA H100 PCIe"), 756, 1);
+  EXPECT_NEAR(bf16("NVIDIA H200"), 989, 1);
+  EXPECT_NEAR(bf16("NVIDIA GH200 480GB"), 989, 1);
+  EXPECT_NEAR(bf16("NVIDIA H20"), 148, 1);
+  EXPECT_NEAR(bf16("NVIDIA A100-SXM4-80GB"), 312, 1);
+  EXPECT_NEAR(bf16("NVIDIA A30"), 165, 1);
+  EXPECT_NEAR(bf16("NVIDIA L4"), 121, 1);
+  EXPECT_NEAR(bf16("NVIDIA L40S"), 362, 1);
+  EXPECT_NEAR(bf16("NVIDIA L40"), 181, 1);
+  for (const char* unknown :
+       {"NVIDIA RTX A3000", "NVIDIA H1000", "NVIDIA XL4", "Emulated GPU", ""}) {
+    EXPECT_EQ(bf16(unknown), 0) << unknown;
+  }
+}
+
+TEST(BenchRecordTest, StepsAloneHaveTokens) {
+  BenchRecord r;
+  r.timing.median_ms = r.peak_gflops = r.peak_gbps = 1;
+  EXPECT_FALSE(nlohmann::json::parse(ToJsonLine(r)).contains("tokens_per_s"));
+  r.tokens_per_s = 5;
+  const auto json = nlohmann::json::parse(ToJsonLine(r));
+  EXPECT_EQ(json.at("tokens_per_s"), 5);
+  EXPECT_TRUE(json.at("mfu").is_null());
+}
+
 TEST(BenchRecordTest, ReferenceIsTimedOnlyWhenWantedOrAlone) {
   const std::vector<Candidate> all = {{"a", ""}, {"b", "no such unit here"}, {"reference", ""}};
   EXPECT_EQ(ChooseImplementations("x", all, ""), std::vector<std::string>{"a"});
   EXPECT_EQ(ChooseImplementations("x", all, "reference"), std::vector<std::string>{"reference"});
+  const std::vector<Candidate> gpu = {{"mma", ""}, {"reference_cuda", ""}};
+  EXPECT_EQ(ChooseImplementations("x", gpu, ""), std::vector<std::string>{"mma"});
   const std::vector<Candidate> few = {{"a", "f64"}, {"reference", ""}};
   EXPECT_EQ(ChooseImplementations("x", few, ""), std::vector<std::string>{"reference"});
   const auto complaint = [&](const std::string& wanted) -> std::string {
