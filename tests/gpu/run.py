@@ -39,6 +39,7 @@ ALONE_S, SMOKE_S = 480, 120
 # Of the 8 minutes of all parts together; what one leaves over goes to the next.
 SHARES_S = {"smoke": 60, "tests": 130, "sanitize": 60, "bench": 90, "peers": 60, "step": 70}
 SHARDS = 4  # processes of the part `tests`, which share the GPU
+CONTRACT_S = 90  # for tests in which two processes may wait for each other in vain
 STEPS = 50
 TOLERANCE = {"F32": 1e-4, "BF16": 1e-2}
 
@@ -109,13 +110,14 @@ class Run:
         self.children.append(child)
         return child, lines, thread
 
-    def finish(self, started):
-        """(lines, status, timed out) of each child; they end with the part's time."""
-        results = []
+    def finish(self, started, at_most=float("inf")):
+        """(lines, status, timed out) of each child; they end with the part's time, or after `at_most`
+        seconds."""
+        results, end = [], time.monotonic() + at_most
         for child, lines, thread in started:
             timed_out = False
             try:
-                child.wait(timeout=self.left())
+                child.wait(timeout=max(0.0, min(self.left(), end - time.monotonic())))
             except subprocess.TimeoutExpired:
                 timed_out = True
                 stop(child)
@@ -374,7 +376,7 @@ def nccl_processes(run, quickstart):
     start = time.monotonic()
     started = [run.start(test_command(run, "--gtest_filter=*NcclProcess*"), environment(rank, "contract"))
                for rank in range(2)]
-    verdicts = [report.judge_gtest(*ended) for ended in run.finish(started)]
+    verdicts = [report.judge_gtest(*ended) for ended in run.finish(started, CONTRACT_S)]
     run.record("2 processes, NCCL", *next((v for v in verdicts if v[0] != PASSED), verdicts[0]), start)
 
     start, check = time.monotonic(), "2 processes, training"
