@@ -1,5 +1,6 @@
 // Memory and copies of the runtime API.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -135,12 +136,15 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
 
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device) {
   constexpr int kMost = 64;
-  static CUmemPoolHandle_st pools[kMost];
+  static auto pools = [] {
+    std::array<CUmemPoolHandle_st, kMost> all{};
+    for (int i = 0; i < kMost; ++i) all[static_cast<size_t>(i)].device = i;
+    return all;
+  }();
   if (device < 0 || device >= std::min(em::DeviceCount(), kMost)) {
     return Report(cudaErrorInvalidDevice);
   }
-  pools[device].device = device;
-  *pool = &pools[device];
+  *pool = &pools[static_cast<size_t>(device)];
   return Report(cudaSuccess);
 }
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value) {
