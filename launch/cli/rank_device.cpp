@@ -11,7 +11,9 @@
 namespace longspan::launch {
 namespace {
 
+// What NCCL takes for one machine.
 std::string HostName() {
+  if (const auto name = parallel::Environment("NCCL_HOSTID")) return *name;
   char name[256] = {};
   if (gethostname(name, sizeof name - 1) != 0) return "localhost";
   return name;
@@ -77,6 +79,12 @@ std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,
     throw ConfigError(
         "parallel.backend is MPI, but the ranks of this job met through LONGSPAN_RENDEZVOUS; start "
         "them with mpirun, or use AUTO");
+  }
+  if (rank.world.name() == "nccl") {  // ranks that met without MPI
+    if (options.backend != CommBackend::kMpi) return nullptr;
+    throw ConfigError(
+        "parallel.backend: MPI needs ranks that mpirun or srun started with MPI; this job met "
+        "through LONGSPAN_RENDEZVOUS and has NCCL alone");
   }
   const bool nccl = options.backend == CommBackend::kNccl ||
                     (options.backend == CommBackend::kAuto && parallel::NcclBuiltIn());
