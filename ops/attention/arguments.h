@@ -1,7 +1,7 @@
 #pragma once
 #include "ops/attention/block_mask.h"
 #include "ops/attention/kv_view.h"
-#include "ops/core/tensor.h"
+#include "ops/core/context.h"
 
 namespace longspan::ops {
 
@@ -27,5 +27,11 @@ struct BackwardArgs {
   Tensor& dq;
   const KvGradView& dkv;
 };
+
+namespace internal {
+// InvalidArgument unless `t` (or nothing) is where the Context is: kernels read pointers as memory
+// of its device.
+void RequireDevice(const Context& ctx, const char* op, const char* name, const Tensor& t);
+}  // namespace internal
 
 }  // namespace longspan::ops

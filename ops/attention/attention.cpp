@@ -146,13 +146,6 @@ void RequireTensor(const char* op, const char* name, const Tensor& t, Shape shap
               shape.ToString()));
 }
 
-// Kernels read pointers as memory of the Context's device.
-void RequireDevice(const Context& ctx, const char* op, const char* name, const Tensor& t) {
-  Require(!t.defined() || t.device() == ctx.device(), op,
-          Str(name, " is on ", ToString(t.device()), " but the Context is on ",
-              ToString(ctx.device())));
-}
-
 // Every block of the mask must lie inside the storage that the table points to.
 void RequireBlocks(const char* op, const char* name, const BlockMask& mask, const KvTable& table,
                    int64_t head_dim, int64_t numel) {
@@ -175,6 +168,8 @@ void RequireBlocks(const char* op, const char* name, const BlockMask& mask, cons
     }
   }
 }
+
+using internal::RequireDevice;
 
 struct Sizes {
   int64_t tokens, heads, dim;
@@ -228,6 +223,16 @@ AttentionProblem ProblemOf(const Tensor& q, const KvView& kv, const Tensor& d_ou
 }
 
 }  // namespace
+
+namespace internal {
+
+void RequireDevice(const Context& ctx, const char* op, const char* name, const Tensor& t) {
+  Require(!t.defined() || t.device() == ctx.device(), op,
+          Str(name, " is on ", ToString(t.device()), " but the Context is on ",
+              ToString(ctx.device())));
+}
+
+}  // namespace internal
 
 const std::vector<AttentionImplementation>& AttentionImplementations() {
   static const std::vector<AttentionImplementation> table = [] {

@@ -1,3 +1,4 @@
+#include "ops/attention/arguments.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/cuda/attention_cuda.h"
 #include "ops/attention/merge.h"
@@ -34,6 +35,8 @@ Tensor AttentionDelta(Context& ctx, const Tensor& d_out, const Tensor& o) {
                               o.defined() ? o.Describe() : "undefined",
                               " must be [T, H, D] of one shape, both f64 or both f32 or bf16"));
   }
+  internal::RequireDevice(ctx, "AttentionDelta", "d_out", d_out);
+  internal::RequireDevice(ctx, "AttentionDelta", "o", o);
   const int64_t rows = o.dim(0) * o.dim(1), dim = o.dim(2);
   Tensor delta = ctx.Empty({o.dim(0), o.dim(1)}, AccumulatorOf(o.dtype()));
   LONGSPAN_ON_CUDA(ctx, internal::AttentionDeltaCuda(ctx, d_out, o, delta));
@@ -67,6 +70,10 @@ void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const 
                               describe(o2), ", lse2 ", describe(lse2),
                               " must be two pairs of [T, H, D] and [T, H], all f32 or all f64"));
   }
+  internal::RequireDevice(ctx, "MergePartial", "o", o);
+  internal::RequireDevice(ctx, "MergePartial", "lse", lse);
+  internal::RequireDevice(ctx, "MergePartial", "o2", o2);
+  internal::RequireDevice(ctx, "MergePartial", "lse2", lse2);
   LONGSPAN_ON_CUDA(ctx, internal::MergePartialCuda(ctx, o, lse, o2, lse2));
   const int64_t rows = lse.numel(), dim = o.dim(2);
   const auto merge = [&]<class A>() {

@@ -22,7 +22,6 @@ struct ForwardProblem {
   int64_t heads;            // query heads
   int group, dim;           // query heads per kv head; head size
   int q_stride, kv_stride;  // elements between tokens
-  float scale_abs;          // |scale|
   float scale_log2;         // |scale| in units of log2, above 0
   bool negate;              // scale < 0
   bool o_bf16;

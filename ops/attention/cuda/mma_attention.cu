@@ -121,7 +121,6 @@ void MmaForward(Context& ctx, const ForwardArgs& args) {
       .dim = static_cast<int>(dim),
       .q_stride = CheckedStride("q", heads * dim),
       .kv_stride = 0,
-      .scale_abs = static_cast<float>(std::abs(args.scale)),
       // Above 0, so that it times -inf is -inf.
       .scale_log2 = std::max(static_cast<float>(std::abs(args.scale) * kLog2E), FLT_MIN),
       .negate = args.scale < 0,

@@ -9,7 +9,9 @@ namespace longspan::ops::mma {
 // Online softmax of the rows of a warp. Scores are those before the scale, which is positive here.
 template <int kM>
 struct SoftmaxRows {
-  float maximum[kM][2], sum[kM][2];  // of rows 16 m + g and + 8; the sum is this thread's share
+  // Of rows 16 m + g and + 8. The maximum is that of the scaled scores as it was rounded, so that
+  // one that stays leaves what was summed alone; the sum is this thread's share.
+  float maximum[kM][2], sum[kM][2];
 
   __device__ SoftmaxRows() {
 #pragma unroll
@@ -19,24 +21,29 @@ struct SoftmaxRows {
     }
   }
 
-  // s becomes exp2(scale * (s - maximum)); `o` and the sums follow the new maxima. A row that has
-  // seen nothing keeps maximum -inf, and 0 stands for it in the exponent.
+  // s becomes exp2(scale * s - maximum); `o` and the sums follow the new maxima. A row that has
+  // seen nothing keeps maximum -inf, and 0 stands for it in the exponent. A NaN is no maximum but
+  // reaches the sum.
   template <int kN, int kO>
   __device__ __forceinline__ void Step(Accumulator<kM, kN>& s, Accumulator<kM, kO>& o,
                                        float scale) {
+    float rescale[kM][2];
+    bool raised = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float top = maximum[m][r];
+        float top = kMinusInfinity;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           top = fmaxf(top, fmaxf(s.at[m][n][2 * r], s.at[m][n][2 * r + 1]));
         }
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float shift = top == kMinusInfinity ? 0.0f : top * scale;
-        const float rescale = cuda::ptx::Exp2(fmaf(maximum[m][r], scale, -shift));
+        top = fmaxf(maximum[m][r], top * scale);
+        const float shift = top == kMinusInfinity ? 0.0f : top;
+        rescale[m][r] = cuda::ptx::Exp2(maximum[m][r] - shift);  // 1 where the maximum stays
+        raised |= rescale[m][r] != 1.0f;
         maximum[m][r] = top;
         float total = 0;
 #pragma unroll
@@ -47,12 +54,16 @@ struct SoftmaxRows {
             total += s.at[m][n][e];
           }
         }
-        sum[m][r] = sum[m][r] * rescale + total;
+        sum[m][r] = sum[m][r] * rescale[m][r] + total;
+      }
+    }
+    if (!__any_sync(0xffffffffu, raised)) return;
 #pragma unroll
-        for (int n = 0; n < kO; ++n) {
-          o.at[m][n][2 * r] *= rescale;
-          o.at[m][n][2 * r + 1] *= rescale;
-        }
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kO; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o.at[m][n][e] *= rescale[m][e / 2];
       }
     }
   }
@@ -195,9 +206,11 @@ class ForwardTile {
         const int token = tile_row % kBlock;
         if (token >= State().Tokens(State().block)) continue;
         const int64_t row = State().first_row + token * p_.heads + tile_row / kBlock;
-        const bool empty = softmax.maximum[m][r] == kMinusInfinity;
+        // Scores of NaN alone have no maximum either, but a sum.
+        const bool empty = softmax.maximum[m][r] == kMinusInfinity && sum == 0;
         if (lane % 4 == 0) {
-          p_.lse[row] = empty ? kMinusInfinity : softmax.maximum[m][r] * p_.scale_abs + logf(sum);
+          const double maximum = softmax.maximum[m][r];  // in units of log2
+          p_.lse[row] = empty ? kMinusInfinity : static_cast<float>(kLn2 * maximum) + logf(sum);
         }
         const float inverse = empty ? 0.0f : 1.0f / sum;
 #pragma unroll

@@ -9,7 +9,7 @@
 // tiles, block masks as bits. A block of threads has kThreads threads.
 namespace longspan::ops::mma {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr double kLn2 = 0.6931471805599453;
 inline constexpr float kMinusInfinity = -__builtin_inff();
 
 // Starts the copies of `rows` rows of `dim` elements, `stride` elements apart, into a tile of

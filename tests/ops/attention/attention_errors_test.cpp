@@ -135,6 +135,28 @@ TEST(AttentionErrorsTest, TensorsOfAnotherDevice) {
   ExpectRefusal(true, "dq is on cpu:0", [&](Problem& p) { p.dq = away(p.dq); });
   ExpectRefusal(true, "dkv.dk is on cpu:0", [&](Problem& p) { p.dkv.dk = away(p.dkv.dk); });
   ExpectRefusal(true, "dkv.dv is on cpu:0", [&](Problem& p) { p.dkv.dv = away(p.dkv.dv); });
+
+  Problem p;
+  const auto expect = [](const std::string& text, const std::function<void()>& call) {
+    try {
+      call();
+      ADD_FAILURE() << "accepted; expected: " << text;
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+    }
+  };
+  const Tensor& here = p.d_out;
+  expect("AttentionDelta: d_out is on cpu:0",
+         [&] { ops::AttentionDelta(p.ctx, away(here), here); });
+  expect("AttentionDelta: o is on cpu:0", [&] { ops::AttentionDelta(p.ctx, here, away(here)); });
+  for (const std::string name : {"o", "lse", "o2", "lse2"}) {
+    const auto at = [&](const char* operand, const Tensor& t) {
+      return name == operand ? away(t) : t;
+    };
+    Tensor o = at("o", here), lse = at("lse", p.lse);
+    expect(Str("MergePartial: ", name, " is on cpu:0"),
+           [&] { ops::MergePartial(p.ctx, o, lse, at("o2", here), at("lse2", p.lse)); });
+  }
 }
 
 TEST(AttentionErrorsTest, GpusTakeNeitherF64NorHugeHeads) {
@@ -239,21 +261,40 @@ TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
   EXPECT_TRUE(table[1].rejects({DType::kF32, 4, 2, 12}).empty());
 }
 
-// A NaN in a query must reach its row of the result, never look like a row that sees nothing.
+// A NaN in a query must reach its row of the result and the gradients of its row and of the keys
+// that it sees, and never look like a row that sees nothing.
 TEST(AttentionErrorsTest, NanReachesTheResult) {
-  for (const std::string& name :
-       ImplementationsFor(Problem().ctx, {DType::kF32, kHeads, kKvHeads, kDim})) {
-    Problem p;
-    Vec q(static_cast<size_t>(p.q.numel()));
-    q[(70 * kHeads + 1) * kDim] = std::numeric_limits<double>::quiet_NaN();
-    p.q = FromVec(p.ctx, p.q.shape(), DType::kF32, q);
-    p.options.implementation = name;
-    const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
-    const Vec lse = ToVec(result.lse), o = ToVec(result.o);
-    for (int64_t row = 0; row < kTokens * kHeads; ++row) {
-      const bool bad = row == 70 * kHeads + 1;
-      EXPECT_EQ(std::isnan(lse[static_cast<size_t>(row)]), bad) << name << " row " << row;
-      EXPECT_EQ(std::isnan(o[static_cast<size_t>(row * kDim + 3)]), bad) << name;
+  constexpr int64_t kToken = 70, kHead = 1, kRow = kToken * kHeads + kHead;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const std::string& name :
+         ImplementationsFor(Problem().ctx, {dtype, kHeads, kKvHeads, kDim})) {
+      SCOPED_TRACE(Str(name, " ", ToString(dtype)));
+      Problem p;
+      Vec q(static_cast<size_t>(p.q.numel()));
+      q[kRow * kDim] = std::numeric_limits<double>::quiet_NaN();
+      p.q = FromVec(p.ctx, p.q.shape(), dtype, q);
+      p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, kDim}, dtype),
+                             p.Zeros({kTokens, kKvHeads, kDim}, dtype), p.all);
+      p.options.implementation = name;
+      const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
+      p.lse = result.lse;
+      p.delta = ops::AttentionDelta(p.ctx, p.d_out, result.o);
+      p.Backward();
+      const Vec lse = ToVec(p.lse), o = ToVec(result.o), dq = ToVec(p.dq);
+      for (int64_t row = 0; row < kTokens * kHeads; ++row) {
+        const bool bad = row == kRow;
+        EXPECT_EQ(std::isnan(lse[static_cast<size_t>(row)]), bad) << "row " << row;
+        EXPECT_EQ(std::isnan(o[static_cast<size_t>(row * kDim + 3)]), bad) << "row " << row;
+        EXPECT_EQ(std::isnan(dq[static_cast<size_t>(row * kDim + 3)]), bad) << "row " << row;
+      }
+      const Vec dk = ToVec(p.dkv.dk), dv = ToVec(p.dkv.dv);
+      for (int64_t key = 0; key <= kToken; ++key) {
+        for (int64_t head = 0; head < kKvHeads; ++head) {
+          const auto at = static_cast<size_t>((key * kKvHeads + head) * kDim);
+          EXPECT_EQ(std::isnan(dk[at]), head == 0) << "key " << key << " kv head " << head;
+          EXPECT_EQ(std::isnan(dv[at]), head == 0) << "key " << key << " kv head " << head;
+        }
+      }
     }
   }
 }

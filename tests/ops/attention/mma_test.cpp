@@ -2,6 +2,7 @@
 // sizes, lists longer than what is held at a time. Against naive f64 attention.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -142,6 +143,41 @@ TEST_F(MmaTest, NegativeScale) {
     Check(c);
     c.dim = 192;
     Check(c);
+  }
+}
+
+// The first key of every row weighs all but everything, and 4096 key blocks (all in the same
+// memory) follow: on the way the weight of the first may not drift.
+TEST_F(MmaTest, LongRowsKeepTheWeightOfTheirMaximum) {
+  constexpr int64_t kKeyBlocks = 4097, kDim = 32, kRows = 64;
+  constexpr double kScale = 0.9;  // of which no score is a short number
+  Context ctx = OpContext(1);
+  const auto documents = OneRow(kKeyBlocks * kRows);
+  const auto mask = ops::BlockMask::Build(ops::AttentionPattern::Full(), 1, documents,
+                                          ops::BlockList::FromIds(*documents, {0}),
+                                          ops::BlockList::All(*documents));
+  Vec q = Normal(kRows * kDim, 1, DType::kBF16), k = Normal(2 * kRows * kDim, 2, DType::kBF16);
+  for (double& x : q) x = std::abs(x);
+  for (double& x : k) x = -2 * std::abs(x);
+  std::fill_n(k.begin(), kDim, 1.0);
+  std::vector<int64_t> offsets(kKeyBlocks, kRows * kDim);
+  offsets[0] = 0;
+  const Tensor keys = FromVec(ctx, {2 * kRows, 1, kDim}, DType::kBF16, k);
+  const ops::KvView kv{.k = keys,
+                       .v = keys,
+                       .head_dim = kDim,
+                       .table = std::make_shared<const ops::KvTable>(1, kDim, 0, offsets)};
+  const auto result = ops::AttentionForward(ctx, FromVec(ctx, {kRows, 1, kDim}, DType::kBF16, q),
+                                            kv, *mask, {.scale = kScale, .implementation = kName});
+  const Vec lse = ToVec(result.lse), o = ToVec(result.o);
+  for (size_t i = 0; i < kRows; ++i) {
+    double sum = 0;
+    for (size_t j = 0; j < 2 * kRows; ++j) {
+      const double s = std::inner_product(&q[i * kDim], &q[(i + 1) * kDim], &k[j * kDim], 0.0);
+      sum += std::exp(kScale * s) * (j < kRows ? 1.0 : static_cast<double>(kKeyBlocks - 1));
+    }
+    EXPECT_NEAR(lse[i], std::log(sum), 5e-6) << "row " << i;
+    EXPECT_NEAR(o[i * kDim], 1, 1e-5) << "row " << i;
   }
 }
 
