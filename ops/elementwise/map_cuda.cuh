@@ -1,8 +1,10 @@
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "ops/core/context.h"
 #include "ops/core/cuda/launch.h"
+#include "ops/core/cuda/ptx.cuh"
 #include "ops/core/dtype.h"
 
 // The CUDA twin of rows.h: elements are widened to the accumulator dtype, computed on, and rounded
@@ -38,22 +40,44 @@ __device__ Pack<T, N>& PackAt(T* data, int64_t i) {
   return *reinterpret_cast<Pack<T, N>*>(data + i);
 }
 
+// to[j] = value[j] rounded to T; `to` is aligned as a pack. bf16 by the instruction for a pair of
+// them, where the formula of BF16 takes six an element, and as words of 64 bits, because a pack of
+// 8 bytes would be stored in pieces. The sign of a NaN is lost.
+template <class T, int N, class Acc>
+__device__ void StoreRounded(T* to, const Acc (&value)[N]) {
+  if constexpr (std::is_same_v<T, BF16> && N % 4 == 0) {
+    Pack<uint64_t, N / 4> words;
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const Acc* four = value + 4 * j;
+      words.element[j] = uint64_t{cuda::ptx::PackBf16(four[2], four[3])} << 32 |
+                         cuda::ptx::PackBf16(four[0], four[1]);
+    }
+    PackAt<N / 4>(reinterpret_cast<uint64_t*>(to), 0) = words;
+  } else {
+    Pack<T, N> rounded;
+#pragma unroll
+    for (int j = 0; j < N; ++j) rounded.element[j] = static_cast<T>(value[j]);
+    PackAt<N>(to, 0) = rounded;
+  }
+}
+
+// Both kernels take packs by value: through references the compiler loads element by element.
 template <int N, class Out, class F, class... In>
 __global__ void MapKernel(int64_t n, Out* out, F f, const In*... in) {
   using Acc = Accumulator<Out>;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (i + N <= n) {
-    const auto apply = [&](const Pack<In, N>&... from) {
-      Pack<Out, N> to;
+    const auto apply = [&](const Pack<In, N>... from) {
+      Acc to[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        to.element[j] = static_cast<Out>(f(static_cast<Acc>(from.element[j])...));
-      }
-      PackAt<N>(out, i) = to;
+      for (int j = 0; j < N; ++j) to[j] = f(static_cast<Acc>(from.element[j])...);
+      StoreRounded(out + i, to);
     };
     apply(PackAt<N>(in, i)...);
     return;
   }
+#pragma unroll 1
   for (int64_t j = i; j < n; ++j) out[j] = static_cast<Out>(f(static_cast<Acc>(in[j])...));
 }
 
@@ -62,21 +86,17 @@ __global__ void MapPairKernel(int64_t n, Out* out0, Out* out1, F f, const In*...
   using Acc = Accumulator<Out>;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (i + N <= n) {
-    const auto apply = [&](const Pack<In, N>&... from) {
-      Pack<Out, N> to0, to1;
+    const auto apply = [&](const Pack<In, N>... from) {
+      Acc to0[N], to1[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        Acc a, b;
-        f(a, b, static_cast<Acc>(from.element[j])...);
-        to0.element[j] = static_cast<Out>(a);
-        to1.element[j] = static_cast<Out>(b);
-      }
-      PackAt<N>(out0, i) = to0;
-      PackAt<N>(out1, i) = to1;
+      for (int j = 0; j < N; ++j) f(to0[j], to1[j], static_cast<Acc>(from.element[j])...);
+      StoreRounded(out0 + i, to0);
+      StoreRounded(out1 + i, to1);
     };
     apply(PackAt<N>(in, i)...);
     return;
   }
+#pragma unroll 1
   for (int64_t j = i; j < n; ++j) {
     Acc a, b;
     f(a, b, static_cast<Acc>(in[j])...);

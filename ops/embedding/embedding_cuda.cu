@@ -22,12 +22,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t d = static_cast<int64_t>(threadIdx.x) * N; d < width; d += kThreads * N) {
     Pack<From, N> in{};
     if (known) in = PackAt<N>(row, d);
-    Pack<To, N> out;
+    float out[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      out.element[j] = static_cast<To>(known ? static_cast<float>(in.element[j]) : NAN);
-    }
-    PackAt<N>(to, d) = out;
+    for (int j = 0; j < N; ++j) out[j] = known ? static_cast<float>(in.element[j]) : NAN;
+    StoreRounded(to + d, out);
   }
 }
 

@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kThreads)
   RowState state;
   for (int64_t v = static_cast<int64_t>(threadIdx.x) * N; v < vocab; v += kThreads * N) {
     if (v + N <= vocab) {
-      state.Take(PackAt<N>(row, v).element);
+      const Pack<float, N> in = PackAt<N>(row, v);  // a copy: one load
+      state.Take(in.element);
     } else {
+#pragma unroll 1
       for (int64_t j = v; j < vocab; ++j) state.Take({row[j]});
     }
   }
@@ -111,21 +113,23 @@ __global__ void __launch_bounds__(kThreads)
   const bool counts = label != kNoLabel;
   const float l = lse[t];
   const float factor = static_cast<float>(scale * (1 + 2 * z_loss * static_cast<double>(l)));
+  // Selects, so that the elements of a pack stay together.
+  const float step = static_cast<float>(scale);
   const auto gradient = [&](float logit, int64_t v) {
-    if (!counts) return 0.0f;
     const float p = Exp(logit - l) * factor;
-    return v == label ? p - static_cast<float>(scale) : p;
+    return counts ? p - (v == label ? step : 0.0f) : 0.0f;
   };
   const float* row = logits + t * vocab;
   T* to = out + t * vocab;
   for (int64_t v = begin + static_cast<int64_t>(threadIdx.x) * N; v < end; v += kThreads * N) {
     if (v + N <= end) {
       const Pack<float, N> in = PackAt<N>(row, v);
-      Pack<T, N> rounded;
+      float slope[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) rounded.element[j] = T(gradient(in.element[j], v + j));
-      PackAt<N>(to, v) = rounded;
+      for (int j = 0; j < N; ++j) slope[j] = gradient(in.element[j], v + j);
+      StoreRounded(to + v, slope);
     } else {
+#pragma unroll 1
       for (int64_t j = v; j < end; ++j) to[j] = T(gradient(row[j], j));
     }
   }

@@ -83,16 +83,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = head + t * N;
     const Pack<float, N> g = PackAt<N>(a.grad, i);
     Pack<float, N> p = PackAt<N>(a.p, i), m = PackAt<N>(a.m, i), v = PackAt<N>(a.v, i);
-    Pack<BF16, N> rounded;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       rule(g.element[j] * scale, p.element[j], m.element[j], v.element[j]);
-      rounded.element[j] = BF16(p.element[j]);
     }
     PackAt<N>(a.p, i) = p;
     PackAt<N>(a.m, i) = m;
     PackAt<N>(a.v, i) = v;
-    if (a.copy != nullptr) PackAt<N>(a.copy, i) = rounded;
+    if (a.copy != nullptr) StoreRounded(a.copy + i, p.element);
     return;
   }
   const int64_t rest = t - packs, i = rest < head ? rest : packs * N + rest;

@@ -15,16 +15,16 @@ __global__ void RotateKernel(int64_t threads, int64_t heads, int64_t half, const
   const int64_t low = row * 2 * half + pair, high = low + half, angle = token * half + pair;
   const Pack<T, N> a = PackAt<N>(x, low), b = PackAt<N>(x, high);
   const Pack<float, N> c = PackAt<N>(cosines, angle), s = PackAt<N>(sines, angle);
-  Pack<T, N> turned_a, turned_b;
+  float turned_a[N], turned_b[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const float p = static_cast<float>(a.element[j]), q = static_cast<float>(b.element[j]);
     const float cosine = c.element[j], sine = direction * s.element[j];
-    turned_a.element[j] = static_cast<T>(p * cosine - q * sine);
-    turned_b.element[j] = static_cast<T>(q * cosine + p * sine);
+    turned_a[j] = p * cosine - q * sine;
+    turned_b[j] = q * cosine + p * sine;
   }
-  PackAt<N>(y, low) = turned_a;
-  PackAt<N>(y, high) = turned_b;
+  StoreRounded(y + low, turned_a);
+  StoreRounded(y + high, turned_b);
 }
 
 }  // namespace

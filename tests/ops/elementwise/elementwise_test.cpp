@@ -1,5 +1,8 @@
 #include "ops/elementwise/elementwise.h"
 
+#include <cmath>
+#include <limits>
+
 #include "tests/ops/op_test.h"
 
 namespace longspan::test {
@@ -118,6 +121,46 @@ TEST(ElementwiseTest, RefusesWhatDoesNotMix) {
   Tensor ints = ctx.Zeros({4}, DType::kI32);
   EXPECT_THROW(ops::Scale(ctx, ints, 2), InvalidArgument);
   EXPECT_THROW(ops::Fill(ctx, ints, 2), InvalidArgument);
+}
+
+// Ties, carries into the exponent, overflow, subnormals and NaN, at every place of a pack and in
+// views that kernels move element by element.
+TEST(ElementwiseTest, RoundsToBf16AtEveryPlace) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  const Vec values = {1 + 0x1p-8,
+                      1 + 0x3p-8,
+                      1 + 0x1p-8 + 0x1p-20,
+                      -(2 - 0x1p-8),
+                      3.4e38,
+                      -kInfinity,
+                      kNan,
+                      0x1p-134,
+                      0x3p-134,
+                      -0.0,
+                      0x1.fep-127,
+                      0x1p-149,
+                      0.1};
+  Vec many;
+  for (int i = 0; i < 8; ++i) {
+    many.insert(many.end(), values.begin(), values.end());
+    many.push_back(i);  // 14 a round: neighbours end up in other places of a pack
+  }
+  many.push_back(0.1);
+  const Vec expected = RoundedTo(DType::kBF16, many);
+  const auto n = static_cast<int64_t>(many.size());
+  for (const MakeTensor make : kAlignments) {
+    Context ctx = OpContext();
+    const Vec got = ToVec(ops::Cast(ctx, make(ctx, {n}, DType::kF32, many), DType::kBF16));
+    for (size_t i = 0; i < many.size(); ++i) {
+      if (std::isnan(many[i])) {
+        EXPECT_TRUE(std::isnan(got[i])) << i;
+      } else {
+        EXPECT_EQ(got[i], expected[i]) << many[i] << " at " << i;
+        EXPECT_EQ(std::signbit(got[i]), std::signbit(many[i])) << many[i] << " at " << i;
+      }
+    }
+  }
 }
 
 }  // namespace
