@@ -119,8 +119,12 @@ std::vector<BenchRecord> BenchAttention(Context& ctx, const AttentionCase& probl
   std::vector<Candidate> candidates;
   for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
     if (entry.device != ctx.device().kind) continue;
-    candidates.push_back({entry.name, entry.rejects({problem.dtype, problem.heads, problem.kv_heads,
-                                                     problem.head_dim})});
+    candidates.push_back(
+        {entry.name, entry.rejects({.dtype = problem.dtype,
+                                    .heads = problem.heads,
+                                    .kv_heads = problem.kv_heads,
+                                    .head_dim = problem.head_dim,
+                                    .shared_bytes = ops::AttentionSharedBytes(ctx)})});
   }
   const std::vector<std::string> implementations =
       ChooseImplementations(problem.name, candidates, options.implementation);

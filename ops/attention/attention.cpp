@@ -5,6 +5,7 @@
 #include "ops/attention/arguments.h"
 #include "ops/attention/cpu/attention_cpu.h"
 #include "ops/attention/cuda/attention_cuda.h"
+#include "ops/attention/cuda/mma_shape.h"
 
 namespace longspan::ops {
 namespace {
@@ -53,8 +54,15 @@ std::string MmaRejects(const AttentionProblem& problem) {
   if (problem.head_dim % 8 != 0) {
     return Str("head_dim ", problem.head_dim, " is not a multiple of 8");
   }
-  if (!problem.aligned) return "q, k, v or d_out has rows that do not start at 16 bytes";
-  return ReferenceCudaRejects(problem);
+  if (!problem.aligned) return "q, k, v, d_out or dq has rows that do not start at 16 bytes";
+  const std::string reason = ReferenceCudaRejects(problem);
+  if (!reason.empty()) return reason;
+  const int64_t bytes = mma::SharedBytesFor(problem.head_dim);
+  if (bytes > problem.shared_bytes) {
+    return Str("head_dim ", problem.head_dim, " takes ", bytes,
+               " bytes of shared memory and the GPU has ", problem.shared_bytes);
+  }
+  return "";
 }
 
 struct Implementation {
@@ -212,14 +220,16 @@ bool RowsAt16(const Tensor& t, int64_t elements_apart) {
                           elements_apart * static_cast<int64_t>(SizeOf(t.dtype())) % 16 == 0);
 }
 
-AttentionProblem ProblemOf(const Tensor& q, const KvView& kv, const Tensor& d_out) {
+AttentionProblem ProblemOf(const Context& ctx, const Tensor& q, const KvView& kv,
+                           const Tensor& d_out, const Tensor& dq) {
   const int64_t apart = kv.table->alignment();
   return {.dtype = q.dtype(),
           .heads = q.dim(1),
           .kv_heads = kv.kv_heads(),
           .head_dim = q.dim(2),
-          .aligned = RowsAt16(q, q.dim(2)) && RowsAt16(d_out, q.dim(2)) && RowsAt16(kv.k, apart) &&
-                     RowsAt16(kv.v, apart)};
+          .aligned = RowsAt16(q, q.dim(2)) && RowsAt16(d_out, q.dim(2)) && RowsAt16(dq, q.dim(2)) &&
+                     RowsAt16(kv.k, apart) && RowsAt16(kv.v, apart),
+          .shared_bytes = AttentionSharedBytes(ctx)};
 }
 
 }  // namespace
@@ -243,11 +253,16 @@ const std::vector<AttentionImplementation>& AttentionImplementations() {
   return table;
 }
 
+int64_t AttentionSharedBytes(const Context& ctx) {
+  return ctx.device().kind == kCuda ? internal::MmaSharedBytes(ctx)
+                                    : AttentionProblem{}.shared_bytes;
+}
+
 AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv,
                                  const BlockMask& mask, const AttentionOptions& options) {
   constexpr const char* kOp = "AttentionForward";
   const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
-  const Implementation& chosen = Choose(kOp, options, ctx.device(), ProblemOf(q, kv, {}));
+  const Implementation& chosen = Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, {}, {}));
   const TraceScope trace(ctx.trace(), "attention");
   const DType wide = AccumulatorOf(q.dtype());
   AttentionResult result{.o = ctx.Empty(q.shape(), options.round_output ? q.dtype() : wide),
@@ -286,7 +301,8 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
     RequireBlocks(kOp, "dkv", mask, *dkv.table, kv.head_dim,
                   std::min(dkv.dk.numel(), dkv.dv.numel()));
   }
-  const Implementation& chosen = Choose(kOp, options, ctx.device(), ProblemOf(q, kv, d_out));
+  const Implementation& chosen =
+      Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, d_out, dq));
   const TraceScope trace(ctx.trace(), "attention");
   chosen.backward(ctx, {.d_out = d_out,
                         .q = q,

@@ -1,4 +1,5 @@
 #pragma once
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,10 @@ struct AttentionResult {
 AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv,
                                  const BlockMask& mask, const AttentionOptions& options = {});
 
-// delta_i = sum_d do_id * o_id with the final o (any of its dtypes), [Tq, Hq] f32 (f64).
+// delta_i = sum_d do_id * o_id with the final o (any of its dtypes), [Tq, Hq] f32 (f64), from the
+// values given. The backward pass of mma_bf16 rounds an f32 d_out to bf16 and leaves delta as it
+// is: ds = p (dp - delta) is then off by p times the rounding error of do . o, as much as by that
+// of dp. A d_out in bf16 makes the two consistent.
 Tensor AttentionDelta(Context& ctx, const Tensor& d_out, const Tensor& o);
 
 // Adds this mask's share of the gradients: `dq` [Tq, Hq, D] and `dkv`. `lse` is the final one over
@@ -60,14 +64,17 @@ void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const 
 //                   AVX-512
 //   portable        the same blocks in plain vector code, head_dim up to 256
 //   reference       token by token from Visible(), any head_dim; the only one for f64
-//   mma_bf16        GPU, tensor cores: bf16 operands, head_dim a multiple of 8 up to 256;
+//   mma_bf16        GPU, tensor cores: bf16 operands, head_dim a multiple of 8 up to 256 (128 where
+//                   a block has less than 160 KB of shared memory: sm_86, sm_89, sm_120);
 //                   probabilities and score gradients, and d_out, are rounded to bf16 where they
 //                   are operands
 //   reference_cuda  GPU, f32 products of f32 or bf16 operands, head_dim up to 256
 struct AttentionProblem {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
-  bool aligned = true;  // the rows of q, k, v (and d_out) start at 16 bytes
+  bool aligned = true;  // the rows of q, k, v (and d_out, dq) start at 16 bytes
+  // GPU: shared memory that a block of threads can have (AttentionSharedBytes).
+  int64_t shared_bytes = std::numeric_limits<int64_t>::max();
 };
 struct AttentionImplementation {
   const char* name;
@@ -76,5 +83,7 @@ struct AttentionImplementation {
   std::string (*rejects)(const AttentionProblem& problem);
 };
 const std::vector<AttentionImplementation>& AttentionImplementations();
+// AttentionProblem::shared_bytes on the device of `ctx`; no limit on a CPU.
+int64_t AttentionSharedBytes(const Context& ctx);
 
 }  // namespace longspan::ops

@@ -35,6 +35,18 @@ TEST_F(BlockTest, EveryThreadRunsOnceWithItsIndex) {
   }
 }
 
+TEST_F(BlockTest, GridsThatNoDeviceTakesAreRefused) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  EXPECT_EQ(GridSize(0), 0u);
+  EXPECT_EQ(GridSize(kMost), 0x7fffffffu);
+  EXPECT_EQ(Cover(kMost * 256).grid.x, 0x7fffffffu);
+  EXPECT_THROW(GridSize(-1), InvalidArgument);
+  for (const int64_t blocks : {kMost + 1, int64_t{1} << 32, (int64_t{1} << 32) + 5}) {
+    EXPECT_THROW(GridSize(blocks), InvalidArgument) << blocks;
+    EXPECT_THROW(Cover(blocks * 256), InvalidArgument) << blocks;
+  }
+}
+
 __global__ void Sums(const float* in, float* out) {
   const unsigned i = blockIdx.x * 256 + threadIdx.x;
   out[i] = BlockSum<256>(in[i]);

@@ -13,9 +13,12 @@ inline constexpr int64_t kMaxCudaHeadDim = 256;
 void ReferenceCudaForward(Context& ctx, const ForwardArgs& args);
 void ReferenceCudaBackward(Context& ctx, const BackwardArgs& args);
 
-// Products of bf16 operands on tensor cores. head_dim a multiple of 8; q, k and v rows at 16 bytes.
+// Products of bf16 operands on tensor cores. head_dim a multiple of 8 for which a block of threads
+// has the shared memory (mma_shape.h); rows of q, k, v, d_out and dq at 16 bytes.
 void MmaForward(Context& ctx, const ForwardArgs& args);
 void MmaBackward(Context& ctx, const BackwardArgs& args);
+// Shared memory that a block of threads can have on ctx's GPU.
+int64_t MmaSharedBytes(const Context& ctx);
 
 // Returns `delta`.
 Tensor AttentionDeltaCuda(Context& ctx, const Tensor& d_out, const Tensor& o, Tensor delta);

@@ -15,6 +15,7 @@ void ReferenceCudaForward(Context&, const ForwardArgs&) { Refuse(); }
 void ReferenceCudaBackward(Context&, const BackwardArgs&) { Refuse(); }
 void MmaForward(Context&, const ForwardArgs&) { Refuse(); }
 void MmaBackward(Context&, const BackwardArgs&) { Refuse(); }
+int64_t MmaSharedBytes(const Context&) { Refuse(); }
 Tensor AttentionDeltaCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
 void MergePartialCuda(Context&, Tensor&, Tensor&, const Tensor&, const Tensor&) { Refuse(); }
 

@@ -17,31 +17,10 @@ using mma::TileGrid;
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Calls f.operator()<kDim>() for the head size of the kernels that take `dim`.
-template <class F>
-void DispatchDim(int64_t dim, F f) {
-  switch (mma::PaddedDim(dim)) {
-    case 32:
-      return f.template operator()<32>();
-    case 64:
-      return f.template operator()<64>();
-    case 96:
-      return f.template operator()<96>();
-    case 128:
-      return f.template operator()<128>();
-    case 192:
-      return f.template operator()<192>();
-    case 256:
-      return f.template operator()<256>();
-    default:
-      throw InvalidArgument(Str("mma_bf16: head_dim ", dim, " is above ", mma::kMaxDim));
-  }
-}
-
-// Calls f.operator()<kHeads>(grid) for the tiles of a group: pairs of heads, then a single one.
-template <int kDim, class F>
-void ForTiles(int64_t group, F f) {
-  const mma::HeadTiles tiles = mma::TilesOfGroup(group, kDim);
+// Calls f.operator()<kHeads>(grid) for the tiles of a group: pairs of heads, then single ones.
+template <template <int, int> class Shape, int kDim, class F>
+void ForTiles(Context& ctx, int64_t group, F f) {
+  const mma::HeadTiles tiles = mma::TilesOfGroup<Shape, kDim>(group, MmaSharedBytes(ctx));
   if constexpr (kDim <= mma::kMaxPairedDim) {
     if (tiles.pairs > 0) f.template operator()<2>(TileGrid{static_cast<unsigned>(tiles.pairs), 0});
   }
@@ -107,6 +86,10 @@ Tensor RoundedToBf16(Context& ctx, const Tensor& t) {
 
 }  // namespace
 
+int64_t MmaSharedBytes(const Context& ctx) {
+  return static_cast<int64_t>(ctx.cuda().properties().sharedMemPerBlockOptin);
+}
+
 void MmaForward(Context& ctx, const ForwardArgs& args) {
   const int64_t heads = args.q.dim(1), dim = args.q.dim(2);
   if (args.q.numel() == 0) return;
@@ -135,8 +118,8 @@ void MmaForward(Context& ctx, const ForwardArgs& args) {
     p.v = args.kv.v.data<BF16>();
     p.kv_stride = CheckedStride("k", args.kv.token_stride());
   }
-  DispatchDim(dim, [&]<int kDim>() {
-    ForTiles<kDim>(p.group, [&]<int kHeads>(const TileGrid& grid) {
+  mma::DispatchDim(dim, [&]<int kDim>() {
+    ForTiles<mma::ForwardShape, kDim>(ctx, p.group, [&]<int kHeads>(const TileGrid& grid) {
       mma::LaunchForward<kDim, kHeads>(ctx.cuda(), p, grid);
     });
   });
@@ -149,6 +132,7 @@ void MmaBackward(Context& ctx, const BackwardArgs& args) {
   CheckKeys(args.kv);
   const Tensor d_out = RoundedToBf16(ctx, args.d_out);
   CheckAligned("d_out", d_out);
+  CheckAligned("dq", args.dq);
   const int64_t stride = (tokens + 1) / 2 * 2 + 2;
   const Tensor statistics = ctx.Empty({heads, stride, 2}, DType::kF32);
   auto* rows = reinterpret_cast<float2*>(statistics.raw());
@@ -175,9 +159,12 @@ void MmaBackward(Context& ctx, const BackwardArgs& args) {
                           .dq = args.dq.data<float>(),
                           .dk = args.dkv.dk.data<float>(),
                           .dv = args.dkv.dv.data<float>()};
-  DispatchDim(dim, [&]<int kDim>() {
+  // Before anything is added: a refusal would leave half of the gradients there.
+  cuda::GridSize(p.mask.columns.busy_tasks);
+  cuda::GridSize(p.mask.rows.busy_tasks * p.group);
+  mma::DispatchDim(dim, [&]<int kDim>() {
     mma::LaunchKeyGradient<kDim>(ctx.cuda(), p);
-    ForTiles<kDim>(p.group, [&]<int kHeads>(const TileGrid& grid) {
+    ForTiles<mma::QueryGradientShape, kDim>(ctx, p.group, [&]<int kHeads>(const TileGrid& grid) {
       mma::LaunchQueryGradient<kDim, kHeads>(ctx.cuda(), p, grid);
     });
   });

@@ -248,8 +248,8 @@ __global__ __launch_bounds__(kThreads, (ForwardShape<kDim, kHeads>::kResident)) 
 template <int kDim, int kHeads>
 void LaunchForward(cuda::Runtime& runtime, const ForwardProblem& problem, const TileGrid& grid) {
   cuda::Launch(runtime, "AttentionForward mma_bf16", ForwardKernel<kDim, kHeads>,
-               {dim3(static_cast<unsigned>(problem.mask.rows.task_count * grid.tiles)),
-                dim3(kThreads), ForwardShape<kDim, kHeads>::kBytes},
+               {dim3(cuda::GridSize(problem.mask.rows.task_count * grid.tiles)), dim3(kThreads),
+                ForwardShape<kDim, kHeads>::kBytes},
                problem, grid);
 }
 

@@ -52,22 +52,28 @@ class KeyGradientTile {
       index += !same;
       LoadQueries(Shape::kQ + (1 - turn) * TileBytes<kDim>(), p_.q, next, head_);
       LoadStatistics(1 - turn, next, head_);
+      if constexpr (Shape::kDOuts == 2) {
+        LoadQueries(Shape::kDOut + (1 - turn) * TileBytes<kDim>(), p_.d_out, next, head_);
+      }
       cuda::ptx::CopyAsyncCommit();
 #pragma unroll 1
       for (int first = 0; first < kBlock; first += kQueries) {
         const int rows = first * kDim * 2;  // bytes
         const int q = Shape::kQ + turn * TileBytes<kDim>() + rows;
+        const int d_out = Shape::kDOut + (Shape::kDOuts - 1) * turn * TileBytes<kDim>() + rows;
         Scores s, dp;
         MultiplyRows<kDim>(s, tiles_, Shape::kK + WarpRow() * kDim * 2, q);
-        MultiplyRows<kDim>(dp, tiles_, Shape::kV + WarpRow() * kDim * 2, Shape::kDOut + rows);
+        MultiplyRows<kDim>(dp, tiles_, Shape::kV + WarpRow() * kDim * 2, d_out);
         Gradients(s, dp, turn, first + parity);
         if (masked) Hide(s, dp, first);
         const Weights<1, kQueries / 16> p(s), ds(dp);
-        AddProduct<kDim>(dv, tiles_, p, Shape::kDOut + rows, first_pair);
-        if (first + kQueries == kBlock) {
+        AddProduct<kDim>(dv, tiles_, p, d_out, first_pair);
+        if (first + kQueries == kBlock) {  // the mask, the listed steps and one dO are free
           __syncthreads();
-          LoadQueries(Shape::kDOut, p_.d_out, next, head_);
-          cuda::ptx::CopyAsyncCommit();
+          if constexpr (Shape::kDOuts == 1) {
+            LoadQueries(Shape::kDOut, p_.d_out, next, head_);
+            cuda::ptx::CopyAsyncCommit();
+          }
         }
         AddProduct<kDim>(dk, tiles_, ds, q, first_pair);
       }
@@ -188,7 +194,7 @@ template <int kDim>
 void LaunchKeyGradient(cuda::Runtime& runtime, const BackwardProblem& problem) {
   using Shape = KeyGradientShape<kDim>;
   cuda::Launch(runtime, "AttentionBackward mma_bf16 dk dv", KeyGradientKernel<kDim>,
-               {dim3(static_cast<unsigned>(problem.mask.columns.busy_tasks), Shape::kParts),
+               {dim3(cuda::GridSize(problem.mask.columns.busy_tasks), Shape::kParts),
                 dim3(kThreads), Shape::kBytes},
                problem);
 }

@@ -36,7 +36,7 @@ class QueryGradientTile {
       if (Masked(now)) {
         FillMask(tiles_.shared + Shape::kMask, p_.mask.rule, State(), State().block, now / 2);
       }
-      cuda::ptx::CopyAsyncWait<0>();
+      cuda::ptx::CopyAsyncWait<1>();  // V may be under way still
       __syncthreads();
       Load(KTile(index + 1), p_.k, State().StepAt(index + 1));
       int32_t next = -1;
@@ -45,6 +45,10 @@ class QueryGradientTile {
         const int rows = first * kDim * 2, k = KTile(index) + rows;  // bytes
         Scores s, dp;
         MultiplyRows<kDim>(s, tiles_, Shape::kQ + WarpRow() * kDim * 2, k);
+        if (first == 0) {
+          cuda::ptx::CopyAsyncWait<1>();  // the newest is K of the next step
+          __syncthreads();
+        }
         MultiplyRows<kDim>(dp, tiles_, Shape::kDOut + WarpRow() * kDim * 2, Shape::kV + rows);
         ScoreGradients(s, dp);
         if (Masked(now)) Hide(dp, first / 32);
@@ -188,8 +192,8 @@ template <int kDim, int kHeads>
 void LaunchQueryGradient(cuda::Runtime& runtime, const BackwardProblem& problem,
                          const TileGrid& grid) {
   cuda::Launch(runtime, "AttentionBackward mma_bf16 dq", QueryGradientKernel<kDim, kHeads>,
-               {dim3(static_cast<unsigned>(problem.mask.rows.busy_tasks * grid.tiles)),
-                dim3(kThreads), QueryGradientShape<kDim, kHeads>::kBytes},
+               {dim3(cuda::GridSize(problem.mask.rows.busy_tasks * grid.tiles)), dim3(kThreads),
+                QueryGradientShape<kDim, kHeads>::kBytes},
                problem, grid);
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "ops/attention/block_mask.h"
@@ -21,6 +22,24 @@ constexpr int PaddedDim(int64_t dim) {
     if (dim <= padded) return padded;
   }
   return 0;
+}
+// Calls f.operator()<kDim>() for the head size of the kernels that take `dim`, at most kMaxDim.
+template <class F>
+constexpr auto DispatchDim(int64_t dim, F f) {
+  switch (PaddedDim(dim)) {
+    case 32:
+      return f.template operator()<32>();
+    case 64:
+      return f.template operator()<64>();
+    case 96:
+      return f.template operator()<96>();
+    case 128:
+      return f.template operator()<128>();
+    case 192:
+      return f.template operator()<192>();
+    default:
+      return f.template operator()<256>();
+  }
 }
 
 // Tiles are [rows][dim] bf16 in shared memory, in chunks of 16 bytes. The chunks of a row are
@@ -103,8 +122,9 @@ struct QueryGradientShape {
 #endif
 };
 
-// Gradients of k and v: K and V stay; Q is double-buffered, dO is free in the middle of a step.
-// Above 128 a block accumulates half of the columns of dK and dV, and gridDim.y is 2.
+// Gradients of k and v: K and V stay; Q is double-buffered, and up to 128 so is dO, which is free
+// in the middle of a step otherwise. Above 128 a block accumulates half of the columns of dK and
+// dV, and gridDim.y is 2.
 inline constexpr int kStatisticsBytes = (kBlock + 2) * 8;
 template <int kDim>
 struct KeyGradientShape {
@@ -112,10 +132,11 @@ struct KeyGradientShape {
   static constexpr int kColumns = kDim / kParts;
   static constexpr int kK = 0;
   static constexpr int kV = kK + TileBytes<kDim>();
-  static constexpr int kQ = kV + TileBytes<kDim>();  // two tiles
-  static constexpr int kDOut = kQ + 2 * TileBytes<kDim>();
+  static constexpr int kQ = kV + TileBytes<kDim>();         // two tiles
+  static constexpr int kDOut = kQ + 2 * TileBytes<kDim>();  // kDOuts tiles
+  static constexpr int kDOuts = kDim <= 128 ? 2 : 1;
   // Two times {lse, delta} of 64 rows, which start one element later where their index is odd.
-  static constexpr int kStatistics = kDOut + TileBytes<kDim>();
+  static constexpr int kStatistics = kDOut + kDOuts * TileBytes<kDim>();
   static constexpr int kMask = kStatistics + 2 * kStatisticsBytes;
   static constexpr int kTask = kMask + kMaskBytes;
   static constexpr int kBytes = kTask + kTaskBytes;
@@ -123,14 +144,24 @@ struct KeyGradientShape {
   static constexpr int kResident = kColumns <= 64 ? 3 : 2;
 };
 
-// How the query heads of a group are cut into tiles of `heads` each: pairs as far as they go where
-// the kernel takes pairs, single heads for the rest.
+// How the query heads of a group are cut into tiles: pairs as far as they go where the kernel of
+// `Shape` takes pairs and a block may have the memory for them, single heads for the rest.
 struct HeadTiles {
   int pairs, singles;
 };
-constexpr HeadTiles TilesOfGroup(int64_t group, int padded_dim) {
-  const int pairs = padded_dim <= kMaxPairedDim ? static_cast<int>(group / 2) : 0;
+template <template <int, int> class Shape, int kDim>
+constexpr HeadTiles TilesOfGroup(int64_t group, int64_t shared_bytes) {
+  const bool fits = kDim <= kMaxPairedDim && Shape<kDim, 2>::kBytes <= shared_bytes;
+  const int pairs = fits ? static_cast<int>(group / 2) : 0;
   return {pairs, static_cast<int>(group) - 2 * pairs};
+}
+
+// The shared memory that a block must be able to have for both passes over heads of `dim`.
+constexpr int64_t SharedBytesFor(int64_t dim) {
+  return DispatchDim(dim, [&]<int kDim>() -> int64_t {
+    return std::max({ForwardShape<kDim, 1>::kBytes, QueryGradientShape<kDim, 1>::kBytes,
+                     KeyGradientShape<kDim>::kBytes});
+  });
 }
 
 }  // namespace longspan::ops::mma

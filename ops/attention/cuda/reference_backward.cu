@@ -162,16 +162,17 @@ void ReferenceCudaBackward(Context& ctx, const BackwardArgs& args) {
       args.dkv.dv.data<float>(),
       OnDevice(ctx, *args.dkv.table)};
   const auto shape = [](int64_t blocks) {
-    return cuda::LaunchShape{dim3(static_cast<unsigned>(blocks)), dim3(reference::kThreads),
+    return cuda::LaunchShape{dim3(cuda::GridSize(blocks)), dim3(reference::kThreads),
                              sizeof(reference::Shared)};
   };
   const DeviceMask& mask = problem.problem.mask;
+  const cuda::LaunchShape rows = shape(mask.rows.busy_tasks * problem.problem.group),
+                          columns = shape(mask.columns.busy_tasks);
   reference::DispatchDim(args.kv.head_dim, [&]<int kDim>() {
     cuda::Launch(ctx.cuda(), "AttentionBackward dQ(reference_cuda)",
-                 reference::QueryGradientKernel<kDim>,
-                 shape(mask.rows.busy_tasks * problem.problem.group), problem);
+                 reference::QueryGradientKernel<kDim>, rows, problem);
     cuda::Launch(ctx.cuda(), "AttentionBackward dKdV(reference_cuda)",
-                 reference::KeyGradientKernel<kDim>, shape(mask.columns.busy_tasks), problem);
+                 reference::KeyGradientKernel<kDim>, columns, problem);
   });
 }
 

@@ -130,7 +130,7 @@ void ReferenceCudaForward(Context& ctx, const ForwardArgs& args) {
   reference::DispatchDim(args.kv.head_dim, [&]<int kDim>() {
     cuda::Launch(
         ctx.cuda(), "AttentionForward(reference_cuda)", reference::ForwardKernel<kDim>,
-        {dim3(static_cast<unsigned>(blocks)), dim3(reference::kThreads), sizeof(reference::Shared)},
+        {dim3(cuda::GridSize(blocks)), dim3(reference::kThreads), sizeof(reference::Shared)},
         problem);
   });
 }

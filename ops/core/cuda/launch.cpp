@@ -2,10 +2,21 @@
 
 #include "ops/core/check.h"
 
-namespace longspan::cuda::internal {
+namespace longspan::cuda {
+
+unsigned GridSize(int64_t blocks) {
+  constexpr int64_t kMost = 0x7fffffff;
+  LONGSPAN_CHECK(blocks >= 0 && blocks <= kMost)
+      << "a grid of " << blocks << " blocks; at most " << kMost << " are possible";
+  return static_cast<unsigned>(blocks);
+}
+
+namespace internal {
 namespace {
 
-constexpr size_t kSharedWithoutAsking = 48 * 1024;
+// A kernel that has not asked may use 48 KiB, static shared memory included, of which no kernel has
+// more than the difference.
+constexpr size_t kSharedWithoutAsking = 32 * 1024;
 
 void CheckShape(const Runtime& runtime, const char* name, const LaunchShape& s) {
   const cudaDeviceProp& p = runtime.properties();
@@ -31,12 +42,16 @@ void LaunchChecked(Runtime& runtime, const char* name, const void* kernel, Launc
   if (shape.shared_bytes > kSharedWithoutAsking) {
     LONGSPAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(shape.shared_bytes)));
+    // A driver that keeps more of the memory as L1 cache would hold fewer blocks at once.
+    LONGSPAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                       cudaSharedmemCarveoutMaxShared));
   }
   const cudaStream_t stream = shape.stream != nullptr ? shape.stream : runtime.stream();
-  const cudaError_t status = cudaLaunchKernel(kernel, shape.grid, shape.block, arguments,
-                                              shape.shared_bytes, stream);
+  const cudaError_t status =
+      cudaLaunchKernel(kernel, shape.grid, shape.block, arguments, shape.shared_bytes, stream);
   Check(status, name, __FILE__, __LINE__);
   if (runtime.sync_checks()) Check(cudaStreamSynchronize(stream), name, __FILE__, __LINE__);
 }
 
-}  // namespace longspan::cuda::internal
+}  // namespace internal
+}  // namespace longspan::cuda

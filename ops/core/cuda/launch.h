@@ -15,11 +15,14 @@ struct LaunchShape {
   cudaStream_t stream = nullptr;  // null: the runtime's compute stream
 };
 
+// `blocks` as an extent of a grid: the largest along x on any device is 2^31 - 1.
+// Errors: InvalidArgument for more, and for less than 0.
+unsigned GridSize(int64_t blocks);
+
 // Blocks of `threads` that cover n elements, `each` per thread.
 inline LaunchShape Cover(int64_t n, int threads = 256, int64_t each = 1) {
   const int64_t per_block = threads * each;
-  return {dim3(static_cast<unsigned>((n + per_block - 1) / per_block)),
-          dim3(static_cast<unsigned>(threads))};
+  return {dim3(GridSize((n + per_block - 1) / per_block)), dim3(static_cast<unsigned>(threads))};
 }
 
 namespace internal {

@@ -208,6 +208,17 @@ TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
                   });
     ExpectRefusal(false, "implementation mma_bf16 cannot run this: it takes bf16",
                   [](Problem& p) { p.options.implementation = "mma_bf16"; });
+    ExpectRefusal(true,
+                  "implementation mma_bf16 cannot run this: q, k, v, d_out or dq has rows that do "
+                  "not start at 16 bytes",
+                  [](Problem& p) {
+                    p.q = p.Zeros(p.q.shape(), DType::kBF16);
+                    const Tensor k = p.Zeros({kTokens, kKvHeads, kDim}, DType::kBF16);
+                    p.kv = ops::MakeKvView(k, k, p.all);
+                    p.dq = FromVecUnaligned(p.ctx, p.q.shape(), DType::kF32,
+                                            Vec(static_cast<size_t>(p.q.numel())));
+                    p.options.implementation = "mma_bf16";
+                  });
     return;
   }
   ExpectRefusal(false, "implementation portable cannot run this: head_dim 264 is above 256",

@@ -90,9 +90,11 @@ Scattered Scatter(const ops::BlockList& keys, int64_t kv_heads, int64_t dim, boo
 
 std::vector<std::string> ImplementationsFor(const Context& ctx,
                                             const ops::AttentionProblem& problem) {
+  ops::AttentionProblem here = problem;
+  here.shared_bytes = ops::AttentionSharedBytes(ctx);
   std::vector<std::string> names;
   for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
-    if (entry.device == ctx.device().kind && entry.rejects(problem).empty()) {
+    if (entry.device == ctx.device().kind && entry.rejects(here).empty()) {
       names.push_back(entry.name);
     }
   }

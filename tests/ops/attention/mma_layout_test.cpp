@@ -3,6 +3,7 @@
 
 #include <set>
 
+#include "ops/attention/attention.h"
 #include "ops/attention/cuda/mma_shape.h"
 #include "ops/attention/cuda/mma_visible.h"
 #include "ops/core/rng.h"
@@ -107,7 +108,7 @@ TEST(MmaLayoutTest, SharedMemoryFits) {
       ExpectFits<QueryGradientShape<kDim, 2>>();
       EXPECT_GE(HopperBlocks(ForwardShape<kDim, 2>::kBytes), 2);
       EXPECT_GE(HopperBlocks(QueryGradientShape<kDim, 2>::kBytes), 2);
-      EXPECT_GE(HopperBlocks(KeyGradientShape<kDim>::kBytes), 2);
+      EXPECT_GE(HopperBlocks(KeyGradientShape<kDim>::kBytes), KeyGradientShape<kDim>::kResident);
     }
   });
   EXPECT_LE(2 * (ForwardShape<128, 2>::kBytes + 1024), 164 * 1024);  // two on an A100
@@ -124,17 +125,44 @@ TEST(MmaLayoutTest, SmallestHeadSizeThatHoldsIt) {
   EXPECT_EQ(PaddedDim(kMaxDim + 1), 0);
 }
 
+// What a block may have on sm_86, sm_89 and sm_120.
+constexpr int kSmall = 99 * 1024;
+
 TEST(MmaLayoutTest, TilesTakeEveryHeadOfAGroupOnce) {
-  for (const int dim : kPaddedDims) {
-    for (int group = 1; group <= 9; ++group) {
-      const HeadTiles tiles = TilesOfGroup(group, dim);
-      EXPECT_EQ(2 * tiles.pairs + tiles.singles, group);
-      if (dim > kMaxPairedDim) {
-        EXPECT_EQ(tiles.pairs, 0);
-      } else {
-        EXPECT_EQ(tiles.singles, group % 2);
+  ForEachDim([]<int kDim>() {
+    const auto expect = [&]<template <int, int> class Shape>(int shared_bytes, bool pairs) {
+      for (int group = 1; group <= 9; ++group) {
+        const HeadTiles tiles = TilesOfGroup<Shape, kDim>(group, shared_bytes);
+        EXPECT_EQ(2 * tiles.pairs + tiles.singles, group);
+        EXPECT_EQ(tiles.pairs, pairs ? group / 2 : 0) << kDim << " in " << shared_bytes;
       }
+    };
+    for (const int shared_bytes : {kAmpere, kHopper}) {
+      expect.template operator()<ForwardShape>(shared_bytes, kDim <= kMaxPairedDim);
+      expect.template operator()<QueryGradientShape>(shared_bytes, kDim <= kMaxPairedDim);
     }
+    expect.template operator()<ForwardShape>(kSmall, kDim <= 128);
+    expect.template operator()<QueryGradientShape>(kSmall, kDim <= 96);
+  });
+}
+
+// What is chosen has to fit, or the gradients would stop half-way.
+TEST(MmaLayoutTest, DevicesWithLessSharedMemoryTakeWhatFits) {
+  ForEachDim([]<int kDim>() {
+    EXPECT_LE((ForwardShape<kDim, 1>::kBytes), SharedBytesFor(kDim));
+    EXPECT_LE((QueryGradientShape<kDim, 1>::kBytes), SharedBytesFor(kDim));
+    EXPECT_LE(KeyGradientShape<kDim>::kBytes, SharedBytesFor(kDim));
+    EXPECT_LE(SharedBytesFor(kDim), kAmpere);
+  });
+  const auto& entry = ops::AttentionImplementations()[3];
+  ASSERT_STREQ(entry.name, "mma_bf16");
+  for (int64_t dim = 8; dim <= kMaxDim; dim += 8) {
+    ops::AttentionProblem problem{DType::kBF16, 4, 2, dim};
+    EXPECT_EQ(entry.rejects(problem), "");
+    problem.shared_bytes = kAmpere;
+    EXPECT_EQ(entry.rejects(problem), "");
+    problem.shared_bytes = kSmall;
+    EXPECT_EQ(entry.rejects(problem).empty(), dim <= 128) << entry.rejects(problem);
   }
 }
 
