@@ -95,16 +95,15 @@ __global__ __launch_bounds__(128) void ProductKernel(const __grid_constant__ CUt
   float d[kN / 2];
 #pragma unroll
   for (float& x : d) x = 1e6f;  // the first step overwrites
-  WarpgroupFence();
 #pragma unroll
   for (int inner = 0; inner < kInner; inner += 16) {
+    WarpgroupFence(d);
     const uint64_t columns =
         kTransposeB ? InnerAcrossRows(tile_b, inner, kBoxBytes) : InnerContiguous(tile_b, inner);
     if constexpr (kRegisters) {
       const uint32_t* pair = a_pairs + row * (kInner / 2) + inner / 2 + lane % 4;
       const uint32_t rows[4] = {pair[0], pair[8 * (kInner / 2)], pair[4],
                                 pair[8 * (kInner / 2) + 4]};
-      WarpgroupFence();
       Wgmma<kN, kTransposeB>(d, rows, columns, inner != 0);
     } else {
       const uint64_t rows =
@@ -112,7 +111,7 @@ __global__ __launch_bounds__(128) void ProductKernel(const __grid_constant__ CUt
       Wgmma<kN, kTransposeA, kTransposeB>(d, rows, columns, inner != 0);
     }
     WarpgroupCommit();
-    WarpgroupWait<0>();
+    WarpgroupWait<0>(d);
   }
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) {
@@ -295,7 +294,7 @@ __global__ void MulticastKernel(const __grid_constant__ CUtensorMap map, float* 
     BarrierArriveExpect(full, sizeof(box));
     BarrierArriveRemote(ready, 0);
     if (rank == 0) {
-      BarrierWait(ready, 0);
+      BarrierWaitCluster(ready, 0);
       LoadBoxMulticast(Shared(box), &map, full, 3, 8, 1);
     }
   }

@@ -69,6 +69,23 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTryWait(barrier, parity)) {
   }
 }
+// The same where threads of other blocks of the cluster arrive (BarrierArriveRemote): what they did
+// before is then visible too.
+__device__ __forceinline__ bool BarrierTryWaitCluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+__device__ __forceinline__ void BarrierWaitCluster(uint32_t barrier, uint32_t parity) {
+  while (!BarrierTryWaitCluster(barrier, parity)) {
+  }
+}
 
 // ---- tensor copies (TMA) ---------------------------------------------------------------------
 // One thread calls. Coordinates are in elements, innermost first. `map` is a
@@ -188,8 +205,22 @@ __device__ __forceinline__ void ProxyFence() {
 // at row 16 w + g + 8 (e / 2) and column 8 j + 2 t + e % 2. Accumulators may not be touched between
 // WarpgroupFence and the wait that covers the product.
 
+// Accesses of the compiler to `d` stay on their side of this. (A loop over the range makes ptxas
+// copy wide accumulators and serialise their products.)
+template <int kCount>
+__device__ __forceinline__ void Pin(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 __device__ __forceinline__ void WarpgroupFence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// With the accumulators of the products that follow, written before.
+template <int kCount>
+__device__ __forceinline__ void WarpgroupFence(float (&d)[kCount]) {
+  Pin(d);
+  WarpgroupFence();
 }
 __device__ __forceinline__ void WarpgroupCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -197,6 +228,13 @@ __device__ __forceinline__ void WarpgroupCommit() {
 template <int kPending>
 __device__ __forceinline__ void WarpgroupWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// With the accumulators of products that are complete then: a memory clobber does not hold
+// registers, which the compiler could otherwise read above the wait.
+template <int kPending, int kCount>
+__device__ __forceinline__ void WarpgroupWait(float (&d)[kCount]) {
+  WarpgroupWait<kPending>();
+  Pin(d);
 }
 
 #define LONGSPAN_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
