@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "ops/core/context.h"
+#include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/launch.h"
 #include "ops/core/cuda/ptx.cuh"
 #include "ops/core/dtype.h"
@@ -33,10 +34,12 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 };
 template <int N, class T>
 __device__ const Pack<T, N>& PackAt(const T* data, int64_t i) {
+  LONGSPAN_CHECK_ALIGNED(data + i, (alignof(Pack<T, N>)));
   return *reinterpret_cast<const Pack<T, N>*>(data + i);
 }
 template <int N, class T>
 __device__ Pack<T, N>& PackAt(T* data, int64_t i) {
+  LONGSPAN_CHECK_ALIGNED(data + i, (alignof(Pack<T, N>)));
   return *reinterpret_cast<Pack<T, N>*>(data + i);
 }
 

@@ -127,3 +127,13 @@ float Exp2(float x) {
 }
 
 }  // namespace longspan::cuda::ptx
+
+namespace longspan::emulated {
+
+void CheckAligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  BlockRunner::Current().Fail(
+      "an access of several elements at an address that is not aligned to it");
+}
+
+}  // namespace longspan::emulated

@@ -21,6 +21,9 @@ namespace {
 
 // Of an H100.
 constexpr size_t kSharedPerBlock = 48 * 1024, kSharedOptin = 232448, kSharedPerProcessor = 233472;
+// What a kernel may have of dynamic shared memory without asking: static shared memory counts too,
+// and how much a kernel has of it is not known here.
+constexpr size_t kSharedUnasked = kSharedPerBlock - 1024;
 constexpr int kMaxThreads = 1024, kProcessors = 132, kMaxThreadsPerProcessor = 2048;
 constexpr int kMaxBlocksPerProcessor = 32;
 constexpr int kLeastPriority = 0, kGreatestPriority = -5;
@@ -43,7 +46,7 @@ size_t SharedLimit(const void* kernel) {
   Kernels& kernels = TheKernels();
   const std::lock_guard lock(kernels.mutex);
   const auto it = kernels.shared_limit.find(kernel);
-  return it == kernels.shared_limit.end() ? kSharedPerBlock : static_cast<size_t>(it->second);
+  return it == kernels.shared_limit.end() ? kSharedUnasked : static_cast<size_t>(it->second);
 }
 
 std::unique_ptr<BlockRunner> TakeRunner() {
@@ -288,7 +291,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (em::Failed()) return cudaErrorLaunchFailure;
-  return Resolve(stream)->Idle() ? cudaSuccess : cudaErrorNotReady;
+  return Resolve(stream)->Idle() ? cudaSuccess : Report(cudaErrorNotReady);
 }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
   *priority = Resolve(stream)->priority;
@@ -341,7 +344,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (event == nullptr) return Report(cudaErrorInvalidResourceHandle);
   if (em::Failed()) return cudaErrorLaunchFailure;
   const auto last = event->Last();
-  return last == nullptr || last->done.load() != 0 ? cudaSuccess : cudaErrorNotReady;
+  return last == nullptr || last->done.load() != 0 ? cudaSuccess : Report(cudaErrorNotReady);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (event == nullptr) return Report(cudaErrorInvalidResourceHandle);

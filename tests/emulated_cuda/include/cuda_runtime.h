@@ -31,9 +31,12 @@ constexpr int warpSize = 32;
 
 namespace longspan::emulated {
 
+// Fails the device, as a GPU does at such an access, unless p is a multiple of `bytes`.
+void CheckAligned(const void* p, size_t bytes);
+
 // Fails the device when an argument is a host pointer, or a struct with a word that points into the
-// host's memory. (With AddressSanitizer the places of host and device memory are not told apart, and
-// nothing is checked.)
+// host's memory. (With AddressSanitizer the places of host and device memory are not told apart,
+// and nothing is checked.)
 void CheckArgument(const char* kernel, int index, const void* data, size_t bytes, bool is_pointer);
 template <class... P>
 void CheckArguments(const char* kernel, const std::tuple<P...>& values) {
