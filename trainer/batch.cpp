@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "ops/core/cuda/backend.h"
+
 namespace longspan::trainer {
 namespace {
 
@@ -38,6 +40,12 @@ Tensor OnDevice(Context& ctx, const Tensor& host) {
 LocalBatch ToDevice(Context& ctx, const LocalBatch& host) {
   if (ctx.device().kind == DeviceKind::kCpu) return host;
   const MemoryScope scope(ctx.allocator(), MemoryCategory::kStaging);
+  size_t bytes = 0;  // the RoPE table of a long batch is most of it
+  for (const Tensor* t : {&host.ids, &host.labels, &host.order.tokens, &host.order.pieces,
+                          &host.order.joins, &host.rope.cos, &host.rope.sin}) {
+    bytes += t->bytes();
+  }
+  cuda::ReserveUploads(ctx.cuda(), bytes);
   LocalBatch device = host;
   device.ids = OnDevice(ctx, host.ids);
   device.labels = OnDevice(ctx, host.labels);

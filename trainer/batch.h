@@ -18,7 +18,9 @@ struct PreparedBatch {
 };
 
 // The batch with its tensors on the device of `ctx`: `host` itself on a CPU, else copies that are
-// made in the order of the compute stream, without waiting for it. The host's may go at once.
+// made in the order of the compute stream, without waiting for it while the batch before last has
+// arrived there: pinned memory holds two batches of the largest size seen. The host's may go at
+// once.
 LocalBatch ToDevice(Context& ctx, const LocalBatch& host);
 
 // Turns micro-batches of the loader into this rank's part: picks the tokens of its placement,

@@ -68,11 +68,6 @@ void Allocator::Count(size_t bytes, MemoryCategory category) {
   peak_by_ = used_by_;
 }
 
-void Allocator::CountForeign(size_t bytes, MemoryCategory category) {
-  std::lock_guard lock(mutex_);
-  Count(bytes, category);
-}
-
 void* Allocator::Allocate(size_t bytes, MemoryCategory category) {
   const size_t size = ClassOf(bytes);
   void* data = nullptr;

@@ -58,8 +58,6 @@ class Allocator {
   void* Allocate(size_t bytes, MemoryCategory category = MemoryCategory::kActivations);
   void Free(void* data, size_t bytes,
             MemoryCategory category = MemoryCategory::kActivations) noexcept;
-  // Counts memory that a library took from the device by itself and keeps.
-  void CountForeign(size_t bytes, MemoryCategory category);
   void Trim();  // returns cached blocks to the source
 
   size_t used_bytes() const;    // handed out now

@@ -126,7 +126,8 @@ class Plan {
     const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
         handle, product_.get(), first_.get(), second_.get(), result_.get(), result_.get(),
         preference.get(), 1, &best, &found);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && found == 0)) {
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED ||
+        (status == CUBLAS_STATUS_SUCCESS && (found == 0 || best.state != CUBLAS_STATUS_SUCCESS))) {
       throw Unsupported(Str("Gemm: cuBLASLt has no kernel for ", c.a.Describe(),
                             c.transpose_a ? "^T" : "", " times ", c.b.Describe(),
                             c.transpose_b ? "^T" : "", " into ", c.c.Describe()));
@@ -144,10 +145,12 @@ class Plan {
 // are on its one stream.
 class CublasLt {
  public:
-  explicit CublasLt(cuda::Runtime& runtime) : runtime_(runtime) {
-    runtime.MakeCurrent();
+  // The workspace is a block of the Context's allocator, which counts it and makes room for it; it
+  // is never given back there, because the runtime outlives the allocators of its tensors.
+  explicit CublasLt(Context& ctx) : runtime_(ctx.cuda()) {
+    runtime_.MakeCurrent();
     Check(cublasLtCreate(handle_.address()), "cublasLtCreate");
-    LONGSPAN_CUDA(cudaMallocAsync(&workspace_, kWorkspaceBytes, runtime.stream()));
+    workspace_ = ctx.allocator().Allocate(kWorkspaceBytes, MemoryCategory::kWorkspace);
   }
   ~CublasLt() { cudaFreeAsync(workspace_, runtime_.stream()); }
 
@@ -174,10 +177,7 @@ class CublasLt {
 
 void RunCublasLt(Context& ctx, const GemmCall& call) {
   std::shared_ptr<void>& place = ctx.cuda().Library("cublasLt");
-  if (place == nullptr) {
-    place = std::make_shared<CublasLt>(ctx.cuda());
-    ctx.allocator().CountForeign(kWorkspaceBytes, MemoryCategory::kWorkspace);
-  }
+  if (place == nullptr) place = std::make_shared<CublasLt>(ctx);
   static_cast<CublasLt*>(place.get())->Run(call);
 }
 

@@ -356,7 +356,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   static_assert(sizeof(Needs) <= sizeof(cublasLtMatmulAlgo_t));
   std::memcpy(&results[0].algo, &needs, sizeof needs);
   results[0].workspaceSize = needs.workspace_bytes;
-  results[0].state = CUBLAS_STATUS_SUCCESS;
+  results[0].state = longspan::emulated::TakeFault(longspan::emulated::Fault::kGemmChoice)
+                         ? CUBLAS_STATUS_NOT_SUPPORTED
+                         : CUBLAS_STATUS_SUCCESS;
   results[0].wavesCount = 1;
   *returned = 1;
   return CUBLAS_STATUS_SUCCESS;

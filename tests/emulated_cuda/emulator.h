@@ -50,6 +50,7 @@ enum class Fault {
   kHostMemory,    // the same for pinned memory
   kLaunch,        // a launch returns cudaErrorLaunchOutOfResources; the device stays usable
   kKernel,        // a launch succeeds and its kernel fails while it runs
+  kGemmChoice,    // cuBLASLt names an algorithm whose state says that it cannot be used
   kCopy,          // an asynchronous copy returns cudaErrorUnknown
 };
 // The next such call fails, or the one after `skip` others.

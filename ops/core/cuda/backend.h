@@ -24,6 +24,7 @@ std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime> runtime);
 // In the order of the runtime's stream; see Runtime.
 void Set(Runtime& runtime, void* to, int byte, size_t bytes);
 void Upload(Runtime& runtime, void* to, const void* from, size_t bytes);
+void ReserveUploads(Runtime& runtime, size_t bytes);
 void Download(Runtime& runtime, void* to, const void* from, size_t bytes);
 void CopyOnDevice(Runtime& runtime, void* to, const void* from, size_t bytes);
 void Synchronize(Runtime& runtime);

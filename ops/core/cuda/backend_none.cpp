@@ -19,6 +19,7 @@ std::shared_ptr<Runtime> MakeRuntime(int, bool) { Refuse(); }
 std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime>) { Refuse(); }
 void Set(Runtime&, void*, int, size_t) { Refuse(); }
 void Upload(Runtime&, void*, const void*, size_t) { Refuse(); }
+void ReserveUploads(Runtime&, size_t) { Refuse(); }
 void Download(Runtime&, void*, const void*, size_t) { Refuse(); }
 void CopyOnDevice(Runtime&, void*, const void*, size_t) { Refuse(); }
 void Synchronize(Runtime&) { Refuse(); }

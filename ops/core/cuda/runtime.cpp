@@ -10,7 +10,7 @@
 namespace longspan::cuda {
 namespace {
 
-constexpr size_t kStagingBytes = size_t{16} << 20;
+constexpr size_t kLeastStagingBytes = size_t{16} << 20;
 constexpr size_t kPartBytes = size_t{1} << 20;  // at most, of one copy
 constexpr size_t kStagedAlignment = 256;
 constexpr int kOldestMajor = 8;  // sm_80: bf16 mma, cp.async
@@ -20,20 +20,20 @@ constexpr int kOldestMajor = 8;  // sm_80: bf16 mma, cp.async
 class StreamMemory : public MemorySource {
  public:
   explicit StreamMemory(std::shared_ptr<Runtime> runtime) : runtime_(std::move(runtime)) {
-    cudaMemPool_t pool = nullptr;
-    LONGSPAN_CUDA(cudaDeviceGetDefaultMemPool(&pool, runtime_->device()));
+    LONGSPAN_CUDA(cudaDeviceGetDefaultMemPool(&pool_, runtime_->device()));
     uint64_t keep = UINT64_MAX;
-    LONGSPAN_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    LONGSPAN_CUDA(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keep));
   }
   void* Get(size_t bytes) override {
     runtime_->MakeCurrent();
-    void* block = nullptr;
-    const cudaError_t status = cudaMallocAsync(&block, bytes, runtime_->stream());
-    if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();  // not sticky: the next call is not to report it
-      return nullptr;
+    void* block = Try(bytes);
+    if (block == nullptr) {
+      // Blocks that were returned count until the stream has got there, and the pool holds on to
+      // memory in pieces of other sizes.
+      runtime_->Synchronize();
+      LONGSPAN_CUDA(cudaMemPoolTrimTo(pool_, 0));
+      block = Try(bytes);
     }
-    LONGSPAN_CUDA(status);
     return block;
   }
   // A failure here means that the device is already lost, which the next launch reports.
@@ -50,7 +50,18 @@ class StreamMemory : public MemorySource {
   const char* name() const override { return "GPU"; }
 
  private:
+  void* Try(size_t bytes) {
+    void* block = nullptr;
+    const cudaError_t status = cudaMallocAsync(&block, bytes, runtime_->stream());
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // not sticky: the next call is not to report it
+      return nullptr;
+    }
+    LONGSPAN_CUDA(status);
+    return block;
+  }
   const std::shared_ptr<Runtime> runtime_;  // tensors may outlive the Context that made them
+  cudaMemPool_t pool_ = nullptr;
 };
 
 class StreamMark : public Mark {
@@ -121,6 +132,7 @@ void Set(Runtime& runtime, void* to, int byte, size_t bytes) { runtime.Set(to, b
 void Upload(Runtime& runtime, void* to, const void* from, size_t bytes) {
   runtime.Upload(to, from, bytes);
 }
+void ReserveUploads(Runtime& runtime, size_t bytes) { runtime.ReserveUploads(bytes); }
 void Download(Runtime& runtime, void* to, const void* from, size_t bytes) {
   runtime.Download(to, from, bytes);
 }
@@ -176,7 +188,10 @@ void Event::Wait(cudaStream_t stream) const {
 }
 bool Event::Done() const {
   const cudaError_t status = cudaEventQuery(event_);
-  if (status == cudaErrorNotReady) return false;
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();  // an answer here, but the next one who asks would take it for an error
+    return false;
+  }
   LONGSPAN_CUDA(status);
   return true;
 }
@@ -204,8 +219,7 @@ Runtime::Runtime(int device, bool sync_checks) : device_(device), sync_checks_(s
                         properties_.major, ".", properties_.minor, "; 8.0 or newer is needed"));
   }
   LONGSPAN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  LONGSPAN_CUDA(
-      cudaHostAlloc(reinterpret_cast<void**>(&staging_), kStagingBytes, cudaHostAllocDefault));
+  ReserveUploads(0);
 }
 
 Runtime::~Runtime() {
@@ -225,20 +239,38 @@ void Runtime::Synchronize() const {
   LONGSPAN_CUDA(cudaStreamSynchronize(stream_));
 }
 
+void Runtime::ReserveUploads(size_t bytes) {
+  // What rounding parts up and the end of the memory waste is less than a part.
+  const size_t wanted = std::max(kLeastStagingBytes, 2 * (bytes + kPartBytes));
+  if (wanted <= staging_bytes_) return;
+  MakeCurrent();
+  std::byte* larger = nullptr;
+  LONGSPAN_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&larger), wanted, cudaHostAllocDefault));
+  while (!staged_.empty()) {
+    staged_.front().copied->Synchronize();
+    RetireOldest();
+  }
+  if (staging_ != nullptr) LONGSPAN_CUDA(cudaFreeHost(staging_));
+  staging_ = larger;
+  staging_bytes_ = wanted;
+  next_staged_ = 0;
+}
+
+void Runtime::RetireOldest() {
+  free_events_.push_back(std::move(staged_.front().copied));
+  staged_.pop_front();
+}
+
 std::byte* Runtime::Stage(size_t bytes) {
   bytes = (bytes + kStagedAlignment - 1) / kStagedAlignment * kStagedAlignment;
-  const auto retire_oldest = [this] {
-    free_events_.push_back(std::move(staged_.front().copied));
-    staged_.pop_front();
-  };
-  while (!staged_.empty() && staged_.front().copied->Done()) retire_oldest();
+  while (!staged_.empty() && staged_.front().copied->Done()) RetireOldest();
   const auto wait_while = [&](auto in_the_way) {
     while (!staged_.empty() && in_the_way(staged_.front())) {
       staged_.front().copied->Synchronize();
-      retire_oldest();
+      RetireOldest();
     }
   };
-  if (next_staged_ + bytes > kStagingBytes) {  // the oldest parts are at the end
+  if (next_staged_ + bytes > staging_bytes_) {  // the oldest parts are at the end
     wait_while([this](const Part& part) { return part.begin >= next_staged_; });
     next_staged_ = 0;
   }
@@ -271,7 +303,8 @@ void Runtime::Download(void* to, const void* from, size_t bytes) {
   MakeCurrent();
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
-  // Half of the staging memory at a time, so that no part is handed out again before it is read.
+  // Half of the least staging memory at a time, so that no part is handed out again before it is
+  // read.
   struct Arriving {
     std::byte *staged, *target;
     size_t bytes;
@@ -285,7 +318,7 @@ void Runtime::Download(void* to, const void* from, size_t bytes) {
     under_way.pop_front();
   };
   while (bytes > 0) {
-    if (under_way.size() == kStagingBytes / kPartBytes / 2) take_oldest();
+    if (under_way.size() == kLeastStagingBytes / kPartBytes / 2) take_oldest();
     const size_t part = std::min(bytes, kPartBytes);
     under_way.push_back(std::make_unique<Arriving>());
     Arriving& arriving = *under_way.back();

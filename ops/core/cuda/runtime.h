@@ -59,6 +59,10 @@ class Runtime {
   // Device memory at `to` holds the bytes at `from` for all later work on the stream. The host may
   // reuse `from` as soon as this returns. Blocks only while the staging memory is full.
   void Upload(void* to, const void* from, size_t bytes);
+  // From now on uploads of `bytes` in all find room while as many before them are under way: a host
+  // that is at most one batch ahead never waits. Takes pinned memory of twice that size, 16 MiB at
+  // least; waits when it needs more than before.
+  void ReserveUploads(size_t bytes);
   // Waits for the stream, then copies.
   void Download(void* to, const void* from, size_t bytes);
   // In stream order, between or within device memory.
@@ -78,12 +82,14 @@ class Runtime {
   // The next `bytes` of staging memory, which is handed out round and round; waits only for copies
   // that are still under way there. Record the last part's event behind the copy.
   std::byte* Stage(size_t bytes);
+  void RetireOldest();
 
   const int device_;
   const bool sync_checks_;
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
   std::byte* staging_ = nullptr;
+  size_t staging_bytes_ = 0;
   std::deque<Part> staged_;  // oldest first
   std::vector<std::unique_ptr<Event>> free_events_;
   size_t next_staged_ = 0;

@@ -1,10 +1,13 @@
 // What a step on a GPU must not do, seen by the emulated device: wait, allocate, read back.
 #include <gtest/gtest.h>
 
+#include "ops/core/cuda/backend.h"
 #include "parallel/comm/self.h"
 #include "tests/emulated_cuda/emulator.h"
+#include "tests/ops/op_test.h"
 #include "tests/support/numeric.h"
 #include "tests/trainer/model/model_support.h"
+#include "trainer/batch.h"
 #include "trainer/trainer.h"
 
 namespace longspan::test {
@@ -61,6 +64,31 @@ TEST(StepWaitsTest, ASteadyStepNeitherWaitsNorAllocates) {
     }
     trainer.FinishStep(std::move(pending));
     emulated::SetLag(0);
+  }
+}
+
+// The RoPE table of a long batch is larger than what a GPU has of pinned memory at first.
+TEST(StepWaitsTest, LongBatchesGoUpWithoutWaiting) {
+  Context host({.threads = 1}), ctx({.device = {DeviceKind::kCuda, 0}, .threads = 1});
+  constexpr int64_t kTokens = 49152, kHalf = 64;
+  LocalBatch batch;
+  batch.ids = host.Zeros({kTokens}, DType::kI32);
+  batch.labels = host.Zeros({kTokens}, DType::kI32);
+  batch.order = ops::OrderTokens(host, batch.ids, 19);
+  batch.rope = {FromVec(host, {kTokens, kHalf}, DType::kF32, Normal(kTokens * kHalf, 1)),
+                host.Zeros({kTokens, kHalf}, DType::kF32)};
+  LocalBatch former = ToDevice(ctx, batch);
+  for (int step = 0; step < 4; ++step) {
+    cuda::Synchronize(ctx.cuda());
+    emulated::SetLag(1000);
+    const emulated::Counters before = emulated::Count();
+    former = ToDevice(ctx, batch);
+    const LocalBatch next = ToDevice(ctx, batch);  // the host is one step ahead
+    const emulated::Counters after = emulated::Count();
+    emulated::SetLag(0);
+    EXPECT_EQ(after.host_waits, before.host_waits) << "step " << step;
+    EXPECT_EQ(after.host_allocations, before.host_allocations) << "step " << step;
+    EXPECT_TRUE(SameBits(next.rope.cos, batch.rope.cos));
   }
 }
 
