@@ -16,7 +16,7 @@
 namespace longspan::ops {
 namespace {
 
-constexpr int64_t kLogitBytes = int64_t{32} << 20;
+constexpr int64_t kHostLogitBytes = int64_t{32} << 20, kDeviceLogitBytes = int64_t{1} << 30;
 using internal::ChunkBuffer;
 using internal::kNoLabel;
 
@@ -42,10 +42,10 @@ void CheckOperands(const char* op, const Tensor& x, const Tensor& w, const Tenso
 
 // Calls body(begin, end) for every chunk of tokens in which at least one has a label.
 template <class Body>
-void ForChunks(const Tensor& labels, int64_t vocab, const LinearCrossEntropyOptions& options,
-               Body body) {
+void ForChunks(const Context& ctx, const Tensor& labels, int64_t vocab,
+               const LinearCrossEntropyOptions& options, Body body) {
   const int64_t tokens = labels.dim(0);
-  const int64_t chunk = internal::ChunkTokens(vocab, options);
+  const int64_t chunk = internal::ChunkTokens(ctx, vocab, options);
   const int32_t* label = labels.data<int32_t>();
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
     const int64_t end = std::min(tokens, begin + chunk);
@@ -108,7 +108,7 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& w, const Tensor& label
   const int32_t* label = labels.data<int32_t>();
   Acc *lse = result.lse.data<Acc>(), *loss = losses.data<Acc>();
   const Tensor buffer = ChunkBuffer(ctx, x.dim(0), vocab, options, DTypeOf<Acc>());
-  ForChunks(labels, vocab, options, [&](int64_t begin, int64_t end) {
+  ForChunks(ctx, labels, vocab, options, [&](int64_t begin, int64_t end) {
     Tensor logits = buffer.Rows(0, end - begin);
     Gemm(ctx, x.Rows(begin, end), false, w, true, logits);
     const Acc* rows = logits.data<Acc>();
@@ -156,7 +156,7 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
   const Tensor logit_buffer = ChunkBuffer(ctx, x.dim(0), vocab, options, DTypeOf<Acc>());
   const Tensor gradient_buffer =
       std::is_same_v<T, Acc> ? logit_buffer : ChunkBuffer(ctx, x.dim(0), vocab, options, x.dtype());
-  ForChunks(labels, vocab, options, [&](int64_t begin, int64_t end) {
+  ForChunks(ctx, labels, vocab, options, [&](int64_t begin, int64_t end) {
     const Tensor x_chunk = x.Rows(begin, end), gradient = gradient_buffer.Rows(0, end - begin);
     Tensor logits = logit_buffer.Rows(0, end - begin), dx_chunk = dx.Rows(begin, end);
     Gemm(ctx, x_chunk, false, w, true, logits);
@@ -175,20 +175,22 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
 
 }  // namespace
 
-int64_t AutoChunkTokens(int64_t vocab) {
+int64_t AutoChunkTokens(int64_t vocab, DeviceKind device) {
+  const int64_t bytes = device == DeviceKind::kCuda ? kDeviceLogitBytes : kHostLogitBytes;
   // Whole multiples of 64 tokens keep the matrix products efficient for a huge vocabulary too.
-  return std::max<int64_t>(1, kLogitBytes / (vocab * 4 * 64)) * 64;
+  return std::max<int64_t>(1, bytes / (vocab * 4 * 64)) * 64;
 }
 
 namespace internal {
 
-int64_t ChunkTokens(int64_t vocab, const LinearCrossEntropyOptions& options) {
-  return options.chunk_tokens > 0 ? options.chunk_tokens : AutoChunkTokens(vocab);
+int64_t ChunkTokens(const Context& ctx, int64_t vocab, const LinearCrossEntropyOptions& options) {
+  return options.chunk_tokens > 0 ? options.chunk_tokens
+                                  : AutoChunkTokens(vocab, ctx.device().kind);
 }
 
 Tensor ChunkBuffer(Context& ctx, int64_t tokens, int64_t vocab,
                    const LinearCrossEntropyOptions& options, DType dtype) {
-  return ctx.Empty({std::min(ChunkTokens(vocab, options), tokens), vocab}, dtype);
+  return ctx.Empty({std::min(ChunkTokens(ctx, vocab, options), tokens), vocab}, dtype);
 }
 
 }  // namespace internal

@@ -26,7 +26,7 @@ namespace longspan::ops {
 //           its token NaN
 // Devices   cpu, cuda
 struct LinearCrossEntropyOptions {
-  int64_t chunk_tokens = 0;        // 0: about 32 MiB of logits
+  int64_t chunk_tokens = 0;        // 0: AutoChunkTokens
   double z_loss = 0;               // coefficient, >= 0
   bool want_token_losses = false;  // fill token_losses
 };
@@ -62,7 +62,9 @@ Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& 
                                   const LinearCrossEntropyOptions& options, double scale,
                                   Tensor& dw);
 
-// Tokens a chunk for a vocabulary of `vocab` when chunk_tokens is 0.
-int64_t AutoChunkTokens(int64_t vocab);
+// Tokens a chunk for a vocabulary of `vocab` when chunk_tokens is 0, a multiple of 64: about 32 MiB
+// of logits on a CPU, where they should stay near its caches, and 1 GiB on a GPU, where each chunk
+// reads all of w, and reads and writes all of dw.
+int64_t AutoChunkTokens(int64_t vocab, DeviceKind device);
 
 }  // namespace longspan::ops

@@ -137,8 +137,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Calls body(begin, end) for every chunk of tokens.
 template <class Body>
-void ForChunks(int64_t tokens, int64_t vocab, const LinearCrossEntropyOptions& options, Body body) {
-  const int64_t chunk = ChunkTokens(vocab, options);
+void ForChunks(const Context& ctx, int64_t tokens, int64_t vocab,
+               const LinearCrossEntropyOptions& options, Body body) {
+  const int64_t chunk = ChunkTokens(ctx, vocab, options);
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
     body(begin, std::min(tokens, begin + chunk));
   }
@@ -159,7 +160,7 @@ LinearCrossEntropyResult LinearCrossEntropyForwardCuda(Context& ctx, const Tenso
   const Tensor buffer = ChunkBuffer(ctx, tokens, vocab, options, DType::kF32);
   const int32_t* label = labels.data<int32_t>();
   float *lse = result.lse.data<float>(), *loss = losses.data<float>();
-  ForChunks(tokens, vocab, options, [&](int64_t begin, int64_t end) {
+  ForChunks(ctx, tokens, vocab, options, [&](int64_t begin, int64_t end) {
     Tensor logits = buffer.Rows(0, end - begin);
     Gemm(ctx, x.Rows(begin, end), false, w, true, logits);
     cuda::Launch(ctx.cuda(), "LinearCrossEntropyForward",
@@ -188,7 +189,7 @@ Tensor LinearCrossEntropyBackwardCuda(Context& ctx, const LinearCrossEntropyResu
       x.dtype() == DType::kF32 ? logit_buffer : ChunkBuffer(ctx, tokens, vocab, options, x.dtype());
   const int32_t* label = labels.data<int32_t>();
   const float* lse = saved.lse.data<float>();
-  ForChunks(tokens, vocab, options, [&](int64_t begin, int64_t end) {
+  ForChunks(ctx, tokens, vocab, options, [&](int64_t begin, int64_t end) {
     const Tensor x_chunk = x.Rows(begin, end), gradient = gradient_buffer.Rows(0, end - begin);
     Tensor logits = logit_buffer.Rows(0, end - begin), dx_chunk = dx.Rows(begin, end);
     Gemm(ctx, x_chunk, false, w, true, logits);

@@ -7,7 +7,7 @@ namespace longspan::ops::internal {
 
 constexpr int32_t kNoLabel = -1;
 
-int64_t ChunkTokens(int64_t vocab, const LinearCrossEntropyOptions& options);
+int64_t ChunkTokens(const Context& ctx, int64_t vocab, const LinearCrossEntropyOptions& options);
 // Memory for the largest chunk, as [tokens, vocab].
 Tensor ChunkBuffer(Context& ctx, int64_t tokens, int64_t vocab,
                    const LinearCrossEntropyOptions& options, DType dtype);

@@ -126,8 +126,10 @@ TEST(LinearCrossEntropyTest, FullLogitsNeverExist) {
   const auto saved = ops::LinearCrossEntropyForward(ctx, x, w, labels, options);
   ops::LinearCrossEntropyBackward(ctx, saved, x, w, labels, options, 1, dw);
   EXPECT_LT(ctx.allocator().peak_bytes() - before, size_t{4} * kTokens * kVocab / 4);
-  EXPECT_EQ(ops::AutoChunkTokens(32768) * 32768 * 4, int64_t{32} << 20);
-  EXPECT_EQ(ops::AutoChunkTokens(10'000'000), 64);
+  EXPECT_EQ(ops::AutoChunkTokens(32768, DeviceKind::kCpu) * 32768 * 4, int64_t{32} << 20);
+  EXPECT_EQ(ops::AutoChunkTokens(10'000'000, DeviceKind::kCpu), 64);
+  EXPECT_EQ(ops::AutoChunkTokens(128256, DeviceKind::kCuda), 2048);
+  EXPECT_EQ(ops::AutoChunkTokens(10'000'000, DeviceKind::kCuda), 64);
 }
 
 TEST(LinearCrossEntropyTest, NoLabelsAndNoTokens) {
