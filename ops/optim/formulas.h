@@ -1,4 +1,5 @@
 #pragma once
+#include <cfloat>
 #include <cmath>
 
 #include "ops/core/device_code.h"
@@ -7,11 +8,15 @@
 // The optimizer per element and per step, for host and device.
 namespace longspan::ops::internal {
 
+// By magnitude: x - x == 0 is true only where the compiler has not fused the product behind x into
+// the subtraction.
+LONGSPAN_HD inline bool Finite(double x) { return std::fabs(x) <= DBL_MAX; }
+
 struct Square {
   LONGSPAN_HD double operator()(double x) const { return x * x; }
 };
 struct NotFinite {
-  LONGSPAN_HD double operator()(double x) const { return x - x == 0 ? 0 : 1; }
+  LONGSPAN_HD double operator()(double x) const { return Finite(x) ? 0 : 1; }
 };
 
 // AdamW (adamw.h) with what does not depend on the element computed once.
@@ -34,9 +39,7 @@ LONGSPAN_HD inline void DecideStep(const double* sums, double squares, double cl
   // A step without any label has gradient zero; it must not turn into 0 / 0.
   const double valid = sums[2], mean = valid > 0 ? 1.0 / valid : 0.0;
   const double loss = sums[0] * mean, norm = std::sqrt(squares) * mean;
-  // x - x is zero for finite values only.
-  const double together = loss + sums[1];
-  const bool finite = together - together == 0 && norm - norm == 0;
+  const bool finite = Finite(loss + sums[1]) && Finite(norm);
   double scale = mean;
   if (clip_norm > 0 && norm > clip_norm) scale *= clip_norm / norm;
   if (!finite) {
