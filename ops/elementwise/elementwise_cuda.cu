@@ -22,10 +22,10 @@ struct Same {
   __device__ float operator()(float a) const { return a; }
 };
 
-constexpr int kColumns = 32, kLanes = 16;  // of a block of AddRowsKernel
+constexpr int kColumns = 32, kLanes = 32;  // of a block of AddRowsKernel
 
-// A block owns 32 columns. Lane r adds rows r, r + 16, ... and lane 0 the sums of the lanes in
-// order, so that the result does not depend on the grid.
+// A block owns 32 columns. Lane r adds rows r, r + 32, ..., and a tree the sums of the lanes, so
+// that the result does not depend on the grid.
 __global__ void __launch_bounds__(kColumns* kLanes)
     AddRowsKernel(int64_t count, int64_t width, const float* rows, float* dst) {
   __shared__ float sums[kLanes][kColumns];
@@ -35,10 +35,12 @@ __global__ void __launch_bounds__(kColumns* kLanes)
     for (int64_t p = threadIdx.y; p < count; p += kLanes) sum += rows[p * width + d];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || d >= width) return;
-  for (int lane = 1; lane < kLanes; ++lane) sum += sums[lane][threadIdx.x];
-  dst[d] += sum;
+  for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    __syncthreads();
+    if (threadIdx.y < lanes)
+      sums[threadIdx.y][threadIdx.x] += sums[threadIdx.y + lanes][threadIdx.x];
+  }
+  if (threadIdx.y == 0 && d < width) dst[d] += sums[0][threadIdx.x];
 }
 
 template <class F>

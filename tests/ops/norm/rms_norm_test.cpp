@@ -60,21 +60,25 @@ TEST(RmsNormTest, WholeAndBrokenPacks) {
   }
 }
 
-// More tokens than one partial sum of the weight gradient holds, so the partials must be joined.
+// More tokens than one partial sum of the weight gradient holds, so the partials must be joined;
+// the last one holds fewer.
 TEST(RmsNormTest, WeightGradientOverManyTokens) {
-  constexpr int64_t kMany = 300, kWide = 5;
-  Context ctx = OpContext();
-  const DType dtype = OnCuda() ? DType::kF32 : DType::kF64;
-  const Vec x = Normal(kMany * kWide, 1), dy = Normal(kMany * kWide, 2), w = Normal(kWide, 3);
-  const Tensor tx = FromVec(ctx, {kMany, kWide}, dtype, x);
-  const Tensor tw = FromVec(ctx, {kWide}, dtype, w);
-  Tensor dw = ctx.Zeros({kWide}, dtype);
-  const Tensor rstd = ops::RmsNormForward(ctx, tx, tw, kEps).rstd;
-  ops::RmsNormBackward(ctx, FromVec(ctx, {kMany, kWide}, dtype, dy), tx, tw, rstd, dw);
-  Vec expected(kWide);  // y is linear in w
-  const Vec unit = Reference(x, Vec(kWide, 1.0));
-  for (size_t i = 0; i < x.size(); ++i) expected[i % kWide] += dy[i] * unit[i];
-  EXPECT_LE(RelRms(ToVec(dw), expected), Bound(dtype, expected));
+  constexpr int64_t kMany = 1300;
+  for (const int64_t wide : {5, 8}) {
+    Context ctx = OpContext();
+    const DType dtype = OnCuda() ? DType::kF32 : DType::kF64;
+    const auto n = static_cast<size_t>(wide);
+    const Vec x = Normal(kMany * wide, 1), dy = Normal(kMany * wide, 2), w = Normal(wide, 3);
+    const Tensor tx = FromVec(ctx, {kMany, wide}, dtype, x);
+    const Tensor tw = FromVec(ctx, {wide}, dtype, w);
+    Tensor dw = ctx.Zeros({wide}, dtype);
+    const Tensor rstd = ops::RmsNormForward(ctx, tx, tw, kEps).rstd;
+    ops::RmsNormBackward(ctx, FromVec(ctx, {kMany, wide}, dtype, dy), tx, tw, rstd, dw);
+    Vec expected(n);  // y is linear in w
+    const Vec unit = Reference(x, Vec(n, 1.0));
+    for (size_t i = 0; i < x.size(); ++i) expected[i % n] += dy[i] * unit[i];
+    EXPECT_LE(RelRms(ToVec(dw), expected), Bound(dtype, expected));
+  }
 }
 
 // The squares of the second row overflow f32, those of the third are lost in eps.
@@ -126,6 +130,41 @@ TEST(RmsNormTest, SameBitsForAnyThreads) {
       return {y, rstd, ops::RmsNormBackward(ctx, y, x, w, rstd, dw), dw};
     });
   }
+}
+
+// Shared memory of GPU kernels grows with the width: just below what any kernel may use, above it,
+// and more than there is.
+TEST(RmsNormTest, WideRows) {
+  for (const int64_t width : {2048, 4096, 8192, 8200, 12288, 16384, 32768}) {
+    Context ctx = OpContext();
+    const Vec x = Normal(2 * width, 1), w = Normal(width, 2), dy = Normal(2 * width, 3);
+    const Tensor tx = FromVec(ctx, {2, width}, DType::kF32, x);
+    const Tensor tw = FromVec(ctx, {width}, DType::kF32, w);
+    Tensor dw = ctx.Zeros({width}, DType::kF32);
+    const auto [y, rstd] = ops::RmsNormForward(ctx, tx, tw, kEps);
+    EXPECT_LE(RelRms(ToVec(y), Reference(x, w)), 1e-6) << width;
+    const Vec dx = ToVec(
+        ops::RmsNormBackward(ctx, FromVec(ctx, {2, width}, DType::kF32, dy), tx, tw, rstd, dw));
+    Vec expected(dx.size()), expected_dw(w.size());
+    for (size_t t = 0; t < 2; ++t) {
+      const size_t n = w.size(), row = t * n;
+      double square = 0, dot = 0;
+      for (size_t d = 0; d < n; ++d) square += x[row + d] * x[row + d];
+      const double r = 1 / std::sqrt(square / static_cast<double>(n) + kEps);
+      for (size_t d = 0; d < n; ++d) dot += dy[row + d] * w[d] * x[row + d] * r;
+      for (size_t d = 0; d < n; ++d) {
+        const double xhat = x[row + d] * r;
+        expected[row + d] = r * (dy[row + d] * w[d] - xhat * dot / static_cast<double>(n));
+        expected_dw[d] += dy[row + d] * xhat;
+      }
+    }
+    EXPECT_LE(RelRms(dx, expected), 1e-6) << width;
+    EXPECT_LE(RelRms(ToVec(dw), expected_dw), 1e-6) << width;
+  }
+  if (!OnCuda()) return;
+  Context ctx = OpContext();
+  const Tensor x = ctx.Zeros({1, 32776}, DType::kF32), w = ctx.Zeros({32776}, DType::kF32);
+  EXPECT_THROW(ops::RmsNormForward(ctx, x, w, kEps), Unsupported);
 }
 
 TEST(RmsNormTest, NoTokens) {
