@@ -11,8 +11,8 @@
 // GPU so that mistakes show:
 //   - Streams are threads with queues; a copy from pinned memory reads when its turn comes.
 //   - Device memory, dynamic shared memory (of each block) and static shared memory (of each
-//     launch) begin as 0xff bytes (NaN), and freed memory becomes so in stream order. Writes past
-//     the end of either fail (with AddressSanitizer at once).
+//     launch) begin as 0xff bytes (NaN), and freed memory becomes so in stream order; until then it
+//     counts as used. Writes past the end of either fail (with AddressSanitizer at once).
 //   - Device memory can be read and written only while a stream works, unless the sanitizers are in
 //     use: host code that does dies with a message.
 //   - Threads of a block run in an order drawn anew after each barrier, blocks likewise, so that a

@@ -234,7 +234,6 @@ bool RetireDeviceBlock(void* block) {
     return false;
   }
   it->second.retired = true;
-  r.use[it->second.device].used -= it->second.bytes;
   return true;
 }
 
@@ -247,6 +246,7 @@ bool ReleaseDeviceBlock(void* block) {
   auto* data = static_cast<std::byte*>(block);
   const bool whole = GuardIsWhole(data, bytes);
   std::memset(data, kPoisonByte, bytes);
+  r.use[it->second.device].used -= it->second.bytes;
   r.blocks.erase(it);
   Give(block, bytes);
   return whole;
