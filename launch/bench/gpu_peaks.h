@@ -11,11 +11,10 @@ namespace longspan::launch {
 // without (no TF32), at boost clocks.
 struct GpuPeaks {
   double bf16_gflops = 0, f32_gflops = 0;
-  double memory_gbps = 0;  // read or written
 };
 
 // By the name that the driver gives ("NVIDIA H100 80GB HBM3"); nothing for a GPU that is not in the
-// table.
+// table, such as a slice of one (MIG) or its laptop version.
 std::optional<GpuPeaks> KnownGpu(const std::string& name);
 
 // The best rate of square products on this GPU now, in GFLOP/s: sizes grow up to 8192 until one

@@ -20,8 +20,9 @@ Timing Summarize(std::vector<double> milliseconds);
 // of runs.
 std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs, double seconds);
 
-// The same on the device of `ctx`: on a GPU by its own clock. Runs there that take less than 1 ms
-// begin with other data in its second-level cache, as they would in a training step.
+// The same on the device of `ctx`: on a GPU by its own clock, after two warm-ups each. Runs there
+// that take less than 1 ms begin with other data in its second-level cache, as they would in a
+// training step.
 std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::function<void()>>& runs,
                                     double seconds);
 

@@ -82,8 +82,12 @@ TEST(GpuPeaksTest, NamesAreFoundAndNotMistaken) {
   EXPECT_NEAR(bf16("NVIDIA L4"), 121, 1);
   EXPECT_NEAR(bf16("NVIDIA L40S"), 362, 1);
   EXPECT_NEAR(bf16("NVIDIA L40"), 181, 1);
+  EXPECT_NEAR(bf16("NVIDIA GeForce RTX 4090"), 165, 1);
+  EXPECT_NEAR(bf16("NVIDIA GeForce RTX 3090"), 71, 1);
   for (const char* unknown :
-       {"NVIDIA RTX A3000", "NVIDIA H1000", "NVIDIA XL4", "Emulated GPU", ""}) {
+       {"NVIDIA RTX A3000", "NVIDIA H1000", "NVIDIA XL4", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 with Max-Q Design",
+        "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "Emulated GPU", ""}) {
     EXPECT_EQ(bf16(unknown), 0) << unknown;
   }
 }
