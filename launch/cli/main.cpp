@@ -12,7 +12,8 @@ namespace {
 
 // Under a launcher every rank parses the same arguments; only one of them should answer.
 bool Speaks() {
-  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"}) {
+  for (const char* name :
+       {"LONGSPAN_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"}) {
     const auto rank = longspan::parallel::Environment(name);
     if (rank.has_value()) return *rank == "0";
   }
