@@ -26,8 +26,8 @@ bool MeetAtExit(parallel::Communicator& exit_comm) try {
   }
   work.Wait();
   return true;
-} catch (const CommError&) {
-  return false;  // communication itself has failed
+} catch (const Error&) {
+  return false;  // communication or the device has failed; the first message is what counts
 }
 
 // Ends the process with `code` when the clean end takes too long, for example because operations
@@ -45,6 +45,8 @@ int RunSession(const std::function<void(parallel::Bootstrap&)>& body) {
   auto job = parallel::Bootstrap::Start();
   // Of its own, so that no unfinished operation of the run can match the meeting.
   auto exit_comm = job->world().Split(0, job->rank());
+  // Connects its ranks now: at the meeting they have little time.
+  parallel::AllReduceValue(*exit_comm, int64_t{0}, parallel::ReduceOp::kSum);
   std::string error;
   try {
     body(*job);
