@@ -67,9 +67,7 @@ AttentionCase Case(const ops::AttentionPattern& pattern,
 
 class MmaTest : public testing::Test {
  protected:
-  void SetUp() override {
-    if (!OnCuda()) GTEST_SKIP() << "for GPUs";
-  }
+  void SetUp() override { ASSERT_TRUE(OnCuda()) << "run with --device=cuda"; }
 };
 
 TEST_F(MmaTest, EveryHeadSize) {
