@@ -39,9 +39,41 @@ void CheckStacked(const char* op, const char* small_name, const Tensor& small,
                        << " times " << small_name << " " << small.Describe() << " along dim 0";
 }
 
+bool Overlap(const void* a, int64_t a_bytes, const void* b, int64_t b_bytes) {
+  const auto *p = static_cast<const std::byte*>(a), *q = static_cast<const std::byte*>(b);
+  return a_bytes > 0 && b_bytes > 0 && p < q + b_bytes && q < p + a_bytes;
+}
 bool Overlap(const Tensor& a, const Tensor& b) {
-  return a.bytes() > 0 && b.bytes() > 0 && a.raw() < b.raw() + b.bytes() &&
-         b.raw() < a.raw() + a.bytes();
+  return Overlap(a.raw(), static_cast<int64_t>(a.bytes()), b.raw(),
+                 static_cast<int64_t>(b.bytes()));
+}
+
+// No two messages of an Exchange write the same bytes.
+void CheckApart(const std::vector<Recv>& recvs) {
+  for (size_t i = 0; i < recvs.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      LONGSPAN_CHECK(!Overlap(recvs[i].data, recvs[i].bytes, recvs[j].data, recvs[j].bytes))
+          << "Exchange: receives " << j << " and " << i << " overlap";
+    }
+  }
+}
+
+// Nor does one write what another reads: a device moves all messages at the same time. Only a
+// message of rank `rank` to itself may stay where it is.
+void CheckApart(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int rank) {
+  int64_t from_self = 0;
+  for (const Recv& r : recvs) {
+    const int64_t number = r.peer == rank && r.bytes > 0 ? from_self++ : -1;
+    int64_t to_self = 0;
+    for (const Send& s : sends) {
+      const bool same = s.peer == rank && s.bytes > 0 && to_self++ == number;
+      const bool stays = same && s.data == r.data && s.bytes == r.bytes;
+      LONGSPAN_CHECK(stays || !Overlap(s.data, s.bytes, r.data, r.bytes))
+          << "Exchange: a send of " << s.bytes << " bytes to rank " << s.peer
+          << " and a receive of " << r.bytes << " bytes from rank " << r.peer
+          << " overlap in GPU memory";
+    }
+  }
 }
 
 }  // namespace
@@ -72,8 +104,8 @@ void CheckBroadcast(const Tensor& t, int root, int size, const Gpu& gpu) {
       << "Broadcast: root " << root << " of " << size << " ranks";
 }
 
-bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int size,
-                   const Gpu& gpu) {
+bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int rank,
+                   int size, const Gpu& gpu) {
   bool on_gpu = false, on_host = false;
   auto check = [&](const char* what, const auto& m) {
     LONGSPAN_CHECK(m.peer >= 0 && m.peer < size)
@@ -94,17 +126,8 @@ bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recv
   for (const Send& s : sends) check("send", s);
   for (const Recv& r : recvs) check("receive", r);
   LONGSPAN_CHECK(!(on_gpu && on_host)) << "Exchange: messages in host memory and in GPU memory";
-  if (!on_gpu) return false;
-  for (const Recv& r : recvs) {  // the device moves all messages at the same time
-    for (const Send& s : sends) {
-      const auto* from = static_cast<const std::byte*>(s.data);
-      const auto* to = static_cast<const std::byte*>(r.data);
-      const bool apart = from + s.bytes <= to || to + r.bytes <= from;
-      LONGSPAN_CHECK(apart || s.bytes == 0 || r.bytes == 0 || (from == to && s.bytes == r.bytes))
-          << "Exchange: a send of " << s.bytes << " and a receive of " << r.bytes
-          << " bytes overlap in GPU memory";
-    }
-  }
+  CheckApart(recvs);
+  if (on_gpu) CheckApart(sends, recvs, rank);
   return on_gpu;
 }
 

@@ -18,9 +18,10 @@ void CheckAllReduce(const Tensor& t, ReduceOp op, const Gpu& gpu);
 void CheckAllGather(const Tensor& in, const Tensor& out, int rank, int size, const Gpu& gpu);
 void CheckReduceScatter(const Tensor& in, const Tensor& out, int size, const Gpu& gpu);
 void CheckBroadcast(const Tensor& t, int root, int size, const Gpu& gpu);
-// Returns whether the messages lie in GPU memory; messages of zero bytes lie nowhere.
-bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int size,
-                   const Gpu& gpu);
+// For rank `rank` of `size`. Returns whether the messages lie in GPU memory; messages of zero bytes
+// lie nowhere.
+bool CheckExchange(const std::vector<Send>& sends, const std::vector<Recv>& recvs, int rank,
+                   int size, const Gpu& gpu);
 
 // Carries out the messages of one Exchange that `rank` sends to itself and removes them from the
 // lists. Throws CommError when its sends and receives differ in number or size. `copy` moves bytes

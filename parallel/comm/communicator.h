@@ -77,7 +77,7 @@ inline Recv RecvInto(int peer, const Tensor& t) {
 // on GPU tensors starts when the compute stream has done what it was given before, on a stream of
 // its own with high priority: kernels given to the compute stream between an operation and its
 // Wait() run beside the transfer. Reductions have a fixed order for a given size and
-// layout and give the same bits on every rank, so a run repeats bit for bit.
+// layout and give the same bits on every rank, so a run repeats bit for bit (for `nccl` see below).
 //
 // Threads   one thread of a rank at a time uses a Communicator; different communicators of a
 //           process may be used from different threads
@@ -88,14 +88,13 @@ inline Recv RecvInto(int peer, const Tensor& t) {
 // Devices   cpu; cuda with these differences:
 //             self   copies on the compute stream itself
 //             local  all ranks on one GPU. Issuing never blocks; Wait and Split block the host
-//             until
-//                    the peers have issued the operation. Sums add ranks 0, 1, ... in order
+//                    until the peers have issued the operation. Sums add ranks 0, 1, ... in order
 //             mpi    through pinned host memory: issuing blocks the host until the operands are
 //                    there, Wait until the results are back on their way to the GPU
 //             nccl   the first operations of a pair of ranks block the host while they connect.
-//             Sums
-//                    have NCCL's order, which depends on its choice of algorithm: the same bits on
-//                    every rank, and in every run with the same NCCL, GPUs and settings
+//                    Sums have NCCL's order, which depends on its choice of algorithm: the same
+//                    bits on every rank, and in every run with the same NCCL, GPUs and settings
+//                    unless switches add them up (NcclOptions::deterministic)
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -115,7 +114,8 @@ class Communicator {
   virtual Work Broadcast(Tensor t, int root) = 0;
   // All sends and receives of one step in one call, so that no order of ranks can deadlock. The
   // n-th Exchange of one rank meets the n-th of its peers; in it, the messages between a pair of
-  // ranks match in list order and must have equal sizes. A rank may send to itself.
+  // ranks match in list order and must have equal sizes. A rank may send to itself. Receives may
+  // not overlap each other, nor, in GPU memory, a send; a message to itself may stay where it is.
   virtual Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) = 0;
   virtual void Barrier() = 0;
 

@@ -76,7 +76,7 @@ class LocalCommunicator : public Communicator {
     return Issue(std::move(post), internal::OnGpu(post.in));
   }
   Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) override {
-    const bool on_gpu = internal::CheckExchange(sends, recvs, size(), gpu());
+    const bool on_gpu = internal::CheckExchange(sends, recvs, rank(), size(), gpu());
     Posted post{.kind = CommOp::kExchange};
     post.sends = std::move(sends);
     post.recvs = std::move(recvs);

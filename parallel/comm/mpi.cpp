@@ -236,7 +236,7 @@ Work MpiCommunicator::Broadcast(Tensor t, int root) {
 }
 
 Work MpiCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs) {
-  const bool on_gpu = CheckExchange(sends, recvs, size_, gpu());
+  const bool on_gpu = CheckExchange(sends, recvs, rank_, size_, gpu());
   // The tag keeps neighbouring exchanges apart even if one of them is mismatched.
   const int tag = static_cast<int>(sequence_ & ((int64_t{1} << kTagBits) - 1));
   std::vector<Tensor> owners;

@@ -424,7 +424,7 @@ Work NcclCommunicator::Broadcast(Tensor t, int root) {
 // All messages of one call are one group, so that they move together whatever the order of peers.
 // Every rank begins with another peer, lest all send to the same one first.
 Work NcclCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs) {
-  const bool on_gpu = internal::CheckExchange(sends, recvs, size_, gpu());
+  const bool on_gpu = internal::CheckExchange(sends, recvs, rank_, size_, gpu());
   std::vector<Tensor> owners;
   for (const Send& s : sends) owners.push_back(s.owner);
   for (const Recv& r : recvs) owners.push_back(r.owner);

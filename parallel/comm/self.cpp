@@ -46,7 +46,7 @@ Work SelfCommunicator::Broadcast(Tensor t, int root) {
 }
 
 Work SelfCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs) {
-  if (internal::CheckExchange(sends, recvs, 1, gpu_)) {
+  if (internal::CheckExchange(sends, recvs, 0, 1, gpu_)) {
     internal::ExchangeWithSelf(sends, recvs, 0, [this](void* to, const void* from, size_t bytes) {
       cuda::CopyOnDevice(*runtime_, to, from, bytes);
     });

@@ -309,6 +309,14 @@ TEST_P(CommContract, MessagesOfAPairArriveInOrder) {
   });
 }
 
+TEST_P(CommContract, AMessageToOneselfMayStayWhereItIs) {
+  Run([](Communicator& comm, Context& ctx) {
+    const Tensor t = Filled<float>(ctx, 1000, comm.rank());
+    comm.Exchange({parallel::SendOf(comm.rank(), t)}, {parallel::RecvInto(comm.rank(), t)}).Wait();
+    EXPECT_EQ(Mismatch<float>(ctx, t, [&](int64_t i) { return Value<float>(comm.rank(), i); }), -1);
+  });
+}
+
 // A rank that has nothing to send still takes part; the others must not wait for it.
 TEST_P(CommContract, ExchangeBetweenSomeRanksOnly) {
   Run([](Communicator& comm, Context& ctx) {
@@ -512,6 +520,27 @@ TEST_P(CommContract, BadArgumentsAreRefusedBeforeAnythingIsIssued) {
     EXPECT_THROW(comm.Exchange({{0, f32.raw(), -4}}, {}), InvalidArgument);
     EXPECT_THROW(comm.Exchange({{0, nullptr, 4}}, {}), InvalidArgument);
     EXPECT_THROW(comm.Exchange({}, {{0, nullptr, 4}}), InvalidArgument);
+    EXPECT_THROW(
+        comm.Exchange({}, {parallel::RecvInto(0, f32), parallel::RecvInto(p - 1, f32.Rows(3, 4))}),
+        InvalidArgument)
+        << "receives overlap";
+    if (OnCuda()) {
+      const int next = (comm.rank() + 1) % p, previous = (comm.rank() + p - 1) % p;
+      const Tensor a = big.Rows(0, 4), b = big.Rows(4, 8), between = big.Rows(2, 6);
+      EXPECT_THROW(
+          comm.Exchange({parallel::SendOf(next, a)}, {parallel::RecvInto(previous, between)}),
+          InvalidArgument);
+      if (p > 1) {
+        EXPECT_THROW(comm.Exchange({parallel::SendOf(next, a)}, {parallel::RecvInto(previous, a)}),
+                     InvalidArgument)
+            << "a peer may write before this rank has read";
+      }
+      const int me = comm.rank();
+      EXPECT_THROW(comm.Exchange({parallel::SendOf(me, a), parallel::SendOf(me, b)},
+                                 {parallel::RecvInto(me, b), parallel::RecvInto(me, a)}),
+                   InvalidArgument)
+          << "two messages to oneself that change places";
+    }
     // The refused calls left nothing behind: ranks still agree on what comes next.
     EXPECT_EQ(AllReduceValue(comm, int64_t{1}, ReduceOp::kSum), p);
   });
