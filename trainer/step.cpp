@@ -82,7 +82,7 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   parallel::GradReducer reducer(mesh_.world(), grads);
   std::vector<double> host(kHostSums);
   Backward(loader, reducer, host);
-  Reduce(reducer, note ? note() : RankNote(), host);
+  slot->sums = Reduce(reducer, note ? note() : RankNote(), host);
 
   Tensor record = report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0));
   ctx_.SetZero(squares_);
@@ -132,9 +132,10 @@ void TrainStep::Backward(data::Loader& loader, parallel::GradReducer& reducer,
   }
 }
 
-// Sums over all ranks: gradients, losses, what the hosts know.
-void TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote& note,
-                       std::vector<double>& host) {
+// Sums over all ranks: gradients, losses, what the hosts know. Returns the last operation, of which
+// the host has not heard yet whether it failed.
+parallel::Work TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote& note,
+                                 std::vector<double>& host) {
   host[kSignals] = note.wish == StopWish::kSignal ? 1 : 0;
   host[kTimeUp] = note.wish == StopWish::kTimeUp ? 1 : 0;
   if (note.values.size() != values_) {  // in the first step
@@ -150,14 +151,20 @@ void TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote& note,
   report_.Rows(kLossSums, sums).WriteFrom(host.data());
   TraceScope scope(ctx_.trace(), "gradient reduction wait");
   reducer.Finish();
-  mesh_.world().AllReduce(report_.Rows(0, sums), parallel::ReduceOp::kSum).Wait();
+  parallel::Work work = mesh_.world().AllReduce(report_.Rows(0, sums), parallel::ReduceOp::kSum);
+  parallel::Work(work).Wait();
+  return work;
 }
 
 StepResult TrainStep::Finish(PendingStep pending) {
   LONGSPAN_CHECK(pending.slot_ != nullptr) << "Finish: this step was never begun";
-  const PendingStep::Slot& slot = *pending.slot_;
+  PendingStep::Slot& slot = *pending.slot_;
   const double* s =
       on_gpu_ ? static_cast<const double*>(slot.report->Wait()) : slot.host_report.data();
+  // Communication that fails lets the GPU go on, with sums that are none.
+  const bool summed = slot.sums.Done();
+  LONGSPAN_CHECK(summed) << "Finish: the sums of step " << pending.step_ + 1 << " are not complete";
+  slot.sums = parallel::Work();
   const int64_t notes = int64_t{mesh_.world().size()} * static_cast<int64_t>(values_);
   const double* record = s + kSums + notes;
 

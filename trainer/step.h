@@ -51,6 +51,7 @@ class PendingStep {
     std::unique_ptr<cuda::Readback> report;  // these three are for a GPU
     size_t report_bytes = 0;
     std::unique_ptr<cuda::Mark> begin, end;
+    parallel::Work sums;  // the last operation among ranks
     std::vector<double> host_report;
     double host_seconds = 0;
   };
@@ -81,7 +82,8 @@ class TrainStep {
   // one (on a GPU: the one after it).
   PendingStep Begin(data::Loader& loader, int64_t step, const std::function<RankNote()>& note);
   // Waits for the step. Once for each, in order. Throws StepFailure for one that is not finite
-  // under STOP; under SKIP that is `skipped`, and counting is up to the caller.
+  // under STOP; under SKIP that is `skipped`, and counting is up to the caller. Throws CommError
+  // for one whose sums over ranks failed.
   StepResult Finish(PendingStep pending);
 
   // Steps skipped before the next one: those of the run that is resumed.
@@ -91,7 +93,8 @@ class TrainStep {
   void Prepare(size_t values);
   std::shared_ptr<PendingStep::Slot> FreeSlot();
   void Backward(data::Loader& loader, parallel::GradReducer& reducer, std::vector<double>& host);
-  void Reduce(parallel::GradReducer& reducer, const RankNote& note, std::vector<double>& host);
+  parallel::Work Reduce(parallel::GradReducer& reducer, const RankNote& note,
+                        std::vector<double>& host);
   void Update(int64_t step, double lr);
 
   Context& ctx_;

@@ -103,7 +103,8 @@ class CountingState : public Work::State {
     return done;
   }
   void Wait() override {
-    Explain(*ledger_, [&] { work_.Wait(); });
+    // A copy waits: asked for Done later, the operation may still tell of a failure.
+    Explain(*ledger_, [&] { Work(work_).Wait(); });
     ledger_->End(number_);
   }
   double CompletedFraction() const override { return work_.CompletedFraction(); }

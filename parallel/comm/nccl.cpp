@@ -189,7 +189,10 @@ class NcclState : public Work::State {
   }
 
   bool Done() override {
-    if (finished_) return true;
+    if (finished_) {  // for the host: what an abort has ended counts as done on the stream
+      watchdog_->Check();
+      return true;
+    }
     const bool done = queue_->Done(end_);
     watchdog_->Check();  // after the look: what an abort has ended is not done
     if (!done) return false;

@@ -1,9 +1,16 @@
-// What a step on a GPU must not do, seen by the emulated device: wait, allocate, read back.
+// What a step on a GPU must not do, seen by the emulated device: wait, allocate, read back, take
+// sums that failed for a result.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "ops/core/cuda/backend.h"
+#include "parallel/comm/counting.h"
+#include "parallel/comm/local.h"
+#include "parallel/comm/nccl.h"
 #include "parallel/comm/self.h"
 #include "tests/emulated_cuda/emulator.h"
+#include "tests/emulated_cuda/nccl_control.h"
 #include "tests/ops/op_test.h"
 #include "tests/support/numeric.h"
 #include "tests/trainer/model/model_support.h"
@@ -64,6 +71,33 @@ TEST(StepWaitsTest, ASteadyStepNeitherWaitsNorAllocates) {
     }
     trainer.FinishStep(std::move(pending));
     emulated::SetLag(0);
+  }
+}
+
+constexpr int kRemoteError = 6;  // as NCCL counts them
+
+// Rank 1 never begins the second step. What rank 0 has issued then ends without any sum, and the
+// device goes on to the report.
+TEST(StepFailureTest, AStepWhoseSumsFailedIsNotReported) {
+  TemporaryFolder folder;
+  WriteCorpus((folder.path() / "train").string(), 19, 100, 150, 1);
+  for (const bool counted : {false, true}) {
+    parallel::RunLocal(2, [&](parallel::Communicator& control) {
+      Context ctx({.device = {DeviceKind::kCuda, 0}, .threads = 1});
+      const auto world =
+          parallel::MakeNccl(control, ctx.runtime(), {.timeout_s = 60, .exit_after_s = 0});
+      parallel::CountingCommunicator counting(*world);
+      parallel::DeviceMesh mesh(counted ? counting : *world, {.dp = 2, .cp = 1});
+      Trainer trainer(ctx, mesh, Options(folder, DType::kF32, 2, true));
+      EXPECT_TRUE(std::isfinite(trainer.Step().loss));
+      if (control.rank() == 0) {
+        PendingStep pending = trainer.BeginStep();
+        emulated::FailNcclRank(0, kRemoteError);
+        EXPECT_THROW(trainer.FinishStep(std::move(pending)), CommError);
+        emulated::FailNcclRank(-1, 0);
+      }
+      control.Barrier();
+    });
   }
 }
 
