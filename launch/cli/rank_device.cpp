@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "launch/bench/gpu_peaks.h"
 #include "ops/core/cuda/backend.h"
 #include "ops/core/machine.h"
@@ -19,17 +21,18 @@ std::string HostName() {
   return name;
 }
 
-// Counts the ranks on this rank's GPU, and refuses sharing that nobody asked for.
+// Counts the ranks on this rank's GPU, and refuses sharing that nobody asked for: hosts with names
+// of their own are different machines to NCCL, whatever GPU they use.
 int RanksOnMyGpu(const Rank& rank, const trainer::TrainOptions& options, int index,
                  const cuda::DeviceFacts& facts) {
   const std::string host = HostName();
-  const auto ids = trainer::GatherStrings(rank.world, host + " " + facts.id);
+  const auto gpus = trainer::GatherStrings(rank.world, facts.id);
+  const auto hosts = trainer::GatherStrings(rank.world, host);
   const auto me = static_cast<size_t>(rank.world.rank());
-  int ranks = 0;
-  for (size_t r = 0; r < ids.size(); ++r) ranks += ids[r] == ids[me];
   std::string error;
-  for (size_t r = 0; r < ids.size() && error.empty(); ++r) {
-    if (r == me || ids[r] != ids[me] || options.backend != trainer::CommBackend::kAuto) continue;
+  for (size_t r = 0; r < gpus.size() && error.empty(); ++r) {
+    if (r == me || options.backend != trainer::CommBackend::kAuto) continue;
+    if (gpus[r] != gpus[me] || hosts[r] != hosts[me]) continue;
     error = Str("ranks ", std::min(r, me), " and ", std::max(r, me), " would share GPU ", index,
                 " (", facts.name, ") of ", host, ", which has ", cuda::DeviceCount(),
                 " for this job; start at most that many ranks on a node, or let them share with ",
@@ -37,7 +40,20 @@ int RanksOnMyGpu(const Rank& rank, const trainer::TrainOptions& options, int ind
   }
   error = parallel::FirstError(rank.world, error);
   if (!error.empty()) throw ConfigError(error);
-  return ranks;
+  return static_cast<int>(std::ranges::count(gpus, gpus[me]));
+}
+
+// Refuses sums that need not repeat where the configuration wants such that do.
+void CheckSums(const Rank& rank, const trainer::TrainOptions& options) {
+  const auto chosen = parallel::Environment(parallel::kNcclSwitchSums);
+  std::string error;
+  if (options.deterministic && chosen.has_value() && *chosen != "0") {
+    error = Str("run.deterministic is true, but ", parallel::kNcclSwitchSums, "=", *chosen,
+                " lets switches add up gradients in an order that need not repeat; unset it, or ",
+                "set run.deterministic: false");
+  }
+  error = parallel::FirstError(rank.world, error);
+  if (!error.empty()) throw ConfigError(error);
 }
 
 }  // namespace
@@ -75,21 +91,17 @@ std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,
         "out");
   }
   if (rank.world.name() == "nccl") {  // the job was started over NCCL
+    CheckSums(rank, options);
     if (options.backend != CommBackend::kMpi) return nullptr;
     throw ConfigError(
         "parallel.backend is MPI, but the ranks of this job met through LONGSPAN_RENDEZVOUS; start "
         "them with mpirun, or use AUTO");
   }
-  if (rank.world.name() == "nccl") {  // ranks that met without MPI
-    if (options.backend != CommBackend::kMpi) return nullptr;
-    throw ConfigError(
-        "parallel.backend: MPI needs ranks that mpirun or srun started with MPI; this job met "
-        "through LONGSPAN_RENDEZVOUS and has NCCL alone");
-  }
   const bool nccl = options.backend == CommBackend::kNccl ||
                     (options.backend == CommBackend::kAuto && parallel::NcclBuiltIn());
   if (rank.world.size() == 1 || !nccl) return nullptr;
-  return parallel::MakeNccl(rank.world, ctx.runtime());
+  CheckSums(rank, options);
+  return parallel::MakeNccl(rank.world, ctx.runtime(), {.deterministic = options.deterministic});
 }
 
 double PeakFlops(const Context& ctx, parallel::Communicator& world, const RankDevice& device,

@@ -28,6 +28,9 @@ Context MakeContext(const Rank& rank, const RankDevice& device,
 
 // What carries the tensors of a job: NCCL among processes on GPUs where it is chosen, else nullptr,
 // which stands for rank.world. Call UseDevice on what is used. Collective.
+//
+// Errors    ConfigError when parallel.backend does not go with how the job was started, or
+//           run.deterministic with NCCL_NVLS_ENABLE
 std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,
                                                     const trainer::TrainOptions& options,
                                                     const Context& ctx);

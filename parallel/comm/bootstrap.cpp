@@ -89,6 +89,10 @@ std::optional<std::string> Environment(const char* name) {
   return std::string(value);
 }
 
+void SetEnvironmentDefault(const char* name, const char* value) {
+  setenv(name, value, /*overwrite=*/0);
+}
+
 bool StdoutIsTerminal() {
   if (const auto outer = Integer("LONGSPAN_TERMINAL")) return *outer != 0;
   return isatty(STDOUT_FILENO) != 0;
@@ -134,9 +138,17 @@ void Bootstrap::Meet(const Rendezvous& rendezvous) {
     throw CudaError(Str("LONGSPAN_RENDEZVOUS starts ranks over NCCL, which need a GPU each, and ",
                         "none can be used: ", why, "; start CPU ranks with mpirun"));
   }
+  // With one visible GPU it may be another one for each rank; with a host name for NCCL, sharing
+  // is wanted.
+  if (gpus > 1 && rendezvous.least_local_size > gpus && !Environment("NCCL_HOSTID")) {
+    throw CudaError(Str("LONGSPAN_RENDEZVOUS starts ranks over NCCL, which need a GPU each: this ",
+                        "node has ", gpus, " for its ", rendezvous.least_local_size,
+                        " ranks; start at most that many on a node"));
+  }
   local_rank_ = rendezvous.local_rank;
   local_size_ = rendezvous.local_size;
   auto runtime = cuda::MakeRuntime(local_rank_ % gpus, /*sync_checks=*/false);
+  RepeatNcclSums();  // before the configuration is read, which may not need it
   std::string id;
   if (rendezvous.rank == 0) {
     id = MakeNcclId();

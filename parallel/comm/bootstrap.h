@@ -10,8 +10,9 @@
 namespace longspan::parallel {
 
 // What the process learns from its launcher:
-//   - LONGSPAN_RENDEZVOUS (rendezvous.h): ranks with a GPU each and no MPI. world() is NCCL on GPU
-//     local_rank() modulo the visible ones; UseDevice may later name another Runtime of that GPU
+//   - LONGSPAN_RENDEZVOUS (rendezvous.h): ranks with a GPU each and no MPI. world() is NCCL, with
+//     sums that repeat bit for bit unless the user chose otherwise (nccl.h), on GPU local_rank()
+//     modulo the visible ones; UseDevice may later name another Runtime of that GPU
 //   - mpirun, or srun with an MPI plugin: world() is MPI, the only case in which MPI is initialised
 //   - neither: one rank, `self`
 //
@@ -24,7 +25,7 @@ namespace longspan::parallel {
 //          come to a rendezvous in time, when MPI lacks
 //          MPI_THREAD_MULTIPLE, or when the launcher announced another number of ranks than the MPI
 //          library sees (they belong to different MPIs). Unsupported for a rendezvous in a binary
-//          without NCCL, CudaError for one without a GPU
+//          without NCCL, CudaError for one without a GPU or with more ranks on a node than GPUs
 class Bootstrap {
  public:
   // Once per process.
@@ -66,7 +67,10 @@ class Bootstrap {
 // that mpirun makes, so launch/mpirun.sh passes on what its own output is (LONGSPAN_TERMINAL).
 bool StdoutIsTerminal();
 
-// The value of an environment variable. Every read of the environment goes through here.
+// The value of an environment variable. Every access to the environment goes through these two.
 std::optional<std::string> Environment(const char* name);
+// Sets a variable that is not set, for libraries that read it later. Not while other threads may
+// read the environment.
+void SetEnvironmentDefault(const char* name, const char* value);
 
 }  // namespace longspan::parallel

@@ -9,7 +9,7 @@ struct MpiOptions {
   // Messages are cut into pieces of at most this size. Measured with Open MPI 4.1 and 2 ranks on
   // one node: larger pieces halve the rate of AllReduce, smaller ones bring nothing.
   int64_t piece_bytes = int64_t{1} << 20;
-  double timeout_s = 1800;  // a longer wait throws CommError; 0 = no limit
+  double timeout_s = 3600;  // a longer wait throws CommError; 0 = no limit
 };
 
 namespace internal {

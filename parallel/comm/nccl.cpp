@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "parallel/comm/arguments.h"
+#include "parallel/comm/bootstrap.h"
 #include "parallel/comm/comm_op.h"
 #include "parallel/comm/device_queue_cuda.h"
 #include "parallel/comm/nccl_watchdog.h"
@@ -225,19 +226,26 @@ class NcclState : public Work::State {
   bool finished_ = false;
 };
 
-// An operation of the host's communicator, whose wait ends when NCCL has failed: the peers may
-// never come to it.
+// An operation of the host's communicator, whose wait ends in time and when NCCL has failed: the
+// peers may never come to it.
 class HostState : public Work::State {
  public:
-  HostState(Work work, std::shared_ptr<Watchdog> watchdog)
-      : work_(std::move(work)), watchdog_(std::move(watchdog)) {}
+  HostState(Work work, std::shared_ptr<Watchdog> watchdog, std::string description)
+      : work_(std::move(work)),
+        watchdog_(std::move(watchdog)),
+        description_(std::move(description)) {}
   bool Done() override {
     watchdog_->Check();
     return work_.Done();
   }
   void Wait() override {
-    Pauses pauses(0);
-    while (!Done()) pauses.Next();
+    const double limit_s = watchdog_->options().timeout_s;
+    Pauses pauses(limit_s);
+    while (!Done()) {
+      if (pauses.Next()) continue;
+      watchdog_->Fail(Str(description_, " is not complete after ", limit_s,
+                          " s: another rank is stuck, has ended or has not issued it"));
+    }
     work_.Wait();
   }
   double CompletedFraction() const override { return work_.CompletedFraction(); }
@@ -245,6 +253,7 @@ class HostState : public Work::State {
  private:
   Work work_;
   const std::shared_ptr<Watchdog> watchdog_;
+  const std::string description_;
 };
 
 class NcclCommunicator : public Communicator {
@@ -288,7 +297,11 @@ class NcclCommunicator : public Communicator {
   }
 
   // Returns when NCCL has taken what `link` was given last; only then is it in stream order.
-  static void Settle(Link& link, Watchdog& watchdog, const std::string& what);
+  // `limit_s` 0: no limit.
+  static void Settle(Link& link, Watchdog& watchdog, const std::string& what, double limit_s);
+  static void SettleConnecting(Link& link, Watchdog& watchdog, const std::string& what) {
+    Settle(link, watchdog, what, watchdog.options().connect_timeout_s);
+  }
 
  private:
   void Close() noexcept;
@@ -298,8 +311,10 @@ class NcclCommunicator : public Communicator {
     watchdog_->Fail(Str(what, ": ", link_->Text(code)));
   }
   internal::Gpu gpu() const { return queue_->device(); }
-  Work OnHost(Work work) const {
-    return Work(std::make_shared<HostState>(std::move(work), watchdog_));
+  Work OnHost(CommOp op, const Tensor& t, Work work) const {
+    return Work(std::make_shared<HostState>(
+        std::move(work), watchdog_,
+        Str(ToString(op), " of ", t.Describe(), " in host memory of ", size_, " ranks")));
   }
   // Not for Exchange: a rank without messages could not tell which way the others go.
   bool ForHost(const Tensor& t) const {
@@ -320,16 +335,16 @@ class NcclCommunicator : public Communicator {
   int64_t sequence_ = 0;
 };
 
-void NcclCommunicator::Settle(Link& link, Watchdog& watchdog, const std::string& what) {
-  Pauses pauses(watchdog.options().connect_timeout_s);
+void NcclCommunicator::Settle(Link& link, Watchdog& watchdog, const std::string& what,
+                              double limit_s) {
+  Pauses pauses(limit_s);
   for (;;) {
     const ncclResult_t state = link.State();
     watchdog.Check();
     if (state == ncclSuccess) return;
     if (state != ncclInProgress) watchdog.Fail(Str(what, ": ", link.Text(state)));
     if (!pauses.Next()) {
-      watchdog.Fail(
-          Str(what, ": not all ranks came within ", watchdog.options().connect_timeout_s, " s"));
+      watchdog.Fail(Str(what, ": not all ranks came within ", limit_s, " s"));
     }
   }
 }
@@ -371,14 +386,17 @@ Work NcclCommunicator::Issue(const std::shared_ptr<NcclState>& state, F&& f) {
   const cudaStream_t stream = internal::StreamOf(*queue_);
   Require(link_->Call([&](ncclComm_t comm) { return f(comm, stream); }),
           state->description().c_str());
-  Settle(*link_, *watchdog_, state->description());
+  // Ranks connect for their first operations, to which one may come late.
+  const NcclOptions& o = watchdog_->options();
+  Settle(*link_, *watchdog_, state->description(),
+         o.timeout_s <= 0 ? 0 : std::max(o.timeout_s, o.connect_timeout_s));
   state->Issued();
   return Work(state);
 }
 
 Work NcclCommunicator::AllReduce(Tensor t, ReduceOp op) {
   internal::CheckAllReduce(t, op, gpu());
-  if (ForHost(t)) return OnHost(host_->AllReduce(t, op));
+  if (ForHost(t)) return OnHost(CommOp::kAllReduce, t, host_->AllReduce(t, op));
   auto state = Begin(CommOp::kAllReduce, t.Describe(), {t}, internal::OnGpu(t));
   if (t.bytes() == 0) return Work();
   std::byte* data = state->Place(t, true, true);
@@ -390,7 +408,7 @@ Work NcclCommunicator::AllReduce(Tensor t, ReduceOp op) {
 
 Work NcclCommunicator::AllGather(Tensor in, Tensor out) {
   internal::CheckAllGather(in, out, rank_, size_, gpu());
-  if (ForHost(in)) return OnHost(host_->AllGather(in, out));
+  if (ForHost(in)) return OnHost(CommOp::kAllGather, in, host_->AllGather(in, out));
   auto state = Begin(CommOp::kAllGather, in.Describe(), {in, out}, internal::OnGpu(in));
   if (in.bytes() == 0) return Work();
   const std::byte* mine = state->Place(in, true, false);
@@ -402,7 +420,7 @@ Work NcclCommunicator::AllGather(Tensor in, Tensor out) {
 
 Work NcclCommunicator::ReduceScatter(Tensor in, Tensor out) {
   internal::CheckReduceScatter(in, out, size_, gpu());
-  if (ForHost(in)) return OnHost(host_->ReduceScatter(in, out));
+  if (ForHost(in)) return OnHost(CommOp::kReduceScatter, in, host_->ReduceScatter(in, out));
   auto state = Begin(CommOp::kReduceScatter, in.Describe(), {in, out}, internal::OnGpu(in));
   if (out.bytes() == 0) return Work();
   const std::byte* all = state->Place(in, true, false);
@@ -415,7 +433,7 @@ Work NcclCommunicator::ReduceScatter(Tensor in, Tensor out) {
 
 Work NcclCommunicator::Broadcast(Tensor t, int root) {
   internal::CheckBroadcast(t, root, size_, gpu());
-  if (ForHost(t)) return OnHost(host_->Broadcast(t, root));
+  if (ForHost(t)) return OnHost(CommOp::kBroadcast, t, host_->Broadcast(t, root));
   auto state = Begin(CommOp::kBroadcast, t.Describe(), {t}, internal::OnGpu(t));
   if (t.bytes() == 0) return Work();
   std::byte* data = state->Place(t, rank_ == root, rank_ != root);
@@ -499,19 +517,21 @@ std::unique_ptr<Communicator> NcclCommunicator::Split(int color, int key) {
     });
   }),
           "Split");
-  Settle(*link_, *watchdog_, "Split");
+  SettleConnecting(*link_, *watchdog_, "Split");
   auto host = host_ == nullptr ? nullptr : host_->Split(color, key);
   if (color < 0) {
     watchdog_->Remove(*part);
     return nullptr;
   }
-  Settle(*part, *watchdog_, "Split");
+  SettleConnecting(*part, *watchdog_, "Split");
   return std::make_unique<NcclCommunicator>(std::move(part), queue_, watchdog_, std::move(host));
 }
 
 }  // namespace
 
 bool NcclBuiltIn() { return true; }
+
+void RepeatNcclSums() { SetEnvironmentDefault(kNcclSwitchSums, "0"); }
 
 std::string MakeNcclId() {
   ncclUniqueId id;
@@ -530,6 +550,7 @@ std::unique_ptr<Communicator> Connect(const std::string& text, int rank, int siz
   LONGSPAN_CHECK(text.size() == sizeof id.internal && rank >= 0 && rank < size)
       << "MakeNccl: an id of " << text.size() << " bytes, rank " << rank << " of " << size;
   std::memcpy(id.internal, text.data(), sizeof id.internal);
+  if (options.deterministic) RepeatNcclSums();
   runtime->MakeCurrent();
   auto queue = internal::MakeDeviceQueue(std::move(runtime));
   auto watchdog = std::make_shared<Watchdog>(queue, options, Str("rank ", rank, " of ", size));
@@ -542,7 +563,7 @@ std::unique_ptr<Communicator> Connect(const std::string& text, int rank, int siz
   if (code != ncclSuccess && code != ncclInProgress) {
     watchdog->Fail(Str(what, ": ", link->Text(code)));
   }
-  NcclCommunicator::Settle(*link, *watchdog, what);
+  NcclCommunicator::SettleConnecting(*link, *watchdog, what);
   return std::make_unique<NcclCommunicator>(std::move(link), std::move(queue), std::move(watchdog),
                                             std::move(host));
 }
@@ -558,6 +579,7 @@ std::unique_ptr<Communicator> MakeNccl(const std::string& id, int rank, int size
 std::unique_ptr<Communicator> MakeNccl(Communicator& control,
                                        std::shared_ptr<cuda::Runtime> runtime,
                                        const NcclOptions& options) {
+  if (options.deterministic) RepeatNcclSums();
   std::string id, error;
   if (control.rank() == 0) {
     try {

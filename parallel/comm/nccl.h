@@ -10,7 +10,9 @@ namespace longspan::parallel {
 
 struct NcclOptions {
   double connect_timeout_s = 300;  // for all ranks to be there, at the start and in Split
-  double timeout_s = 1800;         // for one operation, from its issue to its end; 0 = no limit
+  double timeout_s = 3600;         // for one operation, from its issue to its end; 0 = no limit
+  // Sums that repeat bit for bit: calls RepeatNcclSums first.
+  bool deterministic = true;
   // After a failure the watchdog has aborted all transfers and every call throws CommError. A
   // process that is still there this many seconds later ends with exit code 3; 0: never (tests).
   double exit_after_s = 20;
@@ -22,6 +24,12 @@ struct NcclOptions {
 
 // Whether this binary has NCCL, or the emulation of it that tests use.
 bool NcclBuiltIn();
+
+// Sums that NVLink switches add up (NVLS) need not repeat bit for bit. NCCL leaves them out when
+// this variable of the environment is "0" at its first call in the process.
+inline constexpr const char* kNcclSwitchSums = "NCCL_NVLS_ENABLE";
+// Sets it to "0" where the user has not set it.
+void RepeatNcclSums();
 
 // Ranks of a job with one GPU each, over NCCL.
 //
@@ -44,6 +52,8 @@ bool NcclBuiltIn();
 // Transfers use the tensors where they are. NCCL can register buffers (ncclCommRegister), but only
 // memory of its own allocator, on all ranks alike and per communicator, while tensors come from the
 // stream-ordered pool of their Context; so nothing is registered.
+//
+// Ranks connect for their first operations as well, within the longer of the two times.
 //
 // Errors   Unsupported in a binary without NCCL; CommError when ranks do not come within
 //          connect_timeout_s, and for everything NCCL reports

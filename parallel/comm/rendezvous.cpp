@@ -152,8 +152,10 @@ std::optional<Rendezvous> RendezvousFrom(const Variables& variable) {
   const auto local =
       IntegerOf(variable, {"LONGSPAN_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"}, 1, kMost);
   r.local_size = std::min(r.size, local.value_or(r.size));
-  r.local_rank =
-      IntegerOf(variable, {"LONGSPAN_LOCAL_RANK", "SLURM_LOCALID"}, 0, r.size - 1).value_or(r.rank);
+  const auto local_rank =
+      IntegerOf(variable, {"LONGSPAN_LOCAL_RANK", "SLURM_LOCALID"}, 0, r.size - 1);
+  r.local_rank = local_rank.value_or(r.rank);
+  r.least_local_size = std::max(local ? r.local_size : 1, local_rank ? *local_rank + 1 : 1);
   r.job_id = JobIdOf(variable);
   std::error_code ignored;
   r.file = fs::is_directory(*place, ignored) ? Str(*place, "/longspan-", r.job_id, ".rendezvous")

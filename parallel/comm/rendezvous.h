@@ -20,6 +20,7 @@ struct Rendezvous {
   std::string job_id;  // what a file of another job is told apart by
   int rank = 0, size = 1;
   int local_rank = 0, local_size = 1;
+  int least_local_size = 1;  // ranks of this node that the variables tell of, at least
 };
 
 // None without LONGSPAN_RENDEZVOUS. `variable` gives the value of an environment variable.

@@ -6,12 +6,17 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <map>
 #include <mutex>
 #include <thread>
 
 #include "ops/core/context.h"
 #include "ops/core/cuda/backend.h"
+#include "parallel/comm/bootstrap.h"
 #include "parallel/comm/local.h"
+#include "parallel/comm/self.h"
+#include "tests/emulated_cuda/emulator.h"
 #include "tests/emulated_cuda/nccl_control.h"
 
 namespace longspan::test {
@@ -119,13 +124,15 @@ TEST(NcclTest, AnOperationThatNeverEndsIsAborted) {
     if (control.rank() == 0) {
       Tensor t = ctx.Zeros({1000}, DType::kF32);
       Work work = part->AllReduce(t, ReduceOp::kSum);
-      work.Wait();  // only an order of streams
+      Work(work).Wait();  // only an order of streams
+      EXPECT_TRUE(work.Done()) << "as far as the compute stream is concerned";
       ExpectNamed(ErrorOf([&] { comm->Barrier(); }),
                   "AllReduce of f32[1000] (operation 0 of 2 ranks) is not complete after 0.3 s");
       EXPECT_THROW(part->Barrier(), CommError) << "all communicators of the process have failed";
       EXPECT_THROW(comm->Split(0, 0), CommError);
       EXPECT_THROW(work = comm->AllReduce(t, ReduceOp::kSum), CommError);
       cuda::Synchronize(ctx.cuda());  // returns
+      EXPECT_THROW(work.Done(), CommError) << "the host can tell that there is no sum";
     }
     control.Barrier();
   });
@@ -153,26 +160,66 @@ TEST(NcclTest, WaitAndDoneOfAFailedOperationThrow) {
   });
 }
 
-// The host beside NCCL: rank 1 never comes to the barrier, and rank 0 has no deadline of its own
-// there.
+// The host beside NCCL: rank 1 never comes to the barrier, and rank 0 learns of the failure long
+// before its own deadline.
 TEST(NcclTest, AFailureEndsWaitsOfTheHost) {
+  std::atomic<bool> seen{false};
+  RunLocal(2, [&](Communicator& control) {
+    Context ctx = GpuContext();
+    const auto comm = MakeNccl(control, ctx.runtime(), Quick());
+    const auto part = comm->Split(0, comm->rank());
+    EXPECT_EQ(AllReduceValue(*part, int64_t{1}, ReduceOp::kSum), 2);
+    if (control.rank() == 0) {
+      Tensor t = ctx.Zeros({1000}, DType::kF32);
+      part->AllReduce(t, ReduceOp::kSum).Wait();
+      emulated::FailNcclRank(0, ncclRemoteError);
+      ExpectNamed(ErrorOf([&] { part->Barrier(); }), "remote process exited");
+      emulated::FailNcclRank(-1, 0);
+      seen = true;
+    }
+    while (!seen) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  EXPECT_TRUE(seen);
+}
+
+// Nothing is under way on the GPU that the watchdog could find late.
+TEST(NcclTest, WaitsOfTheHostHaveADeadline) {
   std::atomic<bool> seen{false};
   RunLocal(2, [&](Communicator& control) {
     Context ctx = GpuContext();
     NcclOptions options = Quick();
     if (control.rank() == 0) options.timeout_s = 0.3;
     const auto comm = MakeNccl(control, ctx.runtime(), options);
-    const auto part = comm->Split(0, -comm->rank());
-    EXPECT_EQ(AllReduceValue(*part, int64_t{1}, ReduceOp::kSum), 2);
     if (control.rank() == 0) {
-      Tensor t = ctx.Zeros({1000}, DType::kF32);
-      part->AllReduce(t, ReduceOp::kSum).Wait();
-      ExpectNamed(ErrorOf([&] { part->Barrier(); }), "is not complete after 0.3 s");
+      ExpectNamed(ErrorOf([&] { comm->Barrier(); }),
+                  "AllReduce of i64[1] in host memory of 2 ranks is not complete after 0.3 s");
+      EXPECT_THROW(comm->Barrier(), CommError);
       seen = true;
     }
     while (!seen) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   });
   EXPECT_TRUE(seen);
+}
+
+// Sums of switches need not repeat; what the user has set stays.
+TEST(NcclTest, SumsRepeatUnlessTheyNeedNot) {
+  const auto variable = [] { return parallel::Environment(parallel::kNcclSwitchSums); };
+  const auto connect = [](bool deterministic) {
+    Context ctx = GpuContext();
+    NcclOptions options = Quick();
+    options.deterministic = deterministic;
+    parallel::SelfCommunicator self;
+    MakeNccl(self, ctx.runtime(), options);
+  };
+  unsetenv(parallel::kNcclSwitchSums);
+  connect(false);
+  EXPECT_EQ(variable(), std::nullopt);
+  connect(true);
+  EXPECT_EQ(variable(), "0");
+  setenv(parallel::kNcclSwitchSums, "1", 1);
+  connect(true);
+  EXPECT_EQ(variable(), "1");
+  unsetenv(parallel::kNcclSwitchSums);
 }
 
 // One rank's transport fails; the other learns of it on another way, long before its own deadline.
@@ -209,6 +256,36 @@ TEST(NcclTest, AFailureIsPublishedToTheOthers) {
     emulated::FailNcclRank(-1, 0);
   });
   EXPECT_EQ(emulated::LiveNcclComms(), 0);
+}
+
+TEST(NcclTest, MoreRanksThanGpusOfANodeAreRefused) {
+  std::map<const char*, const char*> variables = {{"LONGSPAN_RENDEZVOUS", "/nonexistent/meet"},
+                                                  {"LONGSPAN_JOB_ID", "1"},
+                                                  {"LONGSPAN_WORLD_SIZE", "9"},
+                                                  {"LONGSPAN_RANK", "0"},
+                                                  {"LONGSPAN_LOCAL_SIZE", "3"},
+                                                  {"LONGSPAN_LOCAL_RANK", "0"}};
+  for (const auto& [name, value] : variables) setenv(name, value, 1);
+  const auto start = []() -> std::string {
+    try {
+      parallel::Bootstrap::Start();
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  };
+  emulated::SetDeviceCount(2);
+  ExpectNamed(start(), "this node has 2 for its 3 ranks");
+  setenv("LONGSPAN_LOCAL_SIZE", "2", 1);
+  ExpectNamed(start(), "cannot write /nonexistent/meet");
+  setenv("LONGSPAN_LOCAL_SIZE", "3", 1);
+  setenv("NCCL_HOSTID", "mine", 1);
+  ExpectNamed(start(), "cannot write /nonexistent/meet");
+  unsetenv("NCCL_HOSTID");
+  emulated::SetDeviceCount(1);  // perhaps another one for each rank
+  ExpectNamed(start(), "cannot write /nonexistent/meet");
+  for (const auto& [name, value] : variables) unsetenv(name);
+  unsetenv(parallel::kNcclSwitchSums);
 }
 
 // A program that does not come back to the communicator after a failure is ended.

@@ -80,7 +80,21 @@ TEST_F(RendezvousTest, VariablesOfOurOwn) {
   EXPECT_EQ(r->size, 8);
   EXPECT_EQ(r->local_rank, 1);
   EXPECT_EQ(r->local_size, 2);
+  EXPECT_EQ(r->least_local_size, 2);
   EXPECT_EQ(r->job_id, "train-1");
+}
+
+// Without a word of which ranks share a node, none are known to.
+TEST_F(RendezvousTest, RanksThatAreKnownToShareANode) {
+  std::map<std::string, std::string> variables = {{"LONGSPAN_RENDEZVOUS", folder_},
+                                                  {"LONGSPAN_RANK", "9"},
+                                                  {"LONGSPAN_WORLD_SIZE", "16"},
+                                                  {"LONGSPAN_JOB_ID", "1"}};
+  EXPECT_EQ(From(variables)->least_local_size, 1);
+  variables["LONGSPAN_LOCAL_RANK"] = "6";
+  EXPECT_EQ(From(variables)->least_local_size, 7);
+  variables["LONGSPAN_LOCAL_SIZE"] = "8";
+  EXPECT_EQ(From(variables)->least_local_size, 8);
 }
 
 TEST_F(RendezvousTest, VariablesOfSlurmAndAFolder) {
