@@ -33,7 +33,7 @@ enum class MemoryCategory : uint8_t {
   kGradients,
   kOptimizer,  // its state: moments
   kWorkspace,  // scratch that libraries and kernels keep
-  kStaging,    // batches, and buffers of communication
+  kStaging,    // batches; communicators keep their own memory, which is not counted
 };
 inline constexpr size_t kMemoryCategories = 6;
 const char* ToString(MemoryCategory category);  // "activations", ...
