@@ -171,7 +171,12 @@ int DeviceCount(std::string* why) {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaSuccess && count > 0) return count;
   if (why != nullptr) {
-    *why = status == cudaSuccess ? "the driver reports no device" : cudaGetErrorString(status);
+    // A machine without a driver is said to have one that is too old.
+    int driver = 0;
+    const bool missing = cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0;
+    *why = missing                 ? "no NVIDIA driver was found"
+           : status == cudaSuccess ? "the driver reports no device"
+                                   : cudaGetErrorString(status);
   }
   cudaGetLastError();
   return 0;
