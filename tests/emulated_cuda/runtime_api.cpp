@@ -163,10 +163,6 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = em::DeviceCount();
   return Report(*count > 0 ? cudaSuccess : cudaErrorNoDevice);
 }
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
-  return Report(cudaSuccess);
-}
 cudaError_t cudaGetDevice(int* device) {
   *device = em::current_device;
   return Report(cudaSuccess);
