@@ -182,6 +182,10 @@ void CheckPrecision(const Config& config, Problems& problems) {
   if (precision == F64 && config.run().device() == Run::CUDA) {
     problems.push_back({"run.precision", "F64 exists on the CPU only (use F32 or BF16 on CUDA)"});
   }
+  if (config.run().device() == Run::CPU && config.run().sync_checks()) {
+    problems.push_back({"run.sync_checks",
+                        "there are no kernels to wait for on CPU (use false, or device: CUDA)"});
+  }
   if (config.run().device() == Run::CPU && config.parallel().backend() == Parallel::NCCL) {
     problems.push_back(
         {"parallel.backend", "NCCL connects GPUs only (use AUTO, or run.device: CUDA)"});

@@ -104,6 +104,7 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.global_batch_tokens = run.global_batch_tokens();
   o.threads = static_cast<int>(run.threads());
   o.deterministic = run.deterministic();
+  o.sync_checks = run.sync_checks();
   o.device = run.device() == configs::Run::CUDA ? DeviceKind::kCuda : DeviceKind::kCpu;
   o.on_nonfinite =
       run.on_nonfinite() == configs::Run::SKIP ? NonFinitePolicy::kSkip : NonFinitePolicy::kStop;

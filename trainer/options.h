@@ -35,6 +35,7 @@ struct TrainOptions {
   int64_t global_batch_tokens = 0;  // tokens of an optimizer step, over all replicas
   int threads = 0;                  // per rank; 0 = cores / ranks on this host
   bool deterministic = true;
+  bool sync_checks = false;  // ContextOptions
   DeviceKind device = DeviceKind::kCpu;
 
   int64_t dp = 1, cp = 1;

@@ -76,7 +76,8 @@ Context MakeContext(const Rank& rank, const RankDevice& device,
                     const trainer::TrainOptions& options) {
   return Context(ContextOptions{.device = device.device,
                                 .threads = options.threads > 0 ? options.threads : rank.threads,
-                                .deterministic = options.deterministic});
+                                .deterministic = options.deterministic,
+                                .sync_checks = options.sync_checks});
 }
 
 std::unique_ptr<parallel::Communicator> MakeCarrier(const Rank& rank,

@@ -205,6 +205,10 @@ TEST(ConfigValidateTest, Precision) {
   ExpectProblem({"parallel.backend=NCCL"},
                 "parallel.backend: NCCL connects GPUs only (use AUTO, or run.device: CUDA)");
   ExpectFine({"parallel.backend=NCCL", "run.device=CUDA"});
+  ExpectProblem({"run.sync_checks=true"},
+                "run.sync_checks: there are no kernels to wait for on CPU (use false, or device: "
+                "CUDA)");
+  ExpectFine({"run.sync_checks=true", "run.device=CUDA"});
   ExpectFine({"model.head_dim=256", "run.device=CUDA"});
   ExpectFine({"model.head_dim=264"});
   ExpectProblem({"run.device=CUDA", "model.head_dim=264"},

@@ -47,6 +47,24 @@ TEST_F(BlockTest, GridsThatNoDeviceTakesAreRefused) {
   }
 }
 
+// With sync_checks the launch itself says that its kernel failed; without, a later call does.
+TEST_F(BlockTest, SyncChecksNameTheKernelThatFailed) {
+  auto* out = Device<unsigned>(1);
+  emulated::FailNext(emulated::Fault::kKernel);
+  Launch(runtime_, "Index", Index, {dim3(1), dim3(1)}, out);
+  EXPECT_EQ(cudaStreamSynchronize(runtime_.stream()), cudaErrorLaunchFailure);
+  emulated::Recover();
+  Runtime checked(0, true);
+  emulated::FailNext(emulated::Fault::kKernel);
+  try {
+    Launch(checked, "Index", Index, {dim3(1), dim3(1)}, out);
+    ADD_FAILURE() << "the launch said nothing";
+  } catch (const CudaError& e) {
+    EXPECT_NE(std::string(e.what()).find("Index"), std::string::npos) << e.what();
+  }
+  emulated::Recover();
+}
+
 __global__ void Sums(const float* in, float* out) {
   const unsigned i = blockIdx.x * 256 + threadIdx.x;
   out[i] = BlockSum<256>(in[i]);
