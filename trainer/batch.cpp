@@ -49,7 +49,6 @@ LocalBatch ToDevice(Context& ctx, const LocalBatch& host) {
   LocalBatch device = host;
   device.ids = OnDevice(ctx, host.ids);
   device.labels = OnDevice(ctx, host.labels);
-  device.order = host.order;
   for (Tensor* t : {&device.order.tokens, &device.order.pieces, &device.order.joins}) {
     *t = OnDevice(ctx, *t);
   }
