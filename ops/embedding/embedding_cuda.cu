@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 cuda::LaunchShape RowsOf(const Tensor& triples, int64_t width) {
-  return {dim3(static_cast<unsigned>(triples.dim(0)),
-               static_cast<unsigned>((width + kThreads - 1) / kThreads)),
+  return {dim3(cuda::GridSize(triples.dim(0)), cuda::GridSize((width + kThreads - 1) / kThreads)),
           dim3(kThreads)};
 }
 
@@ -79,7 +78,7 @@ Tensor EmbeddingForwardCuda(Context& ctx, const Tensor& ids, const Tensor& table
       const auto kernel =
           packs ? ForwardKernel<kPackElements, From, To> : ForwardKernel<1, From, To>;
       cuda::Launch(ctx.cuda(), "EmbeddingForward", kernel,
-                   {dim3(static_cast<unsigned>(ids.dim(0))), dim3(kThreads)}, width, table.dim(0),
+                   {dim3(cuda::GridSize(ids.dim(0))), dim3(kThreads)}, width, table.dim(0),
                    ids.data<int32_t>(), table.data<From>(), y.data<To>());
     });
   });

@@ -165,14 +165,14 @@ LinearCrossEntropyResult LinearCrossEntropyForwardCuda(Context& ctx, const Tenso
     Gemm(ctx, x.Rows(begin, end), false, w, true, logits);
     cuda::Launch(ctx.cuda(), "LinearCrossEntropyForward",
                  WholePacks(vocab) ? LossKernel<kPack> : LossKernel<1>,
-                 {dim3(static_cast<unsigned>(end - begin)), dim3(kThreads)}, vocab,
-                 logits.data<float>(), label + begin, lse + begin, loss + begin);
+                 {dim3(cuda::GridSize(end - begin)), dim3(kThreads)}, vocab, logits.data<float>(),
+                 label + begin, lse + begin, loss + begin);
   });
   const int64_t blocks = (tokens + kTokensPerBlock - 1) / kTokensPerBlock;
   const Tensor partial = ctx.Empty({blocks, kLossSums}, DType::kF64);
   cuda::Launch(ctx.cuda(), "LossPartialSums", PartialSumsKernel,
-               {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)}, tokens, options.z_loss, label,
-               lse, loss, partial.data<double>());
+               {dim3(cuda::GridSize(blocks)), dim3(kThreads)}, tokens, options.z_loss, label, lse,
+               loss, partial.data<double>());
   cuda::Launch(ctx.cuda(), "LossSums", AddPartialsKernel, {dim3(1), dim3(kLossSums)}, blocks,
                partial.data<double>(), result.sums.data<double>());
   return result;
@@ -194,8 +194,8 @@ Tensor LinearCrossEntropyBackwardCuda(Context& ctx, const LinearCrossEntropyResu
     Tensor logits = logit_buffer.Rows(0, end - begin), dx_chunk = dx.Rows(begin, end);
     Gemm(ctx, x_chunk, false, w, true, logits);
     const cuda::LaunchShape shape{
-        dim3(static_cast<unsigned>(end - begin),
-             static_cast<unsigned>((vocab + kLogitsPerBlock - 1) / kLogitsPerBlock)),
+        dim3(cuda::GridSize(end - begin),
+             cuda::GridSize((vocab + kLogitsPerBlock - 1) / kLogitsPerBlock)),
         dim3(kThreads)};
     DispatchGpuFloat(x.dtype(), "LinearCrossEntropyBackward", [&]<class T>() {
       const auto kernel = WholePacks(vocab) ? GradientKernel<kPack, T> : GradientKernel<1, T>;

@@ -181,7 +181,7 @@ RmsNormResult RmsNormForwardCuda(Context& ctx, const Tensor& x, const Tensor& w,
                         : width <= kBlockWidth ? ForwardKernel<kPack, kBlockHeld, kThreads, T>
                                                : ForwardKernel<kPack, 0, kThreads, T>;
     cuda::Launch(ctx.cuda(), "RmsNormForward", kernel,
-                 {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)}, tokens, width, x.data<T>(),
+                 {dim3(cuda::GridSize(blocks)), dim3(kThreads)}, tokens, width, x.data<T>(),
                  w.data<float>(), eps, out.y.data<T>(), out.rstd.data<float>());
   });
   return out;
@@ -203,7 +203,7 @@ Tensor RmsNormBackwardCuda(Context& ctx, const Tensor& dy, const Tensor& x, cons
                         : width <= kBlockWidth / 2 ? BackwardKernel<kPack, kBlockHeld / 2, T>
                         : width <= kBlockWidth     ? BackwardKernel<kPack, kBlockHeld, T>
                                                    : BackwardKernel<kPack, 0, T>;
-    const cuda::LaunchShape shape{dim3(static_cast<unsigned>(partials)), dim3(kThreads),
+    const cuda::LaunchShape shape{dim3(cuda::GridSize(partials)), dim3(kThreads),
                                   static_cast<size_t>(width) * sizeof(float)};
     cuda::Launch(ctx.cuda(), "RmsNormBackward", kernel, shape, tokens, rows, width, dy.data<T>(),
                  x.data<T>(), w.data<float>(), rstd.data<float>(), dx.data<T>(),

@@ -52,8 +52,8 @@ void AddSumOf(Context& ctx, const char* op, const Tensor& t, Term term, Tensor& 
   DispatchGpuFloat(t.dtype(), op, [&]<class T>() {
     const auto kernel = Aligned16(t.raw()) ? PartialSumKernel<kPackElements, T, Term>
                                            : PartialSumKernel<1, T, Term>;
-    cuda::Launch(ctx.cuda(), op, kernel, {dim3(static_cast<unsigned>(runs)), dim3(kThreads)}, n,
-                 run, t.data<T>(), term, partial.data<double>());
+    cuda::Launch(ctx.cuda(), op, kernel, {dim3(cuda::GridSize(runs)), dim3(kThreads)}, n, run,
+                 t.data<T>(), term, partial.data<double>());
   });
   cuda::Launch(ctx.cuda(), op, AddPartialsKernel, {dim3(1), dim3(kThreads)}, runs,
                partial.data<double>(), total.data<double>());

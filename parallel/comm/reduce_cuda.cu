@@ -54,7 +54,7 @@ void Run(cuda::Runtime& runtime, cudaStream_t stream, const Buffers& buffers, in
          ReduceOp op) {
   if (packs == 0) return;
   const int64_t blocks = std::min(kMaxBlocks, (packs + kThreads - 1) / kThreads);
-  cuda::LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads)};
+  cuda::LaunchShape shape{dim3(cuda::GridSize(blocks)), dim3(kThreads)};
   shape.stream = stream;
   cuda::Launch(runtime, "ReduceRanks", ReduceRanksKernel<T, kWidth>, shape, buffers, packs, op);
 }
