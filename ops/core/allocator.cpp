@@ -10,12 +10,6 @@
 namespace longspan {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kCache = false;  // reuse would hide use-after-free and overflow from the sanitizer
-#else
-constexpr bool kCache = true;
-#endif
-
 class HostMemorySource : public MemorySource {
  public:
   void* Get(size_t bytes) override { return std::aligned_alloc(64, bytes); }
@@ -103,7 +97,7 @@ void Allocator::Free(void* data, size_t bytes, MemoryCategory category) noexcept
   std::lock_guard lock(mutex_);
   used_bytes_ -= size;
   used_by_[static_cast<size_t>(category)] -= size;
-  if (!kCache) {
+  if (!kAllocatorReuses) {
     source_->Return(data);
     return;
   }

@@ -39,6 +39,14 @@ inline constexpr size_t kMemoryCategories = 6;
 const char* ToString(MemoryCategory category);  // "activations", ...
 using BytesByCategory = std::array<size_t, kMemoryCategories>;
 
+// false under AddressSanitizer, from which reuse would hide use-after-free and overflow: every
+// allocation is then one of the source.
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kAllocatorReuses = false;
+#else
+inline constexpr bool kAllocatorReuses = true;
+#endif
+
 // Memory for tensors: freed blocks are kept by size class, so that a steady training step asks the
 // source for nothing. On a GPU a block may be handed out again while kernels that used it still
 // run: all work of a Context is on one stream, and other streams hold a reference until they are

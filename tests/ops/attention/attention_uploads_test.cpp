@@ -57,7 +57,9 @@ TEST(AttentionUploadsTest, OneUploadForAllLayersAndPasses) {
   EXPECT_EQ(cold.host_waits + cold.blocking_copies, 0u);
   const emulated::Counters warm = Spent([&] { second.Run(); });
   EXPECT_EQ(warm.copies, 0u);
-  EXPECT_EQ(warm.allocations, 0u);
+  if (kAllocatorReuses) {
+    EXPECT_EQ(warm.allocations, 0u);
+  }
   EXPECT_EQ(warm.launches, 4u);  // forward, delta, dQ, dK and dV
   EXPECT_EQ(warm.host_waits + warm.blocking_copies, 0u);
   // The same documents.
