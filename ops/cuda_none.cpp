@@ -4,7 +4,9 @@
 #include "ops/core/error.h"
 #include "ops/elementwise/elementwise_cuda.h"
 #include "ops/embedding/embedding_cuda.h"
+#include "ops/gate/duo_gate_cuda.h"
 #include "ops/gemm/gemm_cuda.h"
+#include "ops/loss/hidden_distance_cuda.h"
 #include "ops/loss/linear_cross_entropy_cuda.h"
 #include "ops/norm/rms_norm_cuda.h"
 #include "ops/optim/optim_cuda.h"
@@ -28,12 +30,31 @@ Tensor GeluBackwardCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse
 void AddIntoCuda(Context&, Tensor&, const Tensor&) { Refuse(); }
 Tensor AddCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
 void ScaleCuda(Context&, Tensor&, double) { Refuse(); }
+void ClampCuda(Context&, Tensor&, double, double) { Refuse(); }
 void FillCuda(Context&, Tensor&, double) { Refuse(); }
 void CastIntoCuda(Context&, const Tensor&, Tensor&) { Refuse(); }
 void AddRowsIntoCuda(Context&, Tensor&, const Tensor&) { Refuse(); }
 
 Tensor EmbeddingForwardCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
 void EmbeddingBackwardCuda(Context&, const EmbeddingOrder&, const Tensor&, Tensor&) { Refuse(); }
+
+Tensor DuoGateForwardCuda(Context&, const Tensor&, const Tensor&, const Tensor&, Tensor) {
+  Refuse();
+}
+DuoGateGradients DuoGateBackwardCuda(Context&, const Tensor&, const Tensor&, const Tensor&,
+                                     const Tensor&, Tensor&, DuoGateGradients) {
+  Refuse();
+}
+void GatePenaltyForwardCuda(Context&, const Tensor&, const GatePenalty&, Tensor&) { Refuse(); }
+void GatePenaltyBackwardCuda(Context&, const Tensor&, const GatePenalty&, Tensor&) { Refuse(); }
+
+Tensor HiddenDistanceForwardCuda(Context&, const Tensor&, const Tensor&, const Tensor&, Tensor) {
+  Refuse();
+}
+Tensor HiddenDistanceBackwardCuda(Context&, const Tensor&, const Tensor&, const Tensor&, double,
+                                  Tensor) {
+  Refuse();
+}
 
 void RunCublasLt(Context&, const GemmCall&) { Refuse(); }
 

@@ -71,6 +71,22 @@ void Scale(Context& ctx, Tensor& t, double factor) {
   });
 }
 
+void Clamp(Context& ctx, Tensor& t, double low, double high) {
+  LONGSPAN_CHECK(low <= high) << "Clamp: low " << low << " is above high " << high;
+  LONGSPAN_ON_CUDA(ctx, internal::ClampCuda(ctx, t, low, high));
+  DispatchFloat(t.dtype(), "Clamp", [&]<class T>() {
+    using Acc = Accumulator<T>;
+    const Acc least = static_cast<Acc>(low), most = static_cast<Acc>(high);
+    T* data = t.data<T>();
+    ParallelRanges(ctx, t.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Acc x = static_cast<Acc>(data[i]);
+        data[i] = T(x < least ? least : x > most ? most : x);
+      }
+    });
+  });
+}
+
 void Fill(Context& ctx, Tensor& t, double value) {
   LONGSPAN_ON_CUDA(ctx, internal::FillCuda(ctx, t, value));
   DispatchFloat(t.dtype(), "Fill", [&]<class T>() {

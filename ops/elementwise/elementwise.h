@@ -25,6 +25,10 @@ inline Tensor ResidualAdd(Context& ctx, const Tensor& stream, const Tensor& bran
 // t *= factor, in place.
 void Scale(Context& ctx, Tensor& t, double factor);
 
+// Every element of `t` below `low` becomes `low`, every one above `high` becomes `high`, in place;
+// NaN stays.
+void Clamp(Context& ctx, Tensor& t, double low, double high);
+
 // Every element of `t` becomes `value`.
 void Fill(Context& ctx, Tensor& t, double value);
 

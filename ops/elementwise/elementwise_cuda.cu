@@ -14,6 +14,10 @@ struct Product {
   float factor;
   __device__ float operator()(float a) const { return a * factor; }
 };
+struct Between {
+  float low, high;
+  __device__ float operator()(float a) const { return a < low ? low : a > high ? high : a; }
+};
 struct Constant {
   float value;
   __device__ float operator()() const { return value; }
@@ -73,6 +77,13 @@ Tensor AddCuda(Context& ctx, const Tensor& a, const Tensor& b, Tensor sum) {
 void ScaleCuda(Context& ctx, Tensor& t, double factor) {
   DispatchGpuFloat(t.dtype(), "Scale", [&]<class T>() {
     MapCuda(ctx, "Scale", t.numel(), t.data<T>(), Product{static_cast<float>(factor)}, t.data<T>());
+  });
+}
+
+void ClampCuda(Context& ctx, Tensor& t, double low, double high) {
+  const Between between{static_cast<float>(low), static_cast<float>(high)};
+  DispatchGpuFloat(t.dtype(), "Clamp", [&]<class T>() {
+    MapCuda(ctx, "Clamp", t.numel(), t.data<T>(), between, t.data<T>());
   });
 }
 

@@ -93,6 +93,19 @@ TEST(ElementwiseTest, ScaleAndFill) {
   }
 }
 
+TEST(ElementwiseTest, ClampsToARange) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const DType dtype : FloatDtypes()) {
+    Context ctx = OpContext();
+    Tensor t = FromVec(ctx, {6}, dtype, {-0.5, 0, 0.25, 1, 1.5, nan});
+    ops::Clamp(ctx, t, 0, 1);
+    const Vec clamped = ToVec(t);
+    EXPECT_EQ(Vec(clamped.begin(), clamped.end() - 1), (Vec{0, 0, 0.25, 1, 1}));
+    EXPECT_TRUE(std::isnan(clamped.back()));
+    EXPECT_THROW(ops::Clamp(ctx, t, 1, 0), InvalidArgument);
+  }
+}
+
 TEST(ElementwiseTest, AddsRowsInOrder) {
   for (const DType dtype : FloatDtypes()) {
     if (dtype == DType::kBF16) continue;
