@@ -138,6 +138,21 @@ void CheckRun(const Config& config, Problems& problems) {
   }
 }
 
+void CheckAlignment(const Config& config, Problems& problems) {
+  constexpr int64_t kBlock = 64;
+  if (!config.data().align_documents()) return;
+  if (!config.data().document_mask()) {
+    problems.push_back(
+        {"data.align_documents", "needs document_mask: true, which hides the padding (use false)"});
+  }
+  const int64_t context = config.run().context_length();
+  if (context % kBlock != 0) {
+    problems.push_back({"data.align_documents",
+                        Str("needs a run.context_length that is a multiple of ", kBlock, ", not ",
+                            context, " (use ", NearestMultiples(context, kBlock), ", or false)")});
+  }
+}
+
 std::string Divisors(int64_t value) {
   std::vector<std::string> divisors;
   for (int64_t d = 1; d <= value; ++d) {
@@ -362,6 +377,7 @@ std::vector<Problem> Validate(const Config& config) {
             "parallel.cp"})) {
     CheckRun(config, problems);
   }
+  if (good({"run.context_length"})) CheckAlignment(config, problems);
   if (good({"model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.head_dim"})) {
     CheckHeads(config, problems);
   }

@@ -1,5 +1,7 @@
 #include "data/packing.h"
 
+#include <algorithm>
+
 #include "ops/core/check.h"
 
 namespace longspan::data {
@@ -18,6 +20,7 @@ Row PackRow(std::span<const int32_t> tokens, std::span<const int64_t> ends, bool
       if (end < length) row.doc_ends.push_back(end);
     }
   }
+  std::replace(row.tokens.begin(), row.tokens.end(), kPadding, 0);
   row.doc_ends.push_back(length);
   int64_t begin = 0;
   for (const int64_t end : row.doc_ends) {

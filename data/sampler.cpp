@@ -6,6 +6,8 @@
 #include <array>
 #include <bit>
 #include <mutex>
+#include <optional>
+#include <span>
 
 #include "data/indexed_dataset.h"
 #include "data/permutation.h"
@@ -28,6 +30,14 @@ const RowSamplerOptions& Checked(const RowSamplerOptions& options) {
     throw InvalidArgument(
         Str("run.context_length ", options.context_length, " must be at least 1"));
   }
+  if (options.alignment < 1 || options.context_length % options.alignment != 0) {
+    throw InvalidArgument(Str("run.context_length ", options.context_length,
+                              " must be a multiple of ", options.alignment,
+                              ", on which documents start with data.align_documents"));
+  }
+  if (options.alignment > 1 && !options.document_mask) {
+    throw InvalidArgument("data.align_documents needs data.document_mask: padding would be seen");
+  }
   for (const Source& source : options.sources) {
     if (!options.shuffle && source.weight != options.sources.front().weight) {
       throw InvalidArgument(Str("weight ", source.weight, " of ", source.prefix,
@@ -49,15 +59,18 @@ class RowSampler::Stream {
         document_keys_(options.seed, StreamOf("documents of an epoch") + source),
         row_keys_(options.seed, StreamOf("rows of an epoch") + source),
         offset_keys_(options.seed, StreamOf("first row of an epoch") + source) {
-    const int64_t tokens = dataset_.num_tokens(), length = options.context_length;
-    if (tokens < length + 1) {
-      throw DataError(Str(dataset_.prefix(), ".bin has ", tokens, " tokens in ",
-                          dataset_.num_documents(),
-                          " documents, and one row of run.context_length ", length, " needs ",
-                          length + 1, "; give more text or a shorter context_length"));
+    const int64_t tokens = StreamTokens(), length = options.context_length;
+    // Aligned rows need no token behind them: what ends at the stream's end has no label there.
+    const int64_t behind = aligned() ? 0 : 1;
+    if (tokens < length + behind) {
+      throw DataError(Str(dataset_.prefix(), ".bin has ", dataset_.num_tokens(), " tokens in ",
+                          dataset_.num_documents(), " documents",
+                          aligned() ? Str(" (", tokens, " with data.align_documents)") : "",
+                          ", and one row of run.context_length ", length, " needs ",
+                          length + behind, "; give more text or a shorter context_length"));
     }
-    rows_ = (tokens - 1) / length;
-    spare_tokens_ = (tokens - 1) % length;
+    rows_ = (tokens - behind) / length;
+    spare_units_ = (tokens - behind) % length / options.alignment;
   }
 
   const IndexedDataset& dataset() const { return dataset_; }
@@ -70,34 +83,54 @@ class RowSampler::Stream {
       const auto counter = static_cast<uint64_t>(epoch);
       row = KeyedPermutation(rows_, row_keys_.Bits(counter))[row];
       // Shuffling documents alone would never reach the last tokens of a single one.
-      offset = static_cast<int64_t>(
-          offset_keys_.Below(counter, static_cast<uint64_t>(spare_tokens_) + 1));
+      offset = options_.alignment * static_cast<int64_t>(offset_keys_.Below(
+                                        counter, static_cast<uint64_t>(spare_units_) + 1));
     }
-    const std::shared_ptr<const Epoch> table = options_.shuffle ? TableOf(epoch) : nullptr;
+    // Without padding the places of documents in file order are those of the dataset.
+    const std::shared_ptr<const Epoch> table =
+        options_.shuffle || aligned() ? TableOf(epoch) : nullptr;
     std::vector<int64_t> ends;
     const std::vector<int32_t> tokens =
         ReadStream(table.get(), offset + row * options_.context_length, ends);
-    CheckIds(tokens);
     return PackRow(tokens, ends, options_.document_mask);
   }
 
  private:
-  // The order of the documents in one epoch.
+  // The order of the documents in one epoch and their places in its stream.
   struct Epoch {
-    Epoch(int64_t epoch_in, const IndexedDataset& dataset, uint64_t key)
-        : epoch(epoch_in), order(dataset.num_documents(), key) {
-      begins.reserve(static_cast<size_t>(order.size()) + 1);
-      int64_t begin = 0;
-      for (int64_t k = 0; k < order.size(); ++k) {
-        begins.push_back(begin);
-        begin += dataset.DocumentLength(order[k]);
-      }
-      begins.push_back(begin);
-    }
     int64_t epoch;
-    KeyedPermutation order;
-    std::vector<int64_t> begins;  // in the epoch's stream, of its k-th document
+    std::optional<KeyedPermutation> order;  // none: that of the file
+    std::vector<int64_t> begins;            // of the k-th document, then the stream's end
+    int64_t Document(int64_t k) const { return order ? (*order)[k] : k; }
   };
+
+  bool aligned() const { return options_.alignment > 1; }
+  // Tokens that a document takes in the stream, padding included.
+  int64_t Padded(int64_t document) const {
+    const int64_t unit = options_.alignment;
+    return (dataset_.DocumentLength(document) + unit - 1) / unit * unit;
+  }
+  int64_t StreamTokens() const {
+    if (!aligned()) return dataset_.num_tokens();
+    int64_t tokens = 0;
+    for (int64_t d = 0; d < dataset_.num_documents(); ++d) tokens += Padded(d);
+    return tokens;
+  }
+
+  std::shared_ptr<const Epoch> BuildTable(int64_t epoch) const {
+    auto table = std::make_shared<Epoch>();
+    table->epoch = epoch;
+    const int64_t documents = dataset_.num_documents();
+    if (options_.shuffle) {
+      table->order.emplace(documents, document_keys_.Bits(static_cast<uint64_t>(epoch)));
+    }
+    table->begins.reserve(static_cast<size_t>(documents) + 1);
+    table->begins.push_back(0);
+    for (int64_t k = 0; k < documents; ++k) {
+      table->begins.push_back(table->begins.back() + Padded(table->Document(k)));
+    }
+    return table;
+  }
 
   // Building happens under the lock: a second thread that needs the same table waits for it.
   std::shared_ptr<const Epoch> TableOf(int64_t epoch) const {
@@ -106,8 +139,7 @@ class RowSampler::Stream {
       if (table && table->epoch == epoch) return table;
     }
     std::swap(tables_[0], tables_[1]);  // the older one goes
-    tables_[0] = std::make_shared<const Epoch>(epoch, dataset_,
-                                               document_keys_.Bits(static_cast<uint64_t>(epoch)));
+    tables_[0] = BuildTable(epoch);
     return tables_[0];
   }
 
@@ -115,16 +147,13 @@ class RowSampler::Stream {
   int64_t StreamBegin(const Epoch* table, int64_t k) const {
     return table ? table->begins[static_cast<size_t>(k)] : dataset_.DocumentBegin(k);
   }
-  int64_t FileBegin(const Epoch* table, int64_t k) const {
-    return dataset_.DocumentBegin(table ? table->order[k] : k);
-  }
 
-  // Tokens [begin, begin + L] of the stream and the borders of documents among them, as PackRow
-  // wants them.
+  // Tokens [begin, begin + L] of the stream and the borders of documents and padding among them, as
+  // PackRow wants them.
   std::vector<int32_t> ReadStream(const Epoch* table, int64_t begin,
                                   std::vector<int64_t>& ends) const {
     const int64_t end = begin + options_.context_length + 1;
-    std::vector<int32_t> tokens(static_cast<size_t>(end - begin));
+    std::vector<int32_t> tokens(static_cast<size_t>(end - begin), kPadding);
     // The last document that begins at or before `begin`; empty documents cannot be the last such.
     int64_t low = 0, high = dataset_.num_documents();
     while (high - low > 1) {
@@ -132,21 +161,28 @@ class RowSampler::Stream {
       (StreamBegin(table, middle) <= begin ? low : high) = middle;
     }
     int64_t at = begin;
-    for (int64_t k = low; at < end; ++k) {
+    for (int64_t k = low; at < end && k < dataset_.num_documents(); ++k) {
+      const int64_t document = table ? table->Document(k) : k;
       const int64_t document_begin = StreamBegin(table, k);
-      const int64_t document_end = StreamBegin(table, k + 1);
+      const int64_t document_end = document_begin + dataset_.DocumentLength(document);
+      const int64_t padding_end = StreamBegin(table, k + 1);
+      if (padding_end <= at) continue;  // an empty document
       const int64_t count = std::min(document_end, end) - at;
-      if (count <= 0) continue;  // an empty document
-      dataset_.Read(
-          FileBegin(table, k) + (at - document_begin),
-          std::span(tokens).subspan(static_cast<size_t>(at - begin), static_cast<size_t>(count)));
-      at += count;
-      if (at == document_end) ends.push_back(at - begin);
+      const auto part =
+          std::span(tokens).subspan(static_cast<size_t>(at - begin), static_cast<size_t>(count));
+      dataset_.Read(dataset_.DocumentBegin(document) + (at - document_begin), part);
+      CheckIds(part);
+      for (const int64_t border : {document_end, padding_end}) {
+        if (border <= end && (ends.empty() || ends.back() < border - begin)) {
+          ends.push_back(border - begin);
+        }
+      }
+      at = padding_end;
     }
     return tokens;
   }
 
-  void CheckIds(const std::vector<int32_t>& tokens) const {
+  void CheckIds(std::span<const int32_t> tokens) const {
     for (const int32_t id : tokens) {
       if (id < 0) {
         throw DataError(Str(dataset_.prefix(), ".bin holds token id ", id,
@@ -165,7 +201,7 @@ class RowSampler::Stream {
   IndexedDataset dataset_;
   Philox document_keys_, row_keys_, offset_keys_;
   int64_t rows_ = 0;
-  int64_t spare_tokens_ = 0;  // that no row of an epoch takes
+  int64_t spare_units_ = 0;   // of `alignment` tokens, that no row of an epoch takes
   mutable std::mutex mutex_;  // guards tables_
   mutable std::array<std::shared_ptr<const Epoch>, 2> tables_;
 };

@@ -20,6 +20,9 @@ struct RowSamplerOptions {
   uint64_t seed = 1;
   bool shuffle = true;  // false for validation
   bool document_mask = true;
+  // Documents start on multiples of so many tokens of the row; 1: wherever the last one ends. More
+  // than 1 needs document_mask, and context_length must be a multiple of it.
+  int64_t alignment = 1;
   int64_t vocab_size = 0;  // model.vocab_size: larger ids are an error; 0: not checked
 };
 
@@ -32,14 +35,20 @@ struct RowSamplerOptions {
 //          place a, from 0 to their number and a function of (seed, source, epoch) too, decides
 //          which ones at either end of the stream are left out, other ones in each epoch. The rows
 //          are then shuffled. Epochs go on without end. How a row is labelled: PackRow.
+// Aligned  With an alignment A > 1 padding follows each document of the stream up to the next
+//          multiple of A, and a is a multiple of A too, so every document starts on one, in its row
+//          as well. No row needs a token behind its last one, for what ends at the stream's end
+//          ends there: floor(padded tokens / L) rows fit, and those left out are fewer than L
+//          padded tokens. PackRow says what padding is: part of the row, seen by nobody.
 // Mixture  Sample i belongs to the source, and is its n-th sample, that Mixture::Find(i) says.
 // Unshuffled  Documents and rows stay in order from a = 0 on, the sources follow one another, and
 //          there is one pass: sample RowsAvailable() is an InvalidArgument. Unequal weights are
 //          refused.
 // Cost     Get reads L + 1 tokens after a binary search. The first row of an epoch builds a table
-//          of 8 bytes a document; the tables of two epochs a source are kept.
+//          of 8 bytes a document (also one of an unshuffled source when aligned); the tables of two
+//          epochs a source are kept.
 // Errors   the constructor: DataError for a bad dataset (IndexedDataset) or one with fewer than
-//          L + 1 tokens, InvalidArgument naming the option
+//          L + 1 tokens (aligned: L with padding), InvalidArgument naming the option
 // Threads  every const function may be called from several threads
 class RowSampler {
  public:

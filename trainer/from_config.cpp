@@ -122,6 +122,7 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.train = SourcesFrom(c.data().train());
   o.validation = SourcesFrom(c.data().validation());
   o.document_mask = c.data().document_mask();
+  o.align_documents = c.data().align_documents();
   o.prefetch_micro_batches = static_cast<int>(c.data().prefetch_micro_batches());
   const configs::AdamW& adamw = c.optimizer().adamw();
   o.adamw = {adamw.lr(), adamw.beta1(), adamw.beta2(), adamw.eps(), adamw.weight_decay()};

@@ -32,6 +32,8 @@ std::map<std::string, std::string> IdentityOf(const TrainOptions& o,
   }
   set("model.layers", layers);
   set("data.document_mask", o.document_mask);
+  // Only where it is on: checkpoints older than the field have none.
+  if (o.align_documents) set("data.align_documents", o.align_documents);
   set("data.train", corpus_fingerprint);
   return id;
 }

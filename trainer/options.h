@@ -45,6 +45,7 @@ struct TrainOptions {
 
   std::vector<DataSource> train, validation;
   bool document_mask = true;
+  bool align_documents = false;  // to the blocks of attention masks
   int prefetch_micro_batches = 2;
 
   AdamWSettings adamw;

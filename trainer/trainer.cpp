@@ -43,6 +43,7 @@ data::RowSamplerOptions SamplerFrom(const TrainOptions& o, const std::vector<Dat
   s.seed = o.seed;
   s.shuffle = shuffle;
   s.document_mask = o.document_mask;
+  if (o.align_documents) s.alignment = ops::kMaskBlock;
   s.vocab_size = o.model.vocab_size;
   return s;
 }

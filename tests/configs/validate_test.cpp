@@ -182,6 +182,17 @@ TEST(ConfigValidateTest, ContextLengthSplitsIntoWholeBlocks) {
   EXPECT_EQ(error(77, 1, "ZIGZAG"), "");
 }
 
+TEST(ConfigValidateTest, AlignedDocumentsNeedBlocksAndTheirMask) {
+  ExpectFine({"data.align_documents=true"});
+  ExpectProblem({"data.document_mask=false", "data.align_documents=true"},
+                "data.align_documents: needs document_mask: true, which hides the padding (use "
+                "false)");
+  ExpectProblem({"run.context_length=96", "parallel.cp=1", "run.global_batch_tokens=192",
+                 "data.align_documents=true"},
+                "data.align_documents: needs a run.context_length that is a multiple of 64, not 96 "
+                "(use 64 or 128, or false)");
+}
+
 TEST(ConfigValidateTest, GlobalBatchIsWholeMicroBatches) {
   ExpectProblem({"run.global_batch_tokens=5000"},
                 "run.global_batch_tokens: 5000 is not a multiple of context_length 1024 x "

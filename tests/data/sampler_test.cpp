@@ -133,6 +133,16 @@ TEST(PackRowTest, DocumentsThatEndAtTheRowsEnd) {
   EXPECT_THROW(PackRow(Ids{1}, Offsets{}, true), InvalidArgument);
 }
 
+TEST(PackRowTest, PaddingByHand) {
+  // | 1 2 E . | 3 E . . | 4 (5), with . for padding
+  const int32_t p = data::kPadding;
+  const Row row = PackRow(Ids{1, 2, 99, p, 3, 99, p, p, 4, 5}, Offsets{3, 4, 6, 8}, true);
+  EXPECT_EQ(row.tokens, (Ids{1, 2, 99, 0, 3, 99, 0, 0, 4}));
+  EXPECT_EQ(row.labels, (Ids{2, 99, -1, -1, 99, -1, -1, -1, 5}));
+  EXPECT_EQ(row.positions, (Offsets{0, 1, 2, 0, 0, 1, 0, 1, 0}));
+  EXPECT_EQ(row.doc_ends, (Offsets{3, 4, 6, 8, 9}));
+}
+
 class RowSamplerTest : public testing::Test {
  protected:
   // Documents of 1..9 tokens; token ids count up through the dataset, so an id tells its place.
@@ -312,6 +322,107 @@ TEST_F(RowSamplerTest, EmptyDocumentsAreStepsOfNoLength) {
     in_order.shuffle = false;
     CheckEpoch(RowSampler(in_order), 0, length, true, documents);
   }
+}
+
+TEST_F(RowSamplerTest, AlignedRowsByHand) {
+  WriteDataset(temp_ / "set", {{1, 2, 99}, {3, 4, 5, 6, 7, 99}, {8, 9, 10, 99}, {11}});
+  RowSamplerOptions options = Options(8);
+  options.shuffle = false;
+  options.alignment = 4;
+  const RowSampler sampler(options);
+  // | 1 2 99 . 3 4 5 6 | 7 99 . . 8 9 10 99 | and 11 . . . are left
+  EXPECT_EQ(sampler.RowsAvailable(), 2);
+  EXPECT_EQ(sampler.TokensAvailable(), 14);
+  // The document that the row cuts goes on with the next row's first token.
+  ExpectSame(sampler.Get(0), {{1, 2, 99, 0, 3, 4, 5, 6},
+                              {2, 99, -1, -1, 4, 5, 6, 7},
+                              {0, 1, 2, 0, 0, 1, 2, 3},
+                              {3, 4, 8}});
+  ExpectSame(sampler.Get(1), {{7, 99, 0, 0, 8, 9, 10, 99},
+                              {99, -1, -1, -1, 9, 10, 99, -1},
+                              {0, 1, 0, 1, 0, 1, 2, 3},
+                              {2, 4, 8}});
+  // A row may be the whole stream, and end in padding.
+  options.context_length = 16;
+  options.sources = {{temp_ / "whole", 1}};
+  WriteDataset(temp_ / "whole", {{1, 2, 99}, {3, 4, 5, 6, 7, 99}, {11}});
+  const Row row = RowSampler(options).Get(0);
+  EXPECT_EQ(row.tokens, (Ids{1, 2, 99, 0, 3, 4, 5, 6, 7, 99, 0, 0, 11, 0, 0, 0}));
+  EXPECT_EQ(row.doc_ends, (Offsets{3, 4, 10, 12, 13, 16}));
+  EXPECT_EQ(row.labels.back(), data::kNoLabel);
+}
+
+// Rows of one epoch: every document begins on a border and is whole but for what rows cut or the
+// ends of the stream leave out.
+TEST_F(RowSamplerTest, AlignedEpochsKeepEveryToken) {
+  const Documents documents = WriteCounting("set", 200);
+  std::map<int32_t, size_t> document_of;
+  int64_t tokens = 0;
+  for (size_t d = 0; d < documents.size(); ++d) {
+    for (const int32_t id : documents[d]) document_of[id] = d;
+    tokens += static_cast<int64_t>(documents[d].size());
+  }
+  for (const int64_t alignment : {2, 4, 16}) {
+    RowSamplerOptions options = Options(48);
+    options.alignment = alignment;
+    const RowSampler sampler(options), again(options);
+    const int64_t rows = sampler.RowsAvailable();
+    std::set<int32_t> ever;
+    for (int64_t epoch = 0; epoch < 40; ++epoch) {
+      std::set<int32_t> seen;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Row row = sampler.Get(epoch * rows + r);
+        if (r % 7 == 3) ExpectSame(row, again.Get(epoch * rows + r));  // as a resumed run does
+        ASSERT_EQ(row.doc_ends.back(), 48);
+        int64_t begin = 0;
+        for (const int64_t end : row.doc_ends) {
+          const auto first = static_cast<size_t>(begin);
+          const bool padding = begin % alignment != 0;
+          ASSERT_TRUE(!padding || end % alignment == 0) << "padding ends on a border";
+          ASSERT_LT(padding ? end - begin : 0, alignment);
+          for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+            ASSERT_EQ(row.positions[i], static_cast<int64_t>(i - first));
+            if (padding) {
+              ASSERT_EQ(row.labels[i], data::kNoLabel);
+              continue;
+            }
+            const Ids& document = documents[document_of.at(row.tokens[i])];
+            ASSERT_EQ(row.tokens[i], row.tokens[first] + static_cast<int32_t>(i - first));
+            ASSERT_TRUE(seen.insert(row.tokens[i]).second) << "occurs twice in an epoch";
+            const bool last = row.tokens[i] == document.back();
+            ASSERT_EQ(row.labels[i], last ? data::kNoLabel : row.tokens[i] + 1);
+            ASSERT_EQ(document_of.at(row.tokens[i]), document_of.at(row.tokens[first]));
+          }
+          // Only a row's first document may lack its beginning, only one at the row's end its end.
+          if (!padding && begin > 0) {
+            ASSERT_EQ(row.tokens[first], documents[document_of.at(row.tokens[first])].front());
+          }
+          begin = end;
+        }
+      }
+      EXPECT_GT(static_cast<int64_t>(seen.size()), tokens - 48);
+      ever.insert(seen.begin(), seen.end());
+    }
+    EXPECT_EQ(static_cast<int64_t>(ever.size()), tokens) << "some token is never trained on";
+  }
+}
+
+TEST_F(RowSamplerTest, WhatAlignmentCannotDoIsRefused) {
+  WriteDataset(temp_ / "set", {{1, 2, 3}, {4, 5}});
+  RowSamplerOptions options = Options(8);
+  options.alignment = 4;
+  EXPECT_EQ(RowSampler(options).RowsAvailable(), 1) << "8 tokens with padding";
+  options.context_length = 12;
+  const std::string few = MessageOf<DataError>([&] { RowSampler sampler(options); });
+  ExpectContains(few, "5 tokens in 2 documents (8 with data.align_documents)");
+  ExpectContains(few, "context_length 12 needs 12");
+  options.context_length = 6;
+  ExpectContains(MessageOf<InvalidArgument>([&] { RowSampler sampler(options); }),
+                 "context_length 6 must be a multiple of 4");
+  options.context_length = 8;
+  options.document_mask = false;
+  ExpectContains(MessageOf<InvalidArgument>([&] { RowSampler sampler(options); }),
+                 "data.align_documents needs data.document_mask");
 }
 
 std::vector<Ids> TokensOf(const RowSampler& sampler, int64_t begin, int64_t end) {

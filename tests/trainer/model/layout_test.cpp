@@ -155,6 +155,16 @@ TEST_F(LayoutTest, TwoContextRanksEqualOneInEveryCombination) {
   }
 }
 
+TEST_F(LayoutTest, AlignedDocumentsInEveryLayout) {
+  TrainOptions o = Options(Patterns()[2].pattern, true, DType::kF64);
+  const RunResult packed = Train(o, 1, 1);
+  o.align_documents = true;
+  const RunResult one = Train(o, 1, 1);
+  for (size_t i = 0; i < one.valid.size(); ++i) EXPECT_LT(one.valid[i], packed.valid[i]);
+  ExpectEqual(Train(o, 1, 2), one, 1e-10, 1e-10);
+  ExpectEqual(Train(o, 2, 2), one, 1e-10, 1e-10);
+}
+
 TEST_F(LayoutTest, LargerLayoutsAndMicroBatchesEqualOne) {
   const PatternCase c = Patterns()[2];
   TrainOptions o = Options(c.pattern, true, DType::kF64);
