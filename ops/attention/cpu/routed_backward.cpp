@@ -1,0 +1,295 @@
+#include <limits>
+
+#include "ops/attention/cpu/routed_blocked.h"
+#include "ops/core/parallel_for.h"
+
+// As for block masks, two passes that each own their results: dQ by segments of query rows, dK and
+// dV by pieces of key blocks. Scores are computed again in both.
+namespace longspan::ops::cpu {
+namespace {
+
+// Keys of one dK/dV task: what its operands and sums leave of a cache of 1 MB.
+constexpr int64_t kGradientKeys = 256;
+
+struct Backward {
+  const BlockKernels& kernels;
+  const BlockedShape shape;
+  const RoutedBackwardArgs& args;
+  GatherClock& clock;
+
+  float scale() const { return static_cast<float>(args.scale * kLog2E); }
+
+  // lse in units of log2, and delta. Lanes after the last row get lse = +inf: probability 0.
+  void LoadRows(std::span<const FlatRow> rows, float* lse, float* delta) const {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      lse[i] = static_cast<float>(kLog2E * static_cast<double>(args.lse.data<float>()[rows[i]]));
+      delta[i] = args.delta.data<float>()[rows[i]];
+    }
+    std::fill(lse + rows.size(), lse + 64, std::numeric_limits<float>::infinity());
+    std::fill(delta + rows.size(), delta + 64, 0.0f);
+  }
+  // tile = a lanes, over head_dim.
+  void Scores(const float* a, int64_t rows, const float* lanes, float* tile) const {
+    kernels.gemm({.a = a,
+                  .a_row = shape.ld,
+                  .a_inner = 1,
+                  .b = lanes,
+                  .ldb = 64,
+                  .c = tile,
+                  .ldc = 64,
+                  .rows = static_cast<int>(rows),
+                  .columns = 64,
+                  .inner = static_cast<int>(shape.dim),
+                  .row_scale = nullptr});
+  }
+  // to += tile^T b.
+  void Accumulate(const float* tile, int64_t lanes, const float* b, int64_t inner,
+                  const float* ones, float* to) const {
+    kernels.gemm({.a = tile,
+                  .a_row = 1,
+                  .a_inner = 64,
+                  .b = b,
+                  .ldb = shape.ld,
+                  .c = to,
+                  .ldc = shape.ld,
+                  .rows = static_cast<int>(lanes),
+                  .columns = static_cast<int>(shape.padded),
+                  .inner = static_cast<int>(inner),
+                  .row_scale = ones});
+  }
+  void AddRow(const float* from, float factor, float* to) const {
+    for (int64_t d = 0; d < shape.dim; ++d) to[d] += factor * from[d];
+  }
+};
+
+// ---- dQ: lanes are queries -------------------------------------------------------------------
+
+int64_t QueryWorkerFloats(const BlockedShape& shape) {
+  return (2 * kChunkKeys / 64 + 2) * shape.packed() + 2 * shape.lanes() + 2 * BlockedShape::kTile +
+         3 * 64;
+}
+
+class QueryGradientTask {
+ public:
+  QueryGradientTask(const Backward& b, Scratch::Cursor scratch) : b_(b) {
+    const BlockedShape& shape = b.shape;
+    k_ = scratch.Take(kChunkKeys / 64 * shape.packed());
+    v_ = scratch.Take(kChunkKeys / 64 * shape.packed());
+    rows_ = scratch.Take(shape.packed());
+    dq_ = scratch.Take(shape.packed());
+    q_lanes_ = scratch.Take(shape.lanes());
+    d_out_lanes_ = scratch.Take(shape.lanes());
+    s_ = scratch.Take(BlockedShape::kTile);
+    dp_ = scratch.Take(BlockedShape::kTile);
+    lse_ = scratch.Take(64);
+    delta_ = scratch.Take(64);
+    ones_ = scratch.Take(64);
+    std::fill(ones_, ones_ + 64, 1.0f);
+  }
+
+  void Run(const Segment& segment) {
+    const RoutedBackwardArgs& args = b_.args;
+    std::vector<FlatRow> listed;
+    for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
+      b_.clock.Time([&] { RowsOfSegment(args.lists, segment, block, b_.shape.group, listed); });
+      if (listed.empty()) continue;
+      const size_t i = static_cast<size_t>(block);
+      const int64_t block_end = args.blocks.begin[i + 1];
+      for (int64_t begin = args.blocks.begin[i]; begin < block_end; begin += kChunkKeys) {
+        const KeyChunk chunk{begin, std::min(block_end, begin + kChunkKeys)};
+        for (int64_t p = 0; p < chunk.pieces(); ++p) {
+          const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
+          PackKeys(b_.kernels, b_.shape, args.k, segment.kv_head, token, keys, Piece(k_, p));
+          PackKeys(b_.kernels, b_.shape, args.v, segment.kv_head, token, keys, Piece(v_, p));
+        }
+        for (size_t at = 0; at < listed.size(); at += 64) {
+          Tile(chunk, std::span(listed).subspan(at, std::min<size_t>(64, listed.size() - at)));
+        }
+      }
+    }
+  }
+
+ private:
+  float* Piece(float* packed, int64_t p) const { return packed + p * b_.shape.packed(); }
+
+  void Tile(const KeyChunk& chunk, std::span<const FlatRow> rows) {
+    const auto n = static_cast<int64_t>(rows.size());
+    b_.clock.Time([&] {
+      GatherRows(b_.kernels, b_.shape, b_.args.q, rows, rows_);
+      TransposeTo(b_.kernels, b_.shape, rows_, n, q_lanes_);
+      GatherRows(b_.kernels, b_.shape, b_.args.d_out, rows, rows_);
+      TransposeTo(b_.kernels, b_.shape, rows_, n, d_out_lanes_);
+      b_.LoadRows(rows, lse_, delta_);
+    });
+    std::fill(dq_, dq_ + b_.shape.packed(), 0.0f);
+    for (int64_t p = 0; p < chunk.pieces(); ++p) {
+      const int64_t keys = chunk.KeysOf(p);
+      b_.Scores(Piece(k_, p), keys, q_lanes_, s_);
+      b_.Scores(Piece(v_, p), keys, d_out_lanes_, dp_);
+      b_.kernels.gradient_by_query({.s = s_,
+                                    .dp = dp_,
+                                    .rows = static_cast<int>(keys),
+                                    .scale = b_.scale(),
+                                    .bits = nullptr,
+                                    .lse = lse_,
+                                    .delta = delta_});
+      b_.Accumulate(dp_, n, Piece(k_, p), keys, ones_, dq_);
+    }
+    b_.clock.Time([&] {
+      for (int64_t i = 0; i < n; ++i) {
+        b_.AddRow(dq_ + i * b_.shape.ld, static_cast<float>(b_.args.scale),
+                  b_.args.dq.data<float>() + rows[static_cast<size_t>(i)] * b_.shape.dim);
+      }
+    });
+  }
+
+  const Backward& b_;
+  float *k_, *v_, *rows_, *dq_, *q_lanes_, *d_out_lanes_, *s_, *dp_, *lse_, *delta_, *ones_;
+};
+
+// ---- dK, dV: lanes are keys ------------------------------------------------------------------
+
+int64_t KeyWorkerFloats(const BlockedShape& shape) {
+  const int64_t pieces = kGradientKeys / 64;
+  return pieces * (2 * shape.lanes() + 2 * shape.packed()) + 2 * shape.packed() +
+         2 * BlockedShape::kTile + 3 * 64;
+}
+
+struct KeyTask {
+  int64_t block, kv_head;
+  KeyChunk chunk;
+  int64_t entries;
+};
+
+// Those whose keys most rows chose first.
+std::vector<KeyTask> KeyTasks(const RoutedBackwardArgs& args, const BlockedShape& shape) {
+  const int64_t* offsets = args.lists.offsets.data<int64_t>();
+  std::vector<KeyTask> tasks;
+  for (int64_t block = 0; block < args.blocks.count(); ++block) {
+    for (int64_t h = 0; h < shape.kv_heads; ++h) {
+      const int64_t list = block * shape.heads + h * shape.group;
+      const int64_t entries = offsets[list + shape.group] - offsets[list];
+      if (entries == 0) continue;
+      const size_t b = static_cast<size_t>(block);
+      const int64_t end = args.blocks.begin[b + 1];
+      for (int64_t begin = args.blocks.begin[b]; begin < end; begin += kGradientKeys) {
+        tasks.push_back({block, h, {begin, std::min(end, begin + kGradientKeys)}, entries});
+      }
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const KeyTask& a, const KeyTask& b) { return a.entries > b.entries; });
+  return tasks;
+}
+
+class KeyGradientTask {
+ public:
+  KeyGradientTask(const Backward& b, Scratch::Cursor scratch) : b_(b) {
+    const BlockedShape& shape = b.shape;
+    const int64_t pieces = kGradientKeys / 64;
+    k_lanes_ = scratch.Take(pieces * shape.lanes());
+    v_lanes_ = scratch.Take(pieces * shape.lanes());
+    dk_ = scratch.Take(pieces * shape.packed());
+    dv_ = scratch.Take(pieces * shape.packed());
+    q_ = scratch.Take(shape.packed());
+    d_out_ = scratch.Take(shape.packed());
+    s_ = scratch.Take(BlockedShape::kTile);
+    dp_ = scratch.Take(BlockedShape::kTile);
+    lse_ = scratch.Take(64);
+    delta_ = scratch.Take(64);
+    ones_ = scratch.Take(64);
+    std::fill(ones_, ones_ + 64, 1.0f);
+  }
+
+  void Run(const KeyTask& task) {
+    const BlockedShape& shape = b_.shape;
+    for (int64_t p = 0; p < task.chunk.pieces(); ++p) {
+      const int64_t token = task.chunk.begin + p * 64, keys = task.chunk.KeysOf(p);
+      PackKeys(b_.kernels, shape, b_.args.k, task.kv_head, token, keys, q_);
+      TransposeTo(b_.kernels, shape, q_, keys, k_lanes_ + p * shape.lanes());
+      PackKeys(b_.kernels, shape, b_.args.v, task.kv_head, token, keys, q_);
+      TransposeTo(b_.kernels, shape, q_, keys, v_lanes_ + p * shape.lanes());
+    }
+    std::fill(dk_, dk_ + task.chunk.pieces() * shape.packed(), 0.0f);
+    std::fill(dv_, dv_ + task.chunk.pieces() * shape.packed(), 0.0f);
+    ForEachTile(task, [&](std::span<const FlatRow> rows) { Tile(task.chunk, rows); });
+    Add(task, dk_, static_cast<float>(b_.args.scale), b_.args.dk);
+    Add(task, dv_, 1.0f, b_.args.dv);
+  }
+
+ private:
+  // The rows of the group's heads that chose the block, 64 at a time.
+  template <class Body>
+  void ForEachTile(const KeyTask& task, const Body& body) const {
+    const RoutedLists& lists = b_.args.lists;
+    const int64_t* offsets = lists.offsets.data<int64_t>();
+    FlatRow rows[64];
+    size_t n = 0;
+    for (int64_t g = 0; g < b_.shape.group; ++g) {
+      const int64_t head = task.kv_head * b_.shape.group + g,
+                    list = task.block * lists.heads + head;
+      for (int64_t at = offsets[list]; at < offsets[list + 1]; ++at) {
+        rows[n++] = lists.query_rows.data<int32_t>()[at] * lists.heads + head;
+        if (n < 64) continue;
+        body(std::span<const FlatRow>(rows, n));
+        n = 0;
+      }
+    }
+    if (n > 0) body(std::span<const FlatRow>(rows, n));
+  }
+
+  void Tile(const KeyChunk& chunk, std::span<const FlatRow> rows) {
+    const BlockedShape& shape = b_.shape;
+    const auto n = static_cast<int64_t>(rows.size());
+    b_.clock.Time([&] {
+      GatherRows(b_.kernels, shape, b_.args.q, rows, q_);
+      GatherRows(b_.kernels, shape, b_.args.d_out, rows, d_out_);
+      b_.LoadRows(rows, lse_, delta_);
+    });
+    for (int64_t p = 0; p < chunk.pieces(); ++p) {
+      const int64_t keys = chunk.KeysOf(p);
+      b_.Scores(q_, n, k_lanes_ + p * shape.lanes(), s_);
+      b_.Scores(d_out_, n, v_lanes_ + p * shape.lanes(), dp_);
+      b_.kernels.gradient_by_key({.s = s_,
+                                  .dp = dp_,
+                                  .rows = static_cast<int>(n),
+                                  .scale = b_.scale(),
+                                  .bits = nullptr,
+                                  .lse = lse_,
+                                  .delta = delta_});
+      b_.Accumulate(s_, keys, d_out_, n, ones_, dv_ + p * shape.packed());
+      b_.Accumulate(dp_, keys, q_, n, ones_, dk_ + p * shape.packed());
+    }
+  }
+
+  void Add(const KeyTask& task, const float* from, float factor, const Tensor& to) const {
+    const BlockedShape& shape = b_.shape;
+    for (int64_t t = task.chunk.begin; t < task.chunk.end; ++t) {
+      b_.AddRow(from + (t - task.chunk.begin) * shape.ld, factor,
+                to.data<float>() + (t * shape.kv_heads + task.kv_head) * shape.dim);
+    }
+  }
+
+  const Backward& b_;
+  float *k_lanes_, *v_lanes_, *dk_, *dv_;  // of all pieces
+  float *q_, *d_out_, *s_, *dp_, *lse_, *delta_, *ones_;
+};
+
+}  // namespace
+
+void BlockedRoutedBackward(Context& ctx, const BlockKernels& kernels,
+                           const RoutedBackwardArgs& args) {
+  GatherClock clock(ctx);
+  const Backward b{kernels, RoutedShape(args.q, args.k), args, clock};
+  const std::vector<KeyTask> keys = KeyTasks(args, b.shape);
+  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, b.shape);
+  const Scratch scratch(ctx, std::max(QueryWorkerFloats(b.shape), KeyWorkerFloats(b.shape)));
+  ParallelFor(ctx, static_cast<int64_t>(keys.size()), [&](int64_t i, int worker) {
+    KeyGradientTask(b, scratch.Of(worker)).Run(keys[static_cast<size_t>(i)]);
+  });
+  ParallelFor(ctx, static_cast<int64_t>(segments.size()), [&](int64_t i, int worker) {
+    QueryGradientTask(b, scratch.Of(worker)).Run(segments[static_cast<size_t>(i)]);
+  });
+}
+
+}  // namespace longspan::ops::cpu

@@ -1,0 +1,83 @@
+#include "ops/attention/cpu/routed_blocked.h"
+
+namespace longspan::ops::cpu {
+namespace {
+
+// Rows of an average list of one segment that are worth gathering: several full tiles.
+constexpr int64_t kRowsWanted = 512;
+constexpr int64_t kSmallestSegment = 1024;
+
+int64_t BlockOfToken(const RoutedBlocks& blocks, int64_t token) {
+  return std::upper_bound(blocks.begin.begin(), blocks.begin.end(), token) - blocks.begin.begin() -
+         1;
+}
+
+}  // namespace
+
+BlockedShape RoutedShape(const Tensor& q, const Tensor& k) {
+  const int64_t dim = q.dim(2), padded = (dim + 15) / 16 * 16;
+  return {.heads = q.dim(1),
+          .kv_heads = k.dim(1),
+          .group = q.dim(1) / k.dim(1),
+          .dim = dim,
+          .padded = padded,
+          .ld = padded + 16};
+}
+
+void GatherRows(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
+                std::span<const FlatRow> rows, float* to) {
+  const int64_t step = shape.heads;  // from a token's row to the next token's
+  for (size_t i = 0; i < rows.size();) {
+    size_t end = i + 1;
+    while (end < rows.size() && rows[end] == rows[end - 1] + step) ++end;
+    PackBlock(kernels, shape, from, rows[i] * shape.dim, step * shape.dim,
+              static_cast<int64_t>(end - i), to + static_cast<int64_t>(i) * shape.ld);
+    i = end;
+  }
+}
+
+void PackKeys(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
+              int64_t kv_head, int64_t token, int64_t count, float* to) {
+  const int64_t stride = shape.kv_heads * shape.dim;
+  PackBlock(kernels, shape, from, token * stride + kv_head * shape.dim, stride, count, to);
+}
+
+void TransposeTo(const BlockKernels& kernels, const BlockedShape& shape, const float* from,
+                 int64_t rows, float* to) {
+  kernels.transpose(from, shape.ld, static_cast<int>(rows), static_cast<int>(shape.dim), to);
+}
+
+std::vector<Segment> SegmentsOf(const RoutedBlocks& blocks, const RoutedLists& lists,
+                                const BlockedShape& shape) {
+  const int64_t wanted =
+      kRowsWanted * std::max<int64_t>(1, blocks.MostCandidates()) / (lists.width * shape.group);
+  const int64_t tokens = (std::max(kSmallestSegment, wanted) + 63) / 64 * 64;
+  std::vector<Segment> segments;
+  for (int64_t begin = 0; begin < lists.rows; begin += tokens) {
+    const int64_t end = std::min(lists.rows, begin + tokens);
+    const int64_t first = BlockOfToken(blocks, begin), last = BlockOfToken(blocks, end - 1);
+    for (int64_t h = 0; h < shape.kv_heads; ++h) {
+      segments.push_back({begin, end, h, blocks.first_candidate[static_cast<size_t>(first)], last});
+    }
+  }
+  // Later tokens have more blocks to choose from.
+  std::reverse(segments.begin(), segments.end());
+  return segments;
+}
+
+void RowsOfSegment(const RoutedLists& lists, const Segment& segment, int64_t block, int64_t group,
+                   std::vector<FlatRow>& rows) {
+  rows.clear();
+  const int64_t* offsets = lists.offsets.data<int64_t>();
+  const int32_t* list = lists.query_rows.data<int32_t>();
+  for (int64_t h = segment.kv_head * group; h < (segment.kv_head + 1) * group; ++h) {
+    const int32_t* end = list + offsets[block * lists.heads + h + 1];
+    for (const int32_t* row =
+             std::lower_bound(list + offsets[block * lists.heads + h], end, segment.begin);
+         row < end && *row < segment.end; ++row) {
+      rows.push_back(*row * lists.heads + h);
+    }
+  }
+}
+
+}  // namespace longspan::ops::cpu

@@ -1,0 +1,91 @@
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ops/attention/attention.h"
+#include "ops/attention/routed_lists.h"
+#include "ops/attention/router.h"
+
+namespace longspan::ops {
+
+// Mixture of block attention (MoBA, arXiv 2502.13189). Query head h of token t attends, in one
+// softmax, to
+//   the tokens up to t of its own block, and
+//   all tokens of the top_k - 1 earlier blocks J with the largest gate  q[t, h] . mean(K of J).
+// Each query head chooses for itself, with the keys of its kv head. Blocks are those of the row's
+// grid, cut by documents (router.h); the mean is that of the part inside t's document. The gate is
+// unscaled, in f32 (f64), reads q and k as attention does (after RoPE), and is not differentiated:
+// gradients reach q, k and v through the attention to what was chosen. With fewer earlier blocks
+// than top_k - 1 all are taken: top_k >= their number + 1 is causal attention. top_k = 1 is causal
+// attention inside each block.
+struct MobaOptions {
+  int64_t block_size = 512;  // tokens, a multiple of 64
+  int64_t top_k = 4;         // blocks, the token's own included; >= 1
+  bool operator==(const MobaOptions&) const = default;
+
+  // Each one sentence that names the field and what would be right; empty when usable.
+  std::vector<std::string> Problems() const;
+  std::string ToString() const;  // "moba block 512 top 4"
+};
+
+// What all layers of one micro-batch share: integers only. Immutable.
+struct MobaPlan {
+  MobaOptions options;
+  std::shared_ptr<const RoutedBlocks> blocks;
+  std::shared_ptr<const BlockMask> own;  // causal attention inside each block
+
+  // Chosen blocks of a token at most: top_k - 1, or fewer when no token has that many to choose
+  // from.
+  int64_t width() const { return std::min(options.top_k - 1, blocks->MostCandidates()); }
+  // (query, key) pairs of one query head, taking every chosen block as block_size tokens or, where
+  // that is less, all tokens of the document before the own block. What is really chosen depends on
+  // the data: a document's first block can be shorter.
+  int64_t NominalPairs() const;
+
+  // Errors    InvalidArgument with the first of options.Problems()
+  static std::shared_ptr<const MobaPlan> Build(const MobaOptions& options, int64_t kv_heads,
+                                               std::shared_ptr<const Documents> documents);
+};
+
+// Shapes    q, o, d_out [T, Hq, D]; k, v [T, Hkv, D]; lse [T, Hq]; T = the micro-batch's tokens
+// Dtypes    q, k, v all f32, bf16 or f64; o, lse f32 (f64); d_out that of o or of q
+// Numerics  f32 arithmetic (f64 for f64). Gates that differ by less than their rounding error may
+//           be ranked either way by different implementations; each ranks equal ones alike, and
+//           gives the same bits for any number of threads.
+// Memory    beside operands and results: the lists, [Hq, T, width] i32 twice, and tiles; never
+//           T x blocks
+// Errors    InvalidArgument naming the argument, before anything is computed; Unsupported for what
+//           no implementation of the device takes
+// Devices   cpu, cuda
+struct MobaResult {
+  Tensor o;
+  Tensor lse;
+  RoutedLists lists;           // what was chosen; no rows for width 0
+  const char* implementation;  // of the attention to chosen blocks
+};
+// options.round_output must be false; options.implementation also forces that of the own block.
+MobaResult MobaForward(Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const MobaPlan& plan, const AttentionOptions& options = {});
+
+struct MobaGradients {
+  Tensor dq, dk, dv;  // f32 (f64)
+};
+// `lse` and `lists` from the forward pass; delta = AttentionDelta(d_out, o).
+MobaGradients MobaBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const Tensor& k,
+                           const Tensor& v, const Tensor& lse, const Tensor& delta,
+                           const RoutedLists& lists, const MobaPlan& plan,
+                           const AttentionOptions& options = {});
+
+// The choice alone: i32 [Hq, T, plan.width()], as RoutedLists::selected.
+Tensor MobaSelect(Context& ctx, const Tensor& q, const Tensor& k, const MobaPlan& plan,
+                  const AttentionOptions& options = {});
+
+// The attention to chosen blocks, for each device most specialised first, reference last:
+//   avx512, portable   gathered rows in 64 x 64 tiles; as in attention.h
+//   reference          row by row; any head_dim, the only one for f64
+// They accept what the entries of attention.h with their names accept.
+std::vector<std::string> MobaImplementations(DeviceKind device);
+
+}  // namespace longspan::ops
