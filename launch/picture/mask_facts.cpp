@@ -16,7 +16,7 @@ Whole WholeOf(const ops::BlockMask& mask) {
   const double rows = static_cast<double>(documents.rows);
   const double n = static_cast<double>(documents.row_length);
   const double b = static_cast<double>(ops::BlocksPerRow(documents.row_length));
-  const bool both_ways = mask.rule().kind == static_cast<int32_t>(ops::PatternKind::kFull);
+  const bool both_ways = mask.pattern().LooksAhead();
   return both_ways ? Whole{rows * n * n, rows * b * b}
                    : Whole{rows * Triangle(n), rows * Triangle(b)};
 }
@@ -67,6 +67,46 @@ int64_t PictureLength(const ops::AttentionPattern& pattern, int64_t length, int6
   const int64_t fine = cells * std::max(ops::kMaskBlock, s2.block_size);
   if (fine >= length || s2.local_blocks > fine / s2.block_size / 2) return length;
   return fine;
+}
+
+MaskFacts FactsOf(const ops::MobaPlan& plan) {
+  constexpr double kCell = static_cast<double>(ops::kMaskBlock * ops::kMaskBlock);
+  const double pairs = static_cast<double>(plan.NominalPairs());
+  const double own = static_cast<double>(plan.own->VisiblePairs(0));
+  const Whole whole = WholeOf(*plan.own);
+  MaskFacts facts;
+  facts.visible_pairs = plan.own->kv_heads() * plan.NominalPairs();
+  facts.visible_fraction = pairs / whole.pairs;
+  facts.block_fraction =
+      (static_cast<double>(plan.own->entries(0)) + (pairs - own) / kCell) / whole.blocks;
+  return facts;
+}
+
+std::shared_ptr<const ops::MobaPlan> WholeRowPlan(const ops::MobaOptions& options, int64_t kv_heads,
+                                                  int64_t length) {
+  return ops::MobaPlan::Build(
+      options, kv_heads,
+      std::make_shared<const ops::Documents>(ops::Documents::OnePerRow(1, length)));
+}
+
+std::string MobaAscii(const ops::MobaPlan& plan, int64_t max_size) {
+  std::string picture = plan.own->Ascii(0, max_size);
+  if (plan.width() == 0) return picture;
+  bool before_own = true;
+  for (char& mark : picture) {
+    if (mark == '\n') {
+      before_own = true;
+    } else if (mark != '.') {
+      before_own = false;
+    } else if (before_own) {
+      mark = '+';
+    }
+  }
+  return picture;
+}
+
+int64_t MobaPictureLength(const ops::MobaOptions& options, int64_t length, int64_t cells) {
+  return std::min(length, cells * options.block_size);
 }
 
 }  // namespace longspan::launch

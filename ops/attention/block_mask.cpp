@@ -113,7 +113,8 @@ std::vector<int32_t> BlockMask::NeededKeys(int64_t kv_head) const {
 
 size_t BlockMask::bytes() const {
   return sizeof(*this) + BytesOf(pattern_of_head_) + BytesOf(head_of_pattern_) + BytesOf(queries_) +
-         BytesOf(keys_) + BytesOf(rows_) + BytesOf(columns_);
+         BytesOf(keys_) + BytesOf(pattern_.segment_ends) + BytesOf(pattern_.spans) +
+         BytesOf(rows_) + BytesOf(columns_);
 }
 
 std::string BlockMask::Ascii(int64_t kv_head, int64_t max_size) const {

@@ -72,9 +72,16 @@ struct BlockRuns {
 // a row hold equally many visible pairs. Run elements are always in keys() (queries() for columns).
 // Heads with equal rules share a pattern. Immutable and shareable between threads; holds its
 // Documents alive. Build throws InvalidArgument for a pattern with Problems().
+//
+// Memory is O(runs) for every pattern, and so is time, except that random blocks ask for every pair
+// of tiles. A row of a mask on one long document has a few runs for intervals and S2, about
+// log2(blocks) for power, and one for each group of adjacent visible blocks for the others.
 class BlockMask {
  public:
-  // O(runs) time and memory for causal, window and S2 on long documents.
+  BlockMask() = default;
+  BlockMask(const BlockMask&) = delete;  // the rule points into the pattern
+  BlockMask& operator=(const BlockMask&) = delete;
+
   static std::shared_ptr<const BlockMask> Build(const AttentionPattern& pattern, int64_t kv_heads,
                                                 std::shared_ptr<const Documents> documents,
                                                 const BlockList& queries, const BlockList& keys);
@@ -89,6 +96,7 @@ class BlockMask {
   const BlockList& queries() const { return queries_; }
   const BlockList& keys() const { return keys_; }
   const Documents& documents() const { return *documents_; }
+  const AttentionPattern& pattern() const { return pattern_; }
   const VisibleRule& rule() const { return rule_; }
   const BlockRuns& row_runs() const { return rows_; }        // row i = queries().ids[i] -> key ids
   const BlockRuns& column_runs() const { return columns_; }  // row j = keys().ids[j] -> query ids
@@ -117,13 +125,14 @@ class BlockMask {
   std::vector<int64_t> head_of_pattern_;
   BlockList queries_, keys_;
   std::shared_ptr<const Documents> documents_;
+  AttentionPattern pattern_;
   VisibleRule rule_{};
   BlockRuns rows_, columns_;
   KvTableCache kv_tables_;
   DeviceCopies device_copies_;
 };
 
-// `documents` must outlive the rule.
+// `pattern` and `documents` must outlive the rule.
 VisibleRule MakeVisibleRule(const AttentionPattern& pattern, int64_t kv_heads,
                             const Documents& documents);
 

@@ -1,47 +1,16 @@
 #include <algorithm>
+#include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "ops/attention/block_mask.h"
+#include "ops/attention/document_rule.h"
 #include "ops/attention/id_set.h"
 #include "ops/attention/token_sets.h"
 #include "ops/core/check.h"
 
 namespace longspan::ops {
 namespace {
-
-constexpr int64_t FloorBlock(int64_t token) { return token / kMaskBlock; }
-constexpr int64_t CeilBlock(int64_t token) { return (token + kMaskBlock - 1) / kMaskBlock; }
-
-// Ascending, distinct block borders of one sweep: few, so a plain array and insertion sort.
-class Borders {
- public:
-  void AddRange(TokenRange range) {
-    if (range.empty()) return;
-    for (const int64_t token : {range.begin, range.end}) {
-      Add(FloorBlock(token));
-      Add(CeilBlock(token));
-    }
-  }
-  void AddSet(const TokenSet& set) {
-    AddRange(set.part[0]);
-    AddRange(set.part[1]);
-    AddRange(set.strided);
-  }
-  void Add(int64_t block) {
-    int i = n_;
-    while (i > 0 && at_[i - 1] > block) --i;
-    if (i > 0 && at_[i - 1] == block) return;
-    for (int j = n_; j > i; --j) at_[j] = at_[j - 1];
-    at_[i] = block;
-    ++n_;
-  }
-  int size() const { return n_; }
-  int64_t operator[](int i) const { return at_[i]; }
-
- private:
-  int64_t at_[32];
-  int n_ = 0;
-};
 
 // Collects the runs of one row or column, restricted to the other axis's ids, and writes them in
 // canonical order.
@@ -86,7 +55,7 @@ class RunCollector {
   std::vector<BlockRun> full_, partial_;
 };
 
-// One block of one axis being matched against the other axis: every border of the visible sets cuts
+// One block of one axis being matched against the other axis: the borders of the visible sets cut
 // the other axis into single blocks, classified one by one, and gaps in which all blocks are
 // alike (inside an interval) or repeat with the stride.
 class Sweep {
@@ -94,48 +63,38 @@ class Sweep {
   Sweep(RunCollector& out, int64_t row, int64_t row_length)
       : out_(out), row_id_(row / row_length * BlocksPerRow(row_length)), row_length_(row_length) {}
 
-  // `any` and `all`: tokens of the other axis that are visible with some or all tokens of this
-  // piece. `whole`: the piece is its whole block, so blocks inside `all` are FULL. `skip`: a
-  // block that the caller emits itself, or -1.
-  void Run(const DocumentRule& rule, const TokenSet& any, const TokenSet& all, bool whole,
-           int64_t skip) {
-    Borders borders;
-    borders.AddSet(any);
-    borders.AddSet(all);
-    if (skip >= 0) {
-      borders.Add(skip);
-      borders.Add(skip + 1);
-    }
+  // `sets` of one piece of the block. `whole`: the piece is its whole block, so blocks inside
+  // sets.all are FULL. `skip`: a block that the caller emits itself, or -1.
+  void Run(const VisibleSets& sets, bool whole, int64_t skip) {
     const BlockKind inside = whole ? BlockKind::kFull : BlockKind::kPartial;
-    for (int i = 0; i + 1 < borders.size(); ++i) {
-      const int64_t from = borders[i], to = borders[i + 1], token = from * kMaskBlock;
+    SetCursor any(sets.any), all(sets.all);
+    const StridedTokens& some = sets.any.strided;
+    const StridedTokens& every = sets.all.strided;
+    for (size_t i = 0; i + 1 < sets.borders.size(); ++i) {
+      const int64_t from = sets.borders[i], to = sets.borders[i + 1], token = from * kMaskBlock;
       if (from == skip) continue;
       if (to - from == 1) {
-        Single(rule, any, all, whole, from);
-      } else if (InParts(any, token)) {
-        if (InParts(all, token)) {
+        Single(any, all, whole, from);
+      } else if (any.InParts(token)) {
+        if (all.InParts(token)) {
           out_.Emit(row_id_, {from, to - from, 1}, inside);
-        } else if (!all.strided.contains(token)) {
+        } else if (!every.range.contains(token)) {
           out_.Emit(row_id_, {from, to - from, 1}, BlockKind::kPartial);
         } else {
-          for (int64_t b = from; b < to; ++b) Single(rule, any, all, whole, b);
+          for (int64_t b = from; b < to; ++b) Single(any, all, whole, b);
         }
-      } else if (any.strided.contains(token)) {
-        Strided(rule, from, to, all.strided.contains(token) ? inside : BlockKind::kPartial);
+      } else if (some.range.contains(token)) {
+        Strided(some, from, to, every.range.contains(token) ? inside : BlockKind::kPartial);
       }
     }
   }
 
  private:
-  static bool InParts(const TokenSet& set, int64_t token) {
-    return set.part[0].contains(token) || set.part[1].contains(token);
-  }
-  void Single(const DocumentRule& rule, const TokenSet& any, const TokenSet& all, bool whole,
-              int64_t block) {
+  void Single(SetCursor& any, SetCursor& all, bool whole, int64_t block) {
     const TokenRange tokens{block * kMaskBlock, std::min(row_length_, (block + 1) * kMaskBlock)};
-    if (whole && rule.Covers(all, tokens)) {
+    if (whole && all.Covers(tokens)) {
       out_.Emit(row_id_, {block, 1, 1}, BlockKind::kFull);
-    } else if (rule.Intersects(any, tokens)) {
+    } else if (any.Intersects(tokens)) {
       out_.Emit(row_id_, {block, 1, 1}, BlockKind::kPartial);
     }
   }
@@ -148,16 +107,16 @@ class Sweep {
     out_.Emit(row_id_, {first, count, count == 1 ? 1 : period}, kind);
   }
   // The strided family in mask blocks [from, to). The entries of one run are equally visible.
-  void Strided(const DocumentRule& rule, int64_t from, int64_t to, BlockKind kind) {
-    if (rule.block() >= kMaskBlock) {  // `wide` whole mask blocks per stride
-      const int64_t wide = rule.block() / kMaskBlock, period = rule.stride() * wide;
+  void Strided(const StridedTokens& s, int64_t from, int64_t to, BlockKind kind) {
+    if (s.block >= kMaskBlock) {  // `wide` whole mask blocks per stride
+      const int64_t wide = s.block / kMaskBlock, period = s.stride * wide;
       if (wide <= (to - from) / period + 1) {
         for (int64_t i = 0; i < wide; ++i) {
-          Progression(rule.residue() * wide + i, period, from, to, kind);
+          Progression(s.residue * wide + i, period, from, to, kind);
         }
         return;
       }
-      int64_t first = (from - rule.residue() * wide) / period * period + rule.residue() * wide;
+      int64_t first = (from - s.residue * wide) / period * period + s.residue * wide;
       for (; first < to; first += period) {
         const int64_t a = std::max(from, first), b = std::min(to, first + wide);
         if (a < b) out_.Emit(row_id_, {a, b - a, 1}, kind);
@@ -165,12 +124,12 @@ class Sweep {
       return;
     }
     // Several pattern blocks per mask block: the hits repeat after `hits` strides.
-    const int64_t narrow = kMaskBlock / rule.block();
-    const int64_t hits = narrow / std::gcd(narrow, rule.stride());
-    const int64_t period = hits * rule.stride() / narrow;
+    const int64_t narrow = kMaskBlock / s.block;
+    const int64_t hits = narrow / std::gcd(narrow, s.stride);
+    const int64_t period = hits * s.stride / narrow;
     int64_t previous = -1;
     for (int64_t i = 0; i < hits; ++i) {
-      const int64_t block = (rule.residue() + i * rule.stride()) / narrow;
+      const int64_t block = (s.residue + i * s.stride) / narrow;
       if (block != previous) Progression(block, period, from, to, BlockKind::kPartial);
       previous = block;
     }
@@ -179,6 +138,12 @@ class Sweep {
   RunCollector& out_;
   const int64_t row_id_, row_length_;
 };
+
+// The largest PairHash of a visible tile: density * 2^32 of the 2^32 values are visible.
+uint32_t RandomLimit(double density) {
+  const double tiles = std::round(density * 0x1p32);
+  return static_cast<uint32_t>(std::clamp(tiles, 1.0, 0x1p32) - 1);
+}
 
 }  // namespace
 
@@ -190,81 +155,110 @@ class BlockMaskBuilder {
       : mask_(std::make_shared<BlockMask>()) {
     mask_->queries_ = queries;
     mask_->keys_ = keys;
-    mask_->rule_ = MakeVisibleRule(pattern, kv_heads, *documents);
+    mask_->pattern_ = pattern;
     mask_->documents_ = std::move(documents);
+    mask_->rule_ = MakeVisibleRule(mask_->pattern_, kv_heads, *mask_->documents_);
     FindPatterns(kv_heads);
   }
 
   std::shared_ptr<const BlockMask> Build() {
-    const IdSet query_ids(mask_->queries_.ids), key_ids(mask_->keys_.ids);
-    BuildAxis(mask_->queries_, key_ids, true, mask_->rows_);
-    BuildAxis(mask_->keys_, query_ids, false, mask_->columns_);
+    BuildAxis(Axis::kKeys, mask_->queries_, mask_->keys_, mask_->rows_);
+    BuildAxis(Axis::kQueries, mask_->keys_, mask_->queries_, mask_->columns_);
     return mask_;
   }
 
  private:
-  // Heads share a pattern when their rules are equal: dense ones, and equal residues of the stride.
-  void FindPatterns(int64_t kv_heads) {
-    const VisibleRule& rule = mask_->rule_;
-    std::vector<int64_t> shifts;  // of each pattern; -1 for dense
-    for (int64_t h = 0; h < kv_heads; ++h) {
-      int64_t shift = -1;
-      if (rule.kind == static_cast<int>(PatternKind::kS2) && h < rule.s2_first_dense) {
-        shift = (h * rule.s2_head_step + rule.s2_head_offset) % rule.s2_stride;
-        if (rule.s2_stride == 1) shift = -1;
+  // Equal for heads with the same rule.
+  static std::pair<int64_t, int64_t> RuleOf(const VisibleRule& rule, int64_t head) {
+    constexpr std::pair<int64_t, int64_t> kCausal{-1, 0};
+    switch (rule.kind) {
+      case PatternKind::kS2:
+        if (head >= rule.first_dense || rule.stride == 1) return kCausal;
+        return {(head * rule.head_step + rule.head_offset) % rule.stride, 0};
+      case PatternKind::kSpans: {
+        const HeadSpan span = rule.spans[head];
+        if (span.window == 0 || span.window >= rule.row_length) return kCausal;
+        return {span.window, std::min(span.sinks, rule.row_length)};
       }
-      const auto found = std::find(shifts.begin(), shifts.end(), shift);
-      mask_->pattern_of_head_.push_back(static_cast<int32_t>(found - shifts.begin()));
-      if (found == shifts.end()) {
-        shifts.push_back(shift);
+      case PatternKind::kRandomBlocks:
+        return {rule.per_head ? head : 0, 0};
+      default:
+        return {0, 0};
+    }
+  }
+  void FindPatterns(int64_t kv_heads) {
+    std::vector<std::pair<int64_t, int64_t>> rules;
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      const auto rule = RuleOf(mask_->rule_, h);
+      const auto found = std::find(rules.begin(), rules.end(), rule);
+      mask_->pattern_of_head_.push_back(static_cast<int32_t>(found - rules.begin()));
+      if (found == rules.end()) {
+        rules.push_back(rule);
         mask_->head_of_pattern_.push_back(h);
       }
     }
-    mask_->patterns_ = static_cast<int64_t>(shifts.size());
+    mask_->patterns_ = static_cast<int64_t>(rules.size());
   }
 
-  void BuildAxis(const BlockList& list, const IdSet& others, bool is_query, BlockRuns& out) {
+  // The tokens of each row from the first to the last block of `list`.
+  std::vector<TokenRange> Reach(const BlockList& list) const {
+    const Documents& documents = *mask_->documents_;
+    std::vector<TokenRange> reach(static_cast<size_t>(documents.rows));
+    for (const int32_t id : list.ids) {
+      const auto [row, block] = TokensOfBlock(documents.row_length, id);
+      TokenRange& range = reach[static_cast<size_t>(row / documents.row_length)];
+      range = range.empty()
+                  ? block
+                  : TokenRange{std::min(range.begin, block.begin), std::max(range.end, block.end)};
+    }
+    return reach;
+  }
+
+  void BuildAxis(Axis axis, const BlockList& list, const BlockList& others, BlockRuns& out) {
     out.rows = list.size();
     out.offsets.reserve(static_cast<size_t>(mask_->patterns_ * out.rows + 1));
     out.offsets.push_back(0);
-    RunCollector collector(others, out);
+    const IdSet other_ids(others.ids);
+    const std::vector<TokenRange> reach = Reach(others);
+    RunCollector collector(other_ids, out);
     for (int64_t p = 0; p < mask_->patterns_; ++p) {
       const int64_t head = mask_->head_of_pattern_[static_cast<size_t>(p)];
       for (const int32_t id : list.ids) {
-        Block(head, id, is_query, collector);
+        Block(axis, head, id, reach, collector);
         collector.EndRow();
       }
     }
     out.runs.shrink_to_fit();
   }
 
-  // The runs of one block: as queries against keys, or as keys against queries.
-  void Block(int64_t head, int32_t id, bool is_query, RunCollector& collector) {
+  // The runs of one block: the keys of its queries, or the queries of its keys.
+  void Block(Axis axis, int64_t head, int32_t id, const std::vector<TokenRange>& reach,
+             RunCollector& collector) {
     const Documents& documents = *mask_->documents_;
     const auto [row, block] = TokensOfBlock(documents.row_length, id);
+    const TokenRange row_reach = reach[static_cast<size_t>(row / documents.row_length)];
     Sweep sweep(collector, row, documents.row_length);
-    const int64_t own = FloorBlock(block.begin);
-    bool whole = true;
+    const int64_t own = block.begin / kMaskBlock;
+    bool whole = true, sees_own = false;
     for (int64_t t = block.begin; t < block.end;) {
       const auto [document, piece] = PieceAt(documents, row, t, block.end);
       whole = whole && piece.end == block.end;
-      const DocumentRule rule(mask_->rule_, head, document.begin, document.end);
-      // Documents of one block meet only in that block itself, where every token sees itself.
-      const int64_t skip = whole ? -1 : own;
-      if (is_query) {
-        sweep.Run(rule, rule.KeysOfAny(piece), rule.KeysOfAll(piece), whole, skip);
-      } else {
-        sweep.Run(rule, {.part = {rule.QueriesOfAny(piece), {}}, .strided = {}},
-                  {.part = {rule.QueriesOfAll(piece), {}}, .strided = {}}, whole, skip);
-      }
       t = piece.end;
+      const TokenRange within = Intersect(document, row_reach);
+      if (within.empty()) continue;
+      const DocumentRule rule(mask_->rule_, head, document);
+      rule.Collect(axis, piece, within, sets_);
+      // Documents of one block meet only in that block itself.
+      sweep.Run(sets_, whole, whole ? -1 : own);
+      sees_own = sees_own || SetCursor(sets_.any).Intersects(block);
     }
-    if (!whole) {
+    if (!whole && sees_own) {
       collector.Emit(row / documents.row_length * BlocksPerRow(documents.row_length), {own, 1, 1},
                      BlockKind::kPartial);
     }
   }
 
+  VisibleSets sets_;  // keeps its memory from block to block
   std::shared_ptr<BlockMask> mask_;
 };
 
@@ -281,18 +275,62 @@ VisibleRule MakeVisibleRule(const AttentionPattern& pattern, int64_t kv_heads,
                             const Documents& documents) {
   // Nothing reaches past a row, so larger values mean the same; this keeps sums in range.
   const auto within_row = [&](int64_t n) { return std::min(n, documents.row_length); };
-  return {.kind = static_cast<int32_t>(pattern.kind),
-          .s2_phase_row = pattern.s2.phase == StridePhase::kRow,
-          .row_length = documents.row_length,
-          .window = within_row(pattern.window),
-          .sinks = within_row(pattern.sinks),
-          .s2_block = pattern.s2.block_size,
-          .s2_local = within_row(pattern.s2.local_blocks),
-          .s2_stride = pattern.s2.stride_blocks,
-          .s2_head_step = pattern.HeadStep(kv_heads),
-          .s2_head_offset = pattern.s2.head_offset,
-          .s2_first_dense = kv_heads - pattern.s2.dense_heads,
-          .doc_begin = documents.doc_begin.data()};
+  VisibleRule rule{};
+  rule.kind = pattern.kind;
+  rule.row_length = documents.row_length;
+  rule.doc_begin = documents.doc_begin.data();
+  rule.doc_end = documents.doc_end.data();
+  rule.segment_count = static_cast<int64_t>(pattern.segment_ends.size());
+  rule.segment_ends = pattern.segment_ends.data();
+  rule.spans = pattern.spans.data();
+  rule.bidirectional = pattern.bidirectional;
+  rule.window = within_row(pattern.window);
+  rule.sinks = within_row(pattern.sinks);
+  rule.block = pattern.block_size;
+  switch (pattern.kind) {
+    case PatternKind::kGlobalWindow:
+      rule.sinks = within_row(pattern.global_tokens);
+      break;
+    case PatternKind::kPrefix:
+      rule.sinks = within_row(pattern.prefix);
+      break;
+    case PatternKind::kS2:
+      rule.phase_row = pattern.s2.phase == StridePhase::kRow;
+      rule.block = pattern.s2.block_size;
+      rule.local = within_row(pattern.s2.local_blocks);
+      rule.stride = pattern.s2.stride_blocks;
+      rule.head_step = pattern.HeadStep(kv_heads);
+      rule.head_offset = pattern.s2.head_offset;
+      rule.first_dense = kv_heads - pattern.s2.dense_heads;
+      break;
+    case PatternKind::kPower:
+      rule.block = pattern.power.block_size;
+      rule.local = within_row(pattern.power.local_blocks);
+      rule.sink_blocks = within_row(pattern.power.sink_blocks);
+      break;
+    case PatternKind::kDilated:
+      rule.bidirectional = pattern.dilated.bidirectional;
+      rule.block = pattern.dilated.block_size;
+      rule.local = within_row(pattern.dilated.neighbours);
+      rule.stride = pattern.dilated.dilation;
+      break;
+    case PatternKind::kRandomBlocks: {
+      const RandomBlocksOptions& random = pattern.random;
+      rule.bidirectional = random.bidirectional;
+      rule.phase_row = random.phase == StridePhase::kRow;
+      rule.own_block = random.own_block;
+      rule.per_head = random.per_head;
+      rule.seed = static_cast<uint64_t>(random.seed);
+      rule.limit = RandomLimit(random.density);
+      rule.block = random.block_size;
+      rule.stride = random.mean_blocks;
+      rule.jitter = (random.mean_blocks - random.min_blocks) / 2;
+      break;
+    }
+    default:
+      break;
+  }
+  return rule;
 }
 
 }  // namespace longspan::ops

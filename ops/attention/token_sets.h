@@ -1,16 +1,15 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "ops/attention/documents.h"
 #include "ops/attention/visible.h"
 
 namespace longspan::ops {
 
-// Visible() in closed form: which tokens of a document a range of queries sees, and which see a
-// range of keys, as a few intervals and one strided family instead of token by token. Masks, areas
-// and the bit masks of kernels come from here; tests compare all of it with Visible().
-//
+// Sets of tokens of one row as a few intervals and one strided family, instead of token by token.
 // Tokens here are positions in their row.
 
 struct TokenRange {
@@ -18,51 +17,77 @@ struct TokenRange {
   bool empty() const { return begin >= end; }
   int64_t size() const { return empty() ? 0 : end - begin; }
   bool contains(int64_t t) const { return t >= begin && t < end; }
+  bool operator==(const TokenRange&) const = default;
 };
 inline TokenRange Intersect(TokenRange a, TokenRange b) {
   return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
 }
 
-// The union of `part` (disjoint, ascending, possibly empty) and those tokens of `strided` that lie
-// in blocks of the stride's residue. `strided` ends before the parts begin.
-struct TokenSet {
-  TokenRange part[2];
-  TokenRange strided;
+// The tokens of `range` in blocks J (of `block` tokens) with J mod stride == residue.
+struct StridedTokens {
+  TokenRange range;
+  int64_t block = 1, stride = 1, residue = 0;
+  bool contains(int64_t t) const { return range.contains(t) && t / block % stride == residue; }
+  // First block >= j of the family.
+  int64_t NextBlock(int64_t j) const {
+    const int64_t m = (residue - j) % stride;
+    return j + (m < 0 ? m + stride : m);
+  }
+  bool Intersects(TokenRange tokens) const {
+    const TokenRange common = Intersect(range, tokens);
+    return !common.empty() && NextBlock(common.begin / block) * block < common.end;
+  }
 };
 
-// The rule of one kv head inside the document [begin, end) of a row.
-class DocumentRule {
- public:
-  DocumentRule(const VisibleRule& rule, int64_t kv_head, int64_t begin, int64_t end);
+// The union of `parts` (ascending, not touching, none of them empty) and `strided`, which ends
+// before they begin and is empty for all patterns but S2.
+struct TokenSet {
+  std::vector<TokenRange> parts;
+  StridedTokens strided;
 
-  // Keys that some (every) query of `q` sees. `q` is a non-empty range of at most 64 tokens.
-  TokenSet KeysOfAny(TokenRange q) const;
-  TokenSet KeysOfAll(TokenRange q) const;
-  // Queries that see some (every) key of `k`: always one interval.
-  TokenRange QueriesOfAny(TokenRange k) const;
-  TokenRange QueriesOfAll(TokenRange k) const;
+  void Clear() {
+    parts.clear();
+    strided = {};
+  }
+  // Adds a range that begins no earlier than any part.
+  void Append(TokenRange range) {
+    if (range.empty()) return;
+    if (!parts.empty() && range.begin <= parts.back().end) {
+      parts.back().end = std::max(parts.back().end, range.end);
+    } else {
+      parts.push_back(range);
+    }
+  }
+  // Keeps what lies in `range`.
+  void Clip(TokenRange range);
+  // Adds ascending ranges; keeps what lies in one of them (of `parts`, the strided family must be
+  // empty).
+  void Unite(std::span<const TokenRange> ranges);
+  void IntersectWith(std::span<const TokenRange> ranges);
 
-  bool Intersects(const TokenSet& set, TokenRange tokens) const;
-  bool Covers(const TokenSet& set, TokenRange tokens) const;
-  int64_t Count(const TokenSet& set, TokenRange tokens) const;
   // Bit i: token first + i is in the set, for i in [0, 64).
-  uint64_t Bits(const TokenSet& set, int64_t first) const;
+  uint64_t Bits(int64_t first) const;
+};
 
-  // The strided family: blocks J of block() tokens with J mod stride() == residue().
-  int64_t block() const { return block_; }
-  int64_t stride() const { return stride_; }
-  int64_t residue() const { return residue_; }
+// Asks about ranges of tokens from left to right; each answer takes amortised constant time.
+class SetCursor {
+ public:
+  explicit SetCursor(const TokenSet& set) : set_(set) {}
+  // In a part. Tokens must not descend from call to call, here and below.
+  bool InParts(int64_t token) {
+    while (at_ < set_.parts.size() && set_.parts[at_].end <= token) ++at_;
+    return at_ < set_.parts.size() && set_.parts[at_].begin <= token;
+  }
+  bool Intersects(TokenRange tokens) {
+    return InParts(tokens.begin) ||
+           (at_ < set_.parts.size() && set_.parts[at_].begin < tokens.end) ||
+           set_.strided.Intersects(tokens);
+  }
+  bool Covers(TokenRange tokens);
 
  private:
-  // First block >= j of the family.
-  int64_t NextStrided(int64_t j) const {
-    const int64_t m = (residue_ - j) % stride_;
-    return j + (m < 0 ? m + stride_ : m);
-  }
-  int64_t StridedBelow(int64_t token) const;  // tokens of the family in [0, token)
-
-  int kind_;
-  int64_t begin_, end_, window_, sinks_, block_, local_, stride_, residue_;
+  const TokenSet& set_;
+  size_t at_ = 0;
 };
 
 // Bit mask of [range.begin - first, range.end - first) within 64 bits.

@@ -21,7 +21,7 @@ struct Counted {
 };
 Counted Count(const AttentionPattern& pattern, int64_t kv_heads, const ops::Documents& documents) {
   const ops::VisibleRule rule = ops::MakeVisibleRule(pattern, kv_heads, documents);
-  const bool both_ways = pattern.kind == ops::PatternKind::kFull;
+  const bool both_ways = pattern.LooksAhead();
   int64_t visible = 0, whole = 0;
   std::set<std::array<int64_t, 3>> blocks, whole_blocks;
   for (int64_t h = 0; h < kv_heads; ++h) {

@@ -21,15 +21,15 @@ struct Copy {
   T view;
 };
 
-const int32_t* DocBegin(Context& ctx, const Documents& documents) {
-  return reinterpret_cast<const int32_t*>(
-      documents.device_copies
-          .Get<Tensor>(ctx,
-                       [&] {
-                         return Uploaded(ctx, documents.doc_begin.data(),
-                                         documents.doc_begin.size() * sizeof(int32_t));
-                       })
-          .raw());
+DocumentArrays OnDevice(Context& ctx, const Documents& documents) {
+  const size_t tokens = documents.doc_begin.size();
+  const Tensor& copy = documents.device_copies.Get<Tensor>(ctx, [&] {
+    std::vector<int32_t> both = documents.doc_begin;
+    both.insert(both.end(), documents.doc_end.begin(), documents.doc_end.end());
+    return Uploaded(ctx, both.data(), both.size() * sizeof(int32_t));
+  });
+  const auto* begin = reinterpret_cast<const int32_t*>(copy.raw());
+  return {begin, begin + tokens};
 }
 
 }  // namespace
@@ -68,11 +68,13 @@ FlatMask::FlatMask(const BlockMask& mask)
   for (int64_t h = 0; h < kv_heads_; ++h) pattern_of.push_back(mask.pattern_of(h));
   pattern_of_ = Add(pattern_of);
   query_begin_ = Add(QueryTokenOffsets(mask));
+  segment_ends_ = Add(mask.pattern().segment_ends);
+  spans_ = Add(mask.pattern().spans);
   rows_ = AddAxis(mask, mask.queries(), mask.row_runs());
   columns_ = AddAxis(mask, mask.keys(), mask.column_runs());
 }
 
-DeviceMask FlatMask::At(const void* base, const int32_t* doc_begin) const {
+DeviceMask FlatMask::At(const void* base, DocumentArrays documents) const {
   const auto* first = static_cast<const std::byte*>(base);
   const auto at = [&]<class T>(const T*& pointer, size_t offset) {
     pointer = reinterpret_cast<const T*>(first + offset);
@@ -89,7 +91,10 @@ DeviceMask FlatMask::At(const void* base, const int32_t* doc_begin) const {
   };
   DeviceMask mask{};
   mask.rule = rule_;
-  mask.rule.doc_begin = doc_begin;
+  mask.rule.doc_begin = documents.begin;
+  mask.rule.doc_end = documents.end;
+  at(mask.rule.segment_ends, segment_ends_);
+  at(mask.rule.spans, spans_);
   mask.kv_heads = kv_heads_;
   mask.patterns = patterns_;
   mask.blocks_per_row = blocks_per_row_;
@@ -107,7 +112,7 @@ const DeviceMask& OnDevice(Context& ctx, const BlockMask& mask) {
           [&] {
             const FlatMask flat(mask);
             const Tensor copy = Uploaded(ctx, flat.bytes().data(), flat.bytes().size());
-            return Copy<DeviceMask>{copy, flat.At(copy.raw(), DocBegin(ctx, mask.documents()))};
+            return Copy<DeviceMask>{copy, flat.At(copy.raw(), OnDevice(ctx, mask.documents()))};
           })
       .view;
 }

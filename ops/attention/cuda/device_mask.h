@@ -50,7 +50,7 @@ struct DeviceAxis {
 };
 
 struct DeviceMask {
-  VisibleRule rule;  // doc_begin on the device
+  VisibleRule rule;  // with pointers into the device
   int64_t kv_heads, patterns, blocks_per_row;
   const int32_t* pattern_of;   // [kv_heads]
   const int64_t* query_begin;  // [rows of the micro-batch * blocks_per_row] by id: local token
@@ -86,13 +86,19 @@ struct DeviceKvTable {
   }
 };
 
+// Documents' [tokens] arrays.
+struct DocumentArrays {
+  const int32_t* begin;
+  const int32_t* end;
+};
+
 // All arrays of a mask one after another, each at 16 bytes, as they are uploaded.
 class FlatMask {
  public:
   explicit FlatMask(const BlockMask& mask);
   const std::vector<std::byte>& bytes() const { return bytes_; }
   // The mask whose arrays are a copy of bytes() at `base`.
-  DeviceMask At(const void* base, const int32_t* doc_begin) const;
+  DeviceMask At(const void* base, DocumentArrays documents) const;
 
  private:
   struct Axis {
@@ -106,7 +112,7 @@ class FlatMask {
   std::vector<std::byte> bytes_;
   VisibleRule rule_;
   int64_t kv_heads_, patterns_, blocks_per_row_;
-  size_t pattern_of_ = 0, query_begin_ = 0;
+  size_t pattern_of_ = 0, query_begin_ = 0, segment_ends_ = 0, spans_ = 0;
   Axis rows_, columns_;
 };
 

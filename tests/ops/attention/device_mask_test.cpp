@@ -24,6 +24,10 @@ using ops::DeviceAxis;
 using ops::DeviceMask;
 using ops::FlatMask;
 
+ops::DocumentArrays ArraysOf(const ops::Documents& documents) {
+  return {documents.doc_begin.data(), documents.doc_end.data()};
+}
+
 void ExpectAxis(const DeviceMask& flat, const DeviceAxis& axis, const BlockMask& mask,
                 const ops::BlockList& list, const ops::BlockRuns& runs) {
   ASSERT_EQ(axis.blocks, list.size());
@@ -61,7 +65,7 @@ TEST(DeviceMaskTest, FlatFormHoldsTheMask) {
     const auto mask = BuildMask(c);
     const ops::Documents& documents = mask->documents();
     const FlatMask image(*mask);
-    const DeviceMask flat = image.At(image.bytes().data(), documents.doc_begin.data());
+    const DeviceMask flat = image.At(image.bytes().data(), ArraysOf(documents));
     ExpectAxis(flat, flat.rows, *mask, mask->queries(), mask->row_runs());
     ExpectAxis(flat, flat.columns, *mask, mask->keys(), mask->column_runs());
 
@@ -135,7 +139,7 @@ void ExpectSameAxis(Context& ctx, const DeviceAxis& device, const DeviceAxis& ho
 void ExpectOnDevice(Context& ctx, const BlockMask& mask) {
   const FlatMask image(mask);
   const ops::Documents& documents = mask.documents();
-  const DeviceMask host = image.At(image.bytes().data(), documents.doc_begin.data());
+  const DeviceMask host = image.At(image.bytes().data(), ArraysOf(documents));
   const DeviceMask& device = ops::OnDevice(ctx, mask);
   ExpectSameAxis(ctx, device.rows, host.rows, mask.patterns());
   ExpectSameAxis(ctx, device.columns, host.columns, mask.patterns());
@@ -143,6 +147,13 @@ void ExpectOnDevice(Context& ctx, const BlockMask& mask) {
   ExpectSame(ctx, device.query_begin, host.query_begin,
              documents.rows * ops::BlocksPerRow(documents.row_length), "query_begin");
   ExpectSame(ctx, device.rule.doc_begin, host.rule.doc_begin, documents.tokens(), "doc_begin");
+  ExpectSame(ctx, device.rule.doc_end, host.rule.doc_end, documents.tokens(), "doc_end");
+  ASSERT_EQ(device.rule.segment_count, host.rule.segment_count);
+  ExpectSame(ctx, device.rule.segment_ends, host.rule.segment_ends, host.rule.segment_count,
+             "segment_ends");
+  if (host.rule.kind == ops::PatternKind::kSpans) {
+    ExpectSame(ctx, device.rule.spans, host.rule.spans, mask.kv_heads(), "spans");
+  }
 }
 
 TEST(DeviceMaskTest, UploadedBitForBit) {

@@ -1,8 +1,12 @@
 #include "tests/ops/attention/mask_cases.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
+#include <set>
+#include <utility>
 
+#include "ops/core/error.h"
 #include "ops/core/rng.h"
 
 namespace longspan::test {
@@ -11,6 +15,7 @@ namespace {
 using ops::AttentionPattern;
 using ops::BlockList;
 using ops::Documents;
+using ops::RandomBlocksOptions;
 using ops::S2Options;
 using ops::StridePhase;
 
@@ -46,45 +51,108 @@ std::vector<int32_t> Concatenate(std::vector<int32_t> a, const std::vector<int32
   return a;
 }
 
+void AddS2(std::vector<AttentionPattern>& out) {
+  const auto add = [&](const S2Options& s2) { out.push_back(AttentionPattern::S2(s2)); };
+  for (const int64_t block : {16, 32, 64, 128, 256}) {
+    add({.block_size = block, .local_blocks = 1, .stride_blocks = 4});
+    add({.block_size = block, .local_blocks = 2, .stride_blocks = 3});
+    add(Incomplete({.block_size = block, .local_blocks = 1, .stride_blocks = 6}));
+    add({.block_size = block,
+         .local_blocks = 3,
+         .stride_blocks = 2,
+         .homogeneous = true,
+         .phase = StridePhase::kRow});
+    add({.block_size = block,
+         .local_blocks = 1,
+         .stride_blocks = 5,
+         .head_offset = 2,
+         .dense_heads = 2});
+    add(Incomplete({.block_size = block,
+                    .local_blocks = 2,
+                    .stride_blocks = 8,
+                    .head_step = 3,
+                    .head_offset = 9,
+                    .phase = StridePhase::kRow}));
+  }
+  add({.block_size = 64, .local_blocks = 1, .stride_blocks = 1});
+  add(Incomplete({.block_size = 16, .local_blocks = 5, .stride_blocks = 1000000}));
+  add({.block_size = 1024, .local_blocks = 1, .stride_blocks = 2});
+}
+
+void AddIntervals(std::vector<AttentionPattern>& out) {
+  for (const int64_t window : {1, 7, 63, 64, 65, 128, 200, 100000}) {
+    for (const int64_t sinks : {0, 1, 64, 70}) {
+      if ((window + sinks) % 3 != 0 || window == 65) {
+        out.push_back(AttentionPattern::Window(window, sinks));
+      }
+    }
+  }
+  for (const auto& [window, sinks] :
+       {std::pair{1, 0}, {7, 0}, {64, 1}, {65, 70}, {200, 0}, {100000, 5}}) {
+    out.push_back(AttentionPattern::Window(window, sinks, true));
+  }
+  for (const auto& [window, global] :
+       {std::pair{1, 1}, {33, 70}, {64, 64}, {200, 10}, {7, 100000}, {100, 0}}) {
+    out.push_back(AttentionPattern::GlobalWindow(window, global, global != 64));
+  }
+  for (const int64_t prefix : {0, 1, 2, 63, 64, 65, 200, 100000}) {
+    out.push_back(AttentionPattern::Prefix(prefix));
+  }
+  for (const std::vector<int64_t>& lengths :
+       {std::vector<int64_t>{1}, {7}, {64}, {100, 50}, {30, 1, 2, 3, 64}, {200, 20}, {100000}}) {
+    out.push_back(AttentionPattern::SharedQuestion(lengths));
+    out.push_back(AttentionPattern::CausalBlockwise(lengths));
+  }
+  for (const int64_t block : {16, 64, 128, 1024}) {
+    out.push_back(AttentionPattern::BlockCausal(block));
+  }
+  out.push_back(AttentionPattern::Spans({{}, {1, 0}, {64, 3}, {200, 70}}));
+  out.push_back(AttentionPattern::Spans({{30, 0}, {30, 0}, {}, {100000, 5}}));
+}
+
+void AddBlocks(std::vector<AttentionPattern>& out) {
+  for (const int64_t block : {16, 32, 64, 128}) {
+    out.push_back(AttentionPattern::Power({block, 1, 0}));
+    out.push_back(AttentionPattern::Power({block, 3, 1}));
+    out.push_back(AttentionPattern::Power({block, 5, 4}));
+    out.push_back(AttentionPattern::Dilated({block, 3, 2}));
+    out.push_back(AttentionPattern::Dilated({block, 2, 3, true}));
+  }
+  out.push_back(AttentionPattern::Power({16, 100000, 0}));
+  out.push_back(AttentionPattern::Power({64, 1, 100000}));
+  out.push_back(AttentionPattern::Dilated({16, 5, 1}));
+  out.push_back(AttentionPattern::Dilated({32, 100000, 5, true}));
+  out.push_back(AttentionPattern::Dilated({256, 2, 1, true}));
+  out.push_back(AttentionPattern::Dilated({64, 1, 7}));
+  const auto add = [&](const RandomBlocksOptions& random) {
+    out.push_back(AttentionPattern::RandomBlocks(random));
+  };
+  add({.block_size = 16, .density = 0.3});
+  add({.block_size = 64, .density = 0.3, .seed = 5});
+  add({.block_size = 64, .density = 1});
+  add({.block_size = 64, .density = 0.5, .bidirectional = true});
+  add({.block_size = 128, .density = 0.4, .own_block = false});
+  add({.block_size = 32, .density = 0.02, .bidirectional = true, .own_block = false});
+  add({.block_size = 16, .density = 0.3, .mean_blocks = 5, .min_blocks = 2, .bidirectional = true});
+  add({.block_size = 64,
+       .density = 0.4,
+       .mean_blocks = 3,
+       .per_head = true,
+       .phase = StridePhase::kRow});
+  add({.block_size = 32, .density = 0.6, .mean_blocks = 4, .min_blocks = 4, .own_block = false});
+  add({.block_size = 64, .density = 0.3, .bidirectional = true, .per_head = true});
+}
+
 }  // namespace
 
 std::vector<NamedPattern> Patterns() {
-  std::vector<NamedPattern> out;
-  const auto add = [&](const AttentionPattern& p) { out.push_back({p.ToString(), p}); };
-  add(AttentionPattern::Full());
-  add(AttentionPattern::Causal());
-  for (const int64_t window : {1, 7, 63, 64, 65, 128, 200, 100000}) {
-    for (const int64_t sinks : {0, 1, 64, 70}) {
-      if ((window + sinks) % 3 != 0 || window == 65) add(AttentionPattern::Window(window, sinks));
-    }
-  }
-  for (const int64_t block : {16, 32, 64, 128, 256}) {
-    add(AttentionPattern::S2({.block_size = block, .local_blocks = 1, .stride_blocks = 4}));
-    add(AttentionPattern::S2({.block_size = block, .local_blocks = 2, .stride_blocks = 3}));
-    add(AttentionPattern::S2(
-        Incomplete({.block_size = block, .local_blocks = 1, .stride_blocks = 6})));
-    add(AttentionPattern::S2({.block_size = block,
-                              .local_blocks = 3,
-                              .stride_blocks = 2,
-                              .homogeneous = true,
-                              .phase = StridePhase::kRow}));
-    add(AttentionPattern::S2({.block_size = block,
-                              .local_blocks = 1,
-                              .stride_blocks = 5,
-                              .head_offset = 2,
-                              .dense_heads = 2}));
-    add(AttentionPattern::S2(Incomplete({.block_size = block,
-                                         .local_blocks = 2,
-                                         .stride_blocks = 8,
-                                         .head_step = 3,
-                                         .head_offset = 9,
-                                         .phase = StridePhase::kRow})));
-  }
-  add(AttentionPattern::S2({.block_size = 64, .local_blocks = 1, .stride_blocks = 1}));
-  add(AttentionPattern::S2(
-      Incomplete({.block_size = 16, .local_blocks = 5, .stride_blocks = 1000000})));
-  add(AttentionPattern::S2({.block_size = 1024, .local_blocks = 1, .stride_blocks = 2}));
-  return out;
+  std::vector<AttentionPattern> patterns{AttentionPattern::Full(), AttentionPattern::Causal()};
+  AddIntervals(patterns);
+  AddS2(patterns);
+  AddBlocks(patterns);
+  std::vector<NamedPattern> named;
+  for (const AttentionPattern& p : patterns) named.push_back({p.ToString(), p});
+  return named;
 }
 
 std::vector<NamedDocuments> DocumentSets() {
@@ -142,12 +210,36 @@ std::vector<MaskCase> AllMaskCases() {
 }
 
 std::vector<MaskCase> SampleMaskCases(size_t count, uint64_t seed) {
-  std::vector<MaskCase> cases = AllMaskCases();
+  const std::vector<MaskCase> all = AllMaskCases();
   const Philox rng(seed, StreamOf("mask cases"));
-  for (size_t i = 0; i + 1 < cases.size() && i < count; ++i) {
-    std::swap(cases[i], cases[i + rng.Below(i, cases.size() - i)]);
+  constexpr size_t kCandidates = 40;
+  using Pair = std::pair<std::string, std::string>;
+  std::set<Pair> seen;
+  const auto pairs_of = [](const MaskCase& c) {
+    const std::string kind = Str(static_cast<int>(c.pattern.pattern.kind));
+    return std::array<Pair, 4>{Pair{c.pattern.name, ""}, Pair{kind, c.documents.name},
+                               Pair{kind, c.shard.name}, Pair{c.documents.name, c.shard.name}};
+  };
+  std::vector<MaskCase> cases;
+  std::set<size_t> taken;
+  for (uint64_t i = 0; cases.size() < std::min(count, all.size()); ++i) {
+    size_t best = all.size();
+    int most = -1;
+    for (uint64_t n = 0; n < kCandidates; ++n) {
+      const size_t candidate = rng.Below(i * kCandidates + n, all.size());
+      if (taken.count(candidate) != 0) continue;
+      int fresh = 0;
+      for (const Pair& pair : pairs_of(all[candidate])) fresh += seen.count(pair) == 0;
+      if (fresh > most) {
+        most = fresh;
+        best = candidate;
+      }
+    }
+    if (best == all.size()) continue;
+    taken.insert(best);
+    for (const Pair& pair : pairs_of(all[best])) seen.insert(pair);
+    cases.push_back(all[best]);
   }
-  if (cases.size() > count) cases.resize(count);
   return cases;
 }
 

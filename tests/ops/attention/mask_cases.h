@@ -35,7 +35,8 @@ std::vector<NamedPattern> Patterns();
 std::vector<NamedDocuments> DocumentSets();
 std::vector<NamedShard> Shards(const ops::Documents& documents);
 
-// The whole product, or `count` of its cases drawn with a fixed seed.
+// The whole product, or `count` of its cases: drawn so that every pattern and every pair of a kind
+// of pattern, documents and a shard come early.
 std::vector<MaskCase> AllMaskCases();
 std::vector<MaskCase> SampleMaskCases(size_t count, uint64_t seed);
 

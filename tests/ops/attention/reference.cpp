@@ -6,8 +6,6 @@
 namespace longspan::test {
 namespace {
 
-using ops::PatternKind;
-
 // Global token index of every local row of a block list.
 std::vector<int64_t> GlobalTokens(const ops::Documents& documents, const ops::BlockList& list) {
   std::vector<int64_t> tokens;
@@ -50,38 +48,6 @@ Probabilities HeadProbabilities(const NaiveProblem& a, const Vec& q, const Vec& 
 }
 
 }  // namespace
-
-bool Sees(const ops::AttentionPattern& pattern, int64_t kv_heads, const ops::Documents& documents,
-          int64_t kv_head, int64_t q, int64_t k) {
-  const int64_t start = documents.doc_begin[static_cast<size_t>(q)];
-  const int64_t stop = documents.doc_end[static_cast<size_t>(q)];
-  if (k < start || k >= stop) return false;
-  if (pattern.kind == PatternKind::kFull) return true;
-  const int64_t age = q - k, position = k - start;
-  if (age < 0) return false;
-  switch (pattern.kind) {
-    case PatternKind::kFull:
-    case PatternKind::kCausal:
-      return true;
-    case PatternKind::kWindow:
-      return age < pattern.window || position < pattern.sinks;
-    case PatternKind::kS2:
-      break;
-  }
-  const ops::S2Options& s2 = pattern.s2;
-  if (!s2.homogeneous && kv_head >= kv_heads - s2.dense_heads) return true;
-  const int64_t row = start / documents.row_length * documents.row_length;
-  const auto block_of = [&](int64_t t) { return (t - row) / s2.block_size; };
-  if (block_of(q) < block_of(k) + s2.local_blocks) return true;
-  const int64_t origin = s2.phase == ops::StridePhase::kRow ? 0 : block_of(start);
-  int64_t head_step = s2.head_step;
-  if (head_step == 0) head_step = s2.stride_blocks >= kv_heads ? s2.stride_blocks / kv_heads : 1;
-  const int64_t head = s2.homogeneous ? 0 : kv_head;
-  // The key's block is on this head's stripe when a whole number of strides separates it from the
-  // block that the head's shift points to.
-  const int64_t distance = block_of(k) - origin + head * head_step + s2.head_offset;
-  return distance == distance / s2.stride_blocks * s2.stride_blocks;
-}
 
 NaiveOutput NaiveForward(const NaiveProblem& a, const Vec& q, const Vec& k, const Vec& v) {
   const size_t rows = static_cast<size_t>(a.queries.tokens());
