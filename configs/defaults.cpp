@@ -90,6 +90,8 @@ std::vector<int> LayerMixers(const Model& model) {
 
 void FillDefaults(Config& config) {
   FillStaticDefaults(&config);
+  Objective& objective = *config.mutable_objective();
+  if (objective.kind_case() == Objective::KIND_NOT_SET) objective.mutable_next_token();
   Model& model = *config.mutable_model();
   model.set_head_dim(HeadDim(model));
   if (!model.has_embedding_init_std()) model.set_embedding_init_std(model.init_std());

@@ -9,6 +9,7 @@
 
 #include "configs/defaults.h"
 #include "configs/fields.h"
+#include "configs/validate_objective.h"
 #include "ops/core/error.h"
 
 namespace longspan::configs {
@@ -399,6 +400,7 @@ std::vector<Problem> Validate(const Config& config) {
   }
   CheckPrecision(config, problems);
   CheckSavingAndEvaluation(config, problems);
+  if (good({"run.context_length"})) CheckObjective(config, problems);
   for (Problem& problem : problems) problem.field = DisplayPath(config, problem.field);
   return problems;
 }

@@ -80,7 +80,9 @@ std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch
   const Plans plans = PlansFor(std::make_shared<const ops::Documents>(
       ops::Documents::FromEnds(batch.row_length, batch.doc_ends)));
   local.plans = plans.per_mixer;
+  local.stream_plans = plans.stream_per_mixer;
   prepared->attention_pairs = plans.attention_pairs;
+  prepared->open_pairs = plans.open_pairs;
   return prepared;
 }
 
@@ -88,15 +90,27 @@ BatchBuilder::Plans BatchBuilder::PlansFor(std::shared_ptr<const ops::Documents>
   for (const Plans& plans : cache_) {
     if (*plans.documents == *documents) return plans;
   }
-  Plans plans{documents, {}, 0};
-  std::vector<double> pairs;
+  Plans plans{documents, {}, {}, 0, 0};
+  std::vector<double> open_pairs, stream_pairs;
   const double group = static_cast<double>(model_.num_heads / model_.num_kv_heads);
+  const auto plan = [&](const ops::AttentionPattern& pattern) {
+    return parallel::MakePlan(pattern, model_.num_kv_heads, documents, placement_, strategy_,
+                              cp_rank_);
+  };
+  const auto pairs_of = [group](const std::shared_ptr<const parallel::AttentionPlan>& p) {
+    return p == nullptr ? 0.0 : group * static_cast<double>(p->VisiblePairs());
+  };
   for (const MixerOptions& mixer : model_.mixers) {
-    plans.per_mixer.push_back(parallel::MakePlan(mixer.pattern, model_.num_kv_heads, documents,
-                                                 placement_, strategy_, cp_rank_));
-    pairs.push_back(group * static_cast<double>(plans.per_mixer.back()->VisiblePairs()));
+    plans.per_mixer.push_back(plan(mixer.pattern));
+    plans.stream_per_mixer.push_back(mixer.duo ? plan(mixer.duo->Stream()) : nullptr);
+    open_pairs.push_back(pairs_of(plans.per_mixer.back()));
+    stream_pairs.push_back(pairs_of(plans.stream_per_mixer.back()));
   }
-  for (int layer : model_.layers) plans.attention_pairs += pairs[static_cast<size_t>(layer)];
+  for (int layer : model_.layers) {
+    const auto mixer = static_cast<size_t>(layer);
+    plans.open_pairs += open_pairs[mixer];
+    plans.attention_pairs += open_pairs[mixer] + stream_pairs[mixer];
+  }
   cache_.push_front(plans);
   if (cache_.size() > kCachedLayouts) cache_.pop_back();
   return plans;

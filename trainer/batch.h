@@ -15,6 +15,8 @@ struct PreparedBatch {
   // (query, key, query head) triples that attention evaluates on this rank, summed over layers: the
   // attention share of the MFU formula.
   double attention_pairs = 0;
+  // Those of the branches alone that run when gates are open (GateUse::kOpen).
+  double open_pairs = 0;
 };
 
 // The batch with its tensors on the device of `ctx`: `host` itself on a CPU, else copies that are
@@ -41,7 +43,8 @@ class BatchBuilder {
   struct Plans {
     std::shared_ptr<const ops::Documents> documents;
     std::vector<std::shared_ptr<const parallel::AttentionPlan>> per_mixer;
-    double attention_pairs;
+    std::vector<std::shared_ptr<const parallel::AttentionPlan>> stream_per_mixer;
+    double attention_pairs, open_pairs;
   };
   Plans PlansFor(std::shared_ptr<const ops::Documents> documents);
 

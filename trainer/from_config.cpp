@@ -94,9 +94,16 @@ CommBackend BackendFrom(configs::Parallel::Backend backend) {
   }
 }
 
+ObjectiveOptions ObjectiveFrom(const configs::Objective& objective) {
+  if (!objective.has_duo_gates()) return {};
+  return {.kind = ObjectiveKind::kDuoGates,
+          .regularization = objective.duo_gates().regularization()};
+}
+
 void FillOptions(const configs::Config& c, TrainOptions& o) {
   const configs::Run& run = c.run();
   o.model = ModelFromConfig(c);
+  o.objective = ObjectiveFrom(c.objective());
   o.seed = static_cast<uint64_t>(run.seed());
   o.steps = run.steps();
   o.context_length = run.context_length();
@@ -156,9 +163,14 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
   o.compute = DTypeOf(c.run().precision());
   o.residual = m.has_residual_dtype() ? DTypeOf(m.residual_dtype()) : o.compute;
   o.recompute_layers = c.run().recompute() == configs::Run::LAYER;
+  o.gates_only = c.objective().has_duo_gates();
   std::vector<std::string> names;
   for (const configs::Mixer& mixer : m.mixer()) {
-    o.mixers.push_back({mixer.name(), PatternFrom(mixer.softmax())});
+    MixerOptions options{mixer.name(), PatternFrom(mixer.softmax())};
+    if (mixer.softmax().has_duo()) {
+      options.duo = {mixer.softmax().duo().sinks(), mixer.softmax().duo().recent()};
+    }
+    o.mixers.push_back(std::move(options));
     names.push_back(mixer.name());
   }
   std::vector<int> cycle;

@@ -27,13 +27,14 @@ std::map<std::string, std::string> IdentityOf(const TrainOptions& o,
   std::string layers;
   for (int layer : m.layers) {
     const MixerOptions& mixer = m.mixers[static_cast<size_t>(layer)];
-    layers += (layers.empty() ? "" : ", ") + mixer.pattern.ToString();
+    layers += (layers.empty() ? "" : ", ") + mixer.ToString();
     if (mixer.scale != 0) layers += Str(" scale ", mixer.scale);
   }
   set("model.layers", layers);
   set("data.document_mask", o.document_mask);
   // Only where it is on: checkpoints older than the field have none.
   if (o.align_documents) set("data.align_documents", o.align_documents);
+  if (o.objective.kind != ObjectiveKind::kNextToken) set("objective", o.objective.ToString());
   set("data.train", corpus_fingerprint);
   return id;
 }

@@ -164,14 +164,18 @@ class Run {
           notes_.push_back("set aside as " + path.string());
         }
       });
+    } else if (settings_.init_from.empty() && options_.model.gates_only) {
+      throw ConfigError(Str("objective.", options_.objective.name(),
+                            " trains the gates of a finished model and leaves all other weights as "
+                            "they are: give that model with --init-from"));
     } else if (!settings_.init_from.empty()) {
       const auto source = AgreeOnCheckpoint(world_, settings_.init_from);
       std::unique_ptr<CheckpointReader> reader;
       OnAllRanks(world_, [&] {
         reader = std::make_unique<CheckpointReader>(CheckpointReader::Open(source));
       });
-      trainer_->InitFrom(*reader);
-      if (root_) notes_.push_back("weights from " + reader->path().string());
+      const std::string note = trainer_->InitFrom(*reader);
+      if (root_) notes_.push_back(note);
     }
   }
 
@@ -289,6 +293,8 @@ void Run::Report(const StepResult& r) {
   StepMetrics m;
   m.step = r.step;
   m.loss = r.loss;
+  m.objective = options_.objective.name();
+  m.mean_gate = r.mean_gate;
   m.grad_norm = r.grad_norm;
   m.lr = r.lr;
   m.tokens = r.tokens;

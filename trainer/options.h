@@ -24,9 +24,21 @@ enum class NonFinitePolicy { kStop, kSkip };
 // What carries data between the GPUs of ranks; kAuto: NCCL where it is built in, else MPI.
 enum class CommBackend { kAuto, kNccl, kMpi };
 
+// What a step minimises (objective.h).
+enum class ObjectiveKind { kNextToken, kDuoGates };
+struct ObjectiveOptions {
+  ObjectiveKind kind = ObjectiveKind::kNextToken;
+  double regularization = 0;  // kDuoGates: price of open gates, per unit of their mean
+
+  const char* name() const;      // "next_token", "duo_gates": as configurations and metrics say
+  std::string ToString() const;  // "duo_gates regularization 0.05"
+};
+
 // Everything a training run needs, as plain values; trainer/from_config fills it from protobuf.
 struct TrainOptions {
   ModelOptions model;
+
+  ObjectiveOptions objective;  // model.gates_only follows it
 
   uint64_t seed = 1;
   int64_t steps = 0;

@@ -15,7 +15,7 @@ namespace {
 // What ranks add up once a step: the loss sums of ops, what the host knows, and the notes of each
 // rank in places of their own.
 constexpr int64_t kLossSums = ops::kLossSums;
-enum HostSum { kTokens, kPairs, kSignals, kTimeUp, kHostSums };
+enum HostSum { kTokens, kPairs, kOpenPairs, kSignals, kTimeUp, kHostSums };
 constexpr int64_t kSums = kLossSums + kHostSums;
 
 double SecondsSince(std::chrono::steady_clock::time_point start) {
@@ -30,7 +30,7 @@ TrainStep::TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOption
       mesh_(mesh),
       options_(options),
       store_(store),
-      matmul_flops_per_token_(6.0 * static_cast<double>(CountMatmulParameters(options.model))),
+      flops_(FlopsOf(options.objective, options.model)),
       on_gpu_(ctx.device().kind == DeviceKind::kCuda) {
   Prepare(0);
 }
@@ -123,11 +123,12 @@ void TrainStep::Backward(data::Loader& loader, parallel::GradReducer& reducer,
     const LocalBatch local = ToDevice(ctx_, prepared->local);
     autograd::Tape tape(ctx_);
     const BucketHook ready = [&](size_t bucket) { reducer.BucketReady(static_cast<int>(bucket)); };
-    const auto loss = DecoderForward(tape, mesh_.axis("cp"), options_.model, store_, local,
-                                     last ? ready : BucketHook());
-    ops::AddInto(ctx_, loss_sums, loss.sums);
+    const Tensor sums = ObjectiveForward(tape, mesh_.axis("cp"), options_.objective, options_.model,
+                                         store_, local, last ? ready : BucketHook());
+    ops::AddInto(ctx_, loss_sums, sums);
     host[kTokens] += static_cast<double>(local.ids.numel());
     host[kPairs] += prepared->attention_pairs;
+    host[kOpenPairs] += prepared->open_pairs;
     tape.Backward();
   }
 }
@@ -175,8 +176,12 @@ StepResult TrainStep::Finish(PendingStep pending) {
   result.grad_norm = record[ops::kStepGradNorm];
   result.valid_tokens = std::llround(s[ops::kValidSum]);
   result.tokens = std::llround(s[kLossSums + kTokens]);
-  result.flops = matmul_flops_per_token_ * s[kLossSums + kTokens] +
-                 12.0 * static_cast<double>(options_.model.head_dim) * s[kLossSums + kPairs];
+  result.flops = flops_.per_token * s[kLossSums + kTokens] +
+                 flops_.per_pair * s[kLossSums + kPairs] +
+                 flops_.per_open_pair * s[kLossSums + kOpenPairs];
+  if (options_.objective.kind == ObjectiveKind::kDuoGates && s[ops::kValidSum] > 0) {
+    result.mean_gate = s[ops::kZLossSum] / s[ops::kValidSum];
+  }
   result.seconds = on_gpu_ ? 1e-3 * slot.end->MillisecondsSince(*slot.begin) : slot.host_seconds;
   result.time_is_up = s[kLossSums + kTimeUp] > 0;
   result.stop_requested = result.time_is_up || s[kLossSums + kSignals] > 0;
@@ -212,7 +217,12 @@ void TrainStep::Update(int64_t step, double lr) {
       ops::AdamWStep(ctx_, o, record, master, b.grad.Rows(begin, end), m, v, value);
     };
     update(0, b.decay_end, options_.adamw.weight_decay);
-    update(b.decay_end, b.master.numel(), 0);
+    update(b.decay_end, b.trained_end, 0);
+    for (size_t i = 0; i < b.specs.size(); ++i) {
+      if (!b.specs[i].fraction || b.offsets[i] >= b.trained_end) continue;
+      Tensor gates = b.master.Rows(b.offsets[i], b.offsets[i] + b.specs[i].shape.numel());
+      ops::Clamp(ctx_, gates, 0, 1);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "data/loader.h"
@@ -9,14 +10,16 @@
 #include "parallel/mesh/device_mesh.h"
 #include "parallel/zero/grad_reducer.h"
 #include "trainer/batch.h"
+#include "trainer/objective.h"
 #include "trainer/options.h"
 
 namespace longspan::trainer {
 
 struct StepResult {
-  int64_t step = 0;      // steps begun up to this one: the first reports 1
-  double loss = 0;       // nats per valid token, over all ranks; without z-loss
-  double grad_norm = 0;  // of the mean loss, before clipping
+  int64_t step = 0;                 // steps begun up to this one: the first reports 1
+  double loss = 0;                  // the objective per valid token, over all ranks; without z-loss
+  double grad_norm = 0;             // of the mean loss, before clipping
+  std::optional<double> mean_gate;  // duo gates: the mean of alpha before the step
   double lr = 0;
   int64_t tokens = 0;           // input tokens of the step
   int64_t valid_tokens = 0;     // those with a label
@@ -63,8 +66,8 @@ class PendingStep {
   std::shared_ptr<Slot> slot_;
 };
 
-// One optimizer step: accumulates gradients of the summed loss over micro-batches, reduces them
-// over all ranks while the last backward pass runs, divides once by the global number of valid
+// One optimizer step: accumulates gradients of the summed objective over micro-batches, reduces
+// them over all ranks while the last backward pass runs, divides once by the global number of valid
 // tokens, clips, updates. All ranks leave with the same weights and the same result.
 //
 // Begin never waits for a GPU: sums, clipping and the decision not to apply a step stay there, and
@@ -101,7 +104,7 @@ class TrainStep {
   parallel::DeviceMesh& mesh_;
   const TrainOptions& options_;
   ParameterStore& store_;
-  const double matmul_flops_per_token_;
+  const ObjectiveFlops flops_;
   const bool on_gpu_;
   // On the device: the sums over ranks and the record of ops/optim/step_control.h, side by side for
   // one copy to the host; and the sum of squares of the gradients.

@@ -1,6 +1,7 @@
 #include "trainer/trainer.h"
 
 #include <cstdio>
+#include <set>
 
 #include "parallel/context/placement.h"
 #include "trainer/agreement.h"
@@ -181,6 +182,7 @@ std::vector<NamedTensor> Trainer::State() {
     for (size_t i = 0; i < b.specs.size(); ++i) {
       const auto& spec = b.specs[i];
       const int64_t begin = b.offsets[i], end = begin + spec.shape.numel();
+      if (end > b.trained_end) continue;  // frozen: it has none
       state.push_back({kFirstMoment + spec.name, b.m.Rows(begin, end).Reshape(spec.shape)});
       state.push_back({kSecondMoment + spec.name, b.v.Rows(begin, end).Reshape(spec.shape)});
     }
@@ -213,9 +215,25 @@ void Trainer::Record(std::shared_ptr<TraceRecorder> recorder) {
   train_builder_->trace().Record(std::move(recorder), "batches");
 }
 
-void Trainer::InitFrom(const CheckpointReader& reader) {
-  OnAllRanks(mesh_.world(), [&] { reader.Load(WeightsOf(store_), kWeights); });
+std::string Trainer::InitFrom(const CheckpointReader& reader) {
+  // Gates alone may be on one side only: a dense checkpoint has none yet, and a model that uses
+  // what they have found out has none any more.
+  OnAllRanks(mesh_.world(), [&] { reader.Load(WeightsOf(store_), kWeights, IsGateName); });
   store_.RefreshValues();
+  std::set<std::string> saved;
+  for (const TensorEntry& t : reader.tensors()) {
+    if (t.name.starts_with(kWeights) && IsGateName(t.name)) saved.insert(t.name);
+  }
+  int64_t fresh = 0;
+  for (const Bucket& b : store_.buckets()) {
+    for (const ParameterSpec& p : b.specs) {
+      if (p.gate && saved.erase(kWeights + p.name) == 0) ++fresh;
+    }
+  }
+  std::string note = Str("weights from ", reader.path().string());
+  if (fresh > 0) note += Str("; it lacks the gates of ", fresh, " layers, which start anew");
+  if (!saved.empty()) note += Str("; its gates of ", saved.size(), " layers have no place here");
+  return note;
 }
 
 }  // namespace longspan::trainer

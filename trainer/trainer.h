@@ -47,8 +47,9 @@ class Trainer {
   void Resume(const CheckpointReader& reader);
   // Also writes what the loader's thread does into `recorder`; nullptr ends that.
   void Record(std::shared_ptr<TraceRecorder> recorder);
-  // Takes the weights only: a new run that starts at step 0.
-  void InitFrom(const CheckpointReader& reader);
+  // Takes the weights only: a new run that starts at step 0. Gates may be missing on either side.
+  // Returns a note of what was done for the log.
+  std::string InitFrom(const CheckpointReader& reader);
 
  private:
   void OpenData();

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "configs/load.h"
+#include "trainer/checkpoint/reader.h"
 
 namespace longspan::launch {
 
@@ -30,6 +31,12 @@ InspectReport InspectDataset(const InspectOptions& options);     // prefix of .b
 // Model size, batch, layers and patterns of a configuration; writes options.png when given. Part of
 // the reports on configurations and checkpoints.
 InspectReport DescribeConfig(const configs::LoadedConfig& loaded, const InspectOptions& options);
+
+// The gates of attention branches that a checkpoint holds: a table, and the configuration that uses
+// what they say (`config` is the checkpoint's own; null: it cannot be read, and only the table is
+// given). Nothing for a checkpoint without gates.
+void DescribeGates(const trainer::CheckpointReader& reader, const configs::LoadedConfig* config,
+                   InspectReport& report);
 
 // "  label          value\n", and a number with thousands separators ("1,234,567").
 std::string ReportLine(const std::string& label, const std::string& value);

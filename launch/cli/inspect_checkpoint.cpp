@@ -140,11 +140,13 @@ void DescribeSavedConfig(const trainer::CheckpointReader& reader, const InspectO
     loaded = configs::LoadText(reader.info().config_text, name);
   } catch (const ConfigError& error) {
     if (!options.png.empty() || options.length > 0) throw;  // asked for what only it can tell
+    DescribeGates(reader, nullptr, report);
     report.json["config"] = nullptr;
     report.json["config_problem"] = error.what();
     report.text += Str("\nits configuration cannot be read by this binary: ", error.what(), "\n");
     return;
   }
+  DescribeGates(reader, &*loaded, report);
   const InspectReport config = DescribeConfig(*loaded, options);
   report.json["config"] = config.json;
   report.json["config"]["resolved"] = loaded->resolved_text();

@@ -35,21 +35,26 @@ struct TrainArguments {
 void PrintStart(const trainer::TrainOptions& o, const TrainArguments& a, const RankDevice& device,
                 int threads) {
   const double millions = static_cast<double>(trainer::CountParameters(o.model)) * 1e-6;
+  const std::string trained =
+      o.model.gates_only ? Str(" (", trainer::CountTrainedParameters(o.model), " of them trained)")
+                         : "";
   std::printf(
-      "longspan: %.2fM parameters, %s, context %lld, %lld tokens a step (%lld x %lld rows), "
+      "longspan: %.2fM parameters%s, %s, context %lld, %lld tokens a step (%lld x %lld rows), "
       "dp %lld x cp %lld (%s, %s), %s, %d threads a rank, run directory %s\n",
-      millions, ToString(o.model.compute), static_cast<long long>(o.context_length),
-      static_cast<long long>(o.global_batch_tokens), static_cast<long long>(o.accumulation()),
-      static_cast<long long>(o.dp * o.micro_batch_rows), static_cast<long long>(o.dp),
-      static_cast<long long>(o.cp), ToString(o.placement), ToString(o.strategy),
-      device.name.c_str(), threads, a.run.run_directory.c_str());
+      millions, trained.c_str(), ToString(o.model.compute),
+      static_cast<long long>(o.context_length), static_cast<long long>(o.global_batch_tokens),
+      static_cast<long long>(o.accumulation()), static_cast<long long>(o.dp * o.micro_batch_rows),
+      static_cast<long long>(o.dp), static_cast<long long>(o.cp), ToString(o.placement),
+      ToString(o.strategy), device.name.c_str(), threads, a.run.run_directory.c_str());
   std::fflush(stdout);
 }
 
-void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
+void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a,
+                  const trainer::ObjectiveOptions& objective) {
   if (a.json) {
     nlohmann::json j = {{"step", s.step},
                         {"stopped", s.stopped},
+                        {"objective", objective.name()},
                         {"loss", nullptr},
                         {"validation_loss", nullptr},
                         {"seconds", s.seconds},
@@ -70,10 +75,17 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a) {
     std::printf("done: all %lld steps were done before\n", static_cast<long long>(s.step));
     return;
   }
-  std::printf("%s at step %lld: loss %.4f", s.stopped ? "stopped and saved" : "done",
-              static_cast<long long>(s.step), *s.last_loss);
+  const bool next_token = objective.kind == trainer::ObjectiveKind::kNextToken;
+  std::printf("%s at step %lld: ", s.stopped ? "stopped and saved" : "done",
+              static_cast<long long>(s.step));
+  if (next_token) {
+    std::printf("loss %.4f", *s.last_loss);
+  } else {
+    std::printf("%s loss %.4g", objective.name(), *s.last_loss);
+  }
   if (s.validation_loss.has_value()) std::printf(", validation loss %.4f", *s.validation_loss);
-  std::printf(" nats/token; %.0f tokens/s", s.tokens_per_s.value_or(0));
+  if (next_token || s.validation_loss.has_value()) std::printf(" nats/token");
+  std::printf("; %.0f tokens/s", s.tokens_per_s.value_or(0));
   if (s.attention_share.has_value() && s.wait_share.has_value()) {
     std::printf(", %.0f %% of the time in attention, %.0f %% waiting for other ranks",
                 100 * *s.attention_share, 100 * *s.wait_share);
@@ -113,7 +125,7 @@ void Train(const Rank& rank, TrainArguments a) {
   const bool root = world.rank() == 0;
   if (root && !a.run.quiet) PrintStart(options, a, device, ctx.threads());
   const trainer::RunSummary summary = trainer::RunTraining(ctx, mesh, world, options, a.run);
-  if (root) PrintSummary(summary, a);
+  if (root) PrintSummary(summary, a, options.objective);
 }
 
 }  // namespace

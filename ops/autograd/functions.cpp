@@ -1,16 +1,32 @@
 #include "ops/autograd/functions.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "ops/activation/gelu.h"
 #include "ops/activation/swiglu.h"
 #include "ops/elementwise/elementwise.h"
 #include "ops/gemm/linear.h"
+#include "ops/loss/hidden_distance.h"
 #include "ops/norm/rms_norm.h"
 
 namespace longspan::autograd {
+namespace {
+
+// Whether a result that was made from these takes part in the backward pass.
+bool Differentiated(const Tape& tape, std::initializer_list<const Var*> inputs,
+                    const Tensor& parameter_grad = {}) {
+  const auto requires_grad = [](const Var* x) { return x->requires_grad(); };
+  return tape.recording() &&
+         (parameter_grad.defined() || std::any_of(inputs.begin(), inputs.end(), requires_grad));
+}
+
+}  // namespace
 
 Var Linear(Tape& tape, const Var& x, const Parameter& w) {
   Context& ctx = tape.context();
-  Var y(ops::LinearForward(ctx, x.value(), w.value), tape.recording());
+  Var y(ops::LinearForward(ctx, x.value(), w.value), Differentiated(tape, {&x}, w.grad));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, w = w.value, dw = w.grad, y]() mutable {
     if (!y.grad().defined()) return;
     const Tensor dx = ops::LinearBackward(ctx, y.grad(), x.value(), w, dw, x.requires_grad());
@@ -22,8 +38,8 @@ Var Linear(Tape& tape, const Var& x, const Parameter& w) {
 Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype,
               const ops::EmbeddingOrder& order) {
   Context& ctx = tape.context();
-  Var y(ops::EmbeddingForward(ctx, ids, table.value, dtype), tape.recording());
-  if (!table.grad.defined()) return y;
+  Var y(ops::EmbeddingForward(ctx, ids, table.value, dtype), Differentiated(tape, {}, table.grad));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, ids, order, dtable = table.grad, y]() mutable {
     if (y.grad().defined()) ops::EmbeddingBackward(ctx, ids, y.grad(), dtable, order);
   });
@@ -33,7 +49,8 @@ Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype
 Var RmsNorm(Tape& tape, const Var& x, const Parameter& w, double eps) {
   Context& ctx = tape.context();
   const auto result = ops::RmsNormForward(ctx, x.value(), w.value, eps);
-  Var y(result.y, tape.recording());
+  Var y(result.y, Differentiated(tape, {&x}, w.grad));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, w = w.value, dw = w.grad, rstd = result.rstd, y]() mutable {
     if (!y.grad().defined()) return;
     x.AddGrad(ctx, ops::RmsNormBackward(ctx, y.grad(), x.value(), w, rstd, dw));
@@ -43,7 +60,8 @@ Var RmsNorm(Tape& tape, const Var& x, const Parameter& w, double eps) {
 
 Var Rope(Tape& tape, const Var& x, const ops::RopeTable& table) {
   Context& ctx = tape.context();
-  Var y(ops::RopeForward(ctx, x.value(), table), tape.recording());
+  Var y(ops::RopeForward(ctx, x.value(), table), Differentiated(tape, {&x}));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, table, y] {
     if (y.grad().defined()) x.AddGrad(ctx, ops::RopeBackward(ctx, y.grad(), table));
   });
@@ -52,7 +70,8 @@ Var Rope(Tape& tape, const Var& x, const ops::RopeTable& table) {
 
 Var SwiGlu(Tape& tape, const Var& gate, const Var& up) {
   Context& ctx = tape.context();
-  Var y(ops::SwiGluForward(ctx, gate.value(), up.value()), tape.recording());
+  Var y(ops::SwiGluForward(ctx, gate.value(), up.value()), Differentiated(tape, {&gate, &up}));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, gate, up, y] {
     if (!y.grad().defined()) return;
     const auto grads = ops::SwiGluBackward(ctx, y.grad(), gate.value(), up.value());
@@ -64,7 +83,8 @@ Var SwiGlu(Tape& tape, const Var& gate, const Var& up) {
 
 Var Gelu(Tape& tape, const Var& x) {
   Context& ctx = tape.context();
-  Var y(ops::GeluForward(ctx, x.value()), tape.recording());
+  Var y(ops::GeluForward(ctx, x.value()), Differentiated(tape, {&x}));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, y] {
     if (y.grad().defined()) x.AddGrad(ctx, ops::GeluBackward(ctx, y.grad(), x.value()));
   });
@@ -73,7 +93,8 @@ Var Gelu(Tape& tape, const Var& x) {
 
 Var Reshape(Tape& tape, const Var& x, Shape shape) {
   Context& ctx = tape.context();
-  Var y(x.value().Reshape(shape), tape.recording());
+  Var y(x.value().Reshape(shape), Differentiated(tape, {&x}));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, y] {
     if (y.grad().defined()) x.AddGrad(ctx, y.grad().Reshape(x.value().shape()));
   });
@@ -83,7 +104,8 @@ Var Reshape(Tape& tape, const Var& x, Shape shape) {
 Var Cast(Tape& tape, const Var& x, DType dtype) {
   if (x.value().dtype() == dtype) return x;
   Context& ctx = tape.context();
-  Var y(ops::Cast(ctx, x.value(), dtype), tape.recording());
+  Var y(ops::Cast(ctx, x.value(), dtype), Differentiated(tape, {&x}));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, y] {
     if (y.grad().defined()) x.AddGrad(ctx, ops::Cast(ctx, y.grad(), x.value().dtype()));
   });
@@ -92,11 +114,13 @@ Var Cast(Tape& tape, const Var& x, DType dtype) {
 
 Var ResidualAdd(Tape& tape, const Var& x, const Var& branch) {
   Context& ctx = tape.context();
-  Var y(ops::ResidualAdd(ctx, x.value(), branch.value()), tape.recording());
+  Var y(ops::ResidualAdd(ctx, x.value(), branch.value()), Differentiated(tape, {&x, &branch}));
+  if (!y.requires_grad()) return y;
   tape.Record([&ctx, x, branch, y] {
     if (!y.grad().defined()) return;
     const DType narrow = branch.value().dtype();
     x.AddGrad(ctx, y.grad());
+    if (!branch.requires_grad()) return;
     branch.AddGrad(ctx, y.grad().dtype() == narrow ? y.grad() : ops::Cast(ctx, y.grad(), narrow));
   });
   return y;
@@ -108,11 +132,49 @@ ops::LinearCrossEntropyResult LinearCrossEntropy(Tape& tape, const Var& x, const
                                                  double scale) {
   Context& ctx = tape.context();
   const auto result = ops::LinearCrossEntropyForward(ctx, x.value(), w.value, labels, options);
+  if (!Differentiated(tape, {&x}, w.grad)) return result;
   tape.Record([&ctx, x, w = w.value, dw = w.grad, labels, options, scale, result]() mutable {
     x.AddGrad(ctx, ops::LinearCrossEntropyBackward(ctx, result, x.value(), w, labels, options,
                                                    scale, dw));
   });
   return result;
+}
+
+Var DuoGate(Tape& tape, const Var& full, const Var& stream, const Parameter& alpha) {
+  Context& ctx = tape.context();
+  Var y(ops::DuoGateForward(ctx, full.value(), stream.value(), alpha.value),
+        Differentiated(tape, {&full, &stream}, alpha.grad));
+  if (!y.requires_grad()) return y;
+  tape.Record([&ctx, full, stream, gate = alpha.value, dgate = alpha.grad, y]() mutable {
+    if (!y.grad().defined()) return;
+    const bool branches = full.requires_grad() || stream.requires_grad();
+    const auto grads =
+        ops::DuoGateBackward(ctx, y.grad(), full.value(), stream.value(), gate, dgate, branches);
+    if (!branches) return;
+    full.AddGrad(ctx, grads.full);
+    stream.AddGrad(ctx, grads.stream);
+  });
+  return y;
+}
+
+void GatePenalty(Tape& tape, const Parameter& alpha, const ops::GatePenalty& penalty,
+                 Tensor& sums) {
+  Context& ctx = tape.context();
+  ops::GatePenaltyForward(ctx, alpha.value, penalty, sums);
+  if (!Differentiated(tape, {}, alpha.grad)) return;
+  tape.Record([&ctx, penalty, sums, dgate = alpha.grad]() mutable {
+    ops::GatePenaltyBackward(ctx, sums, penalty, dgate);
+  });
+}
+
+Tensor HiddenDistance(Tape& tape, const Var& x, const Tensor& target, const Tensor& labels) {
+  Context& ctx = tape.context();
+  const Tensor sums = ops::HiddenDistanceForward(ctx, x.value(), target, labels);
+  if (!Differentiated(tape, {&x})) return sums;
+  tape.Record([&ctx, x, target, labels] {
+    x.AddGrad(ctx, ops::HiddenDistanceBackward(ctx, x.value(), target, labels, 1.0));
+  });
+  return sums;
 }
 
 }  // namespace longspan::autograd

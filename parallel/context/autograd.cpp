@@ -9,7 +9,10 @@ autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
   Context& ctx = tape.context();
   const auto saved =
       ContextAttentionForward(ctx, comm, *plan, q.value(), k.value(), v.value(), options);
-  autograd::Var out(saved.o, tape.recording());
+  const bool differentiated =
+      tape.recording() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+  autograd::Var out(saved.o, differentiated);
+  if (!differentiated) return out;  // of all ranks alike
   tape.Record([&ctx, &comm, plan = std::move(plan), q, k, v, options, saved, out] {
     // Ranks must not differ in issuing the collectives: a missing gradient counts as zero.
     const Tensor d_out =

@@ -6,7 +6,8 @@
 
 namespace longspan::parallel {
 
-// ContextAttentionForward / Backward as one entry of a tape. `comm` must outlive the tape.
+// ContextAttentionForward / Backward as one entry of a tape; none when neither q nor k nor v requires
+// a gradient. `comm` must outlive the tape.
 autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
                                std::shared_ptr<const AttentionPlan> plan, const autograd::Var& q,
                                const autograd::Var& k, const autograd::Var& v,

@@ -31,7 +31,8 @@ void GradReducer::BucketReady(int i) {
 
 void GradReducer::IssueReady() {
   for (; next_ >= 0 && ready_[static_cast<size_t>(next_)]; --next_) {
-    works_.push_back(comm_->AllReduce(buckets_[static_cast<size_t>(next_)], ReduceOp::kSum));
+    const Tensor& bucket = buckets_[static_cast<size_t>(next_)];
+    if (bucket.numel() > 0) works_.push_back(comm_->AllReduce(bucket, ReduceOp::kSum));
   }
 }
 

@@ -12,7 +12,8 @@ namespace longspan::parallel {
 // are issued strictly in that order, whatever the order of BucketReady, so that all ranks agree: a
 // bucket that is ready early waits for its turn.
 //
-// Shapes    buckets [n_i], any n_i >= 0; summed in place
+// Shapes    buckets [n_i], any n_i >= 0; summed in place. An empty one (nothing in it is trained)
+//           costs no operation, so n_i must be the same on all ranks
 // Dtypes    f32 or f64, each bucket its own
 // Numerics  one sum per element in the communicator's fixed order; identical bits on every rank
 // Errors    InvalidArgument for other dtypes, a wrong index, a bucket marked twice, and in Finish

@@ -91,7 +91,7 @@ TEST(ConfigValidateTest, RequiredTextsAreNotEmpty) {
 TEST(ConfigValidateTest, OneofsNeedAChoice) {
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "softmax {}")),
             "c.textproto:14: model.mixer[dense].softmax: no pattern is chosen (give one of full, "
-            "causal, window, s2)");
+            "causal, window, s2, duo)");
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "")),
             "c.textproto:14: model.mixer[dense]: no kind is chosen (give one of softmax)");
   EXPECT_EQ(ErrorOf(SampleWith("adamw { lr: 1e-3 }", "clip_norm: 2")),

@@ -132,7 +132,9 @@ int64_t CheckpointReader::file_bytes() const {
   return static_cast<int64_t>(bytes);
 }
 
-void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_view prefix) const {
+void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_view prefix,
+                            const std::function<bool(std::string_view)>& optional) const {
+  const auto may_lack = [&](const std::string& name) { return optional && optional(name); };
   std::map<std::string, const NamedTensor*> wanted;
   for (const NamedTensor& named : into) {
     LONGSPAN_CHECK(named.tensor.defined() && wanted.emplace(named.name, &named).second)
@@ -145,6 +147,7 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
     if (!std::string_view(saved.name).starts_with(prefix)) continue;
     const auto found = wanted.find(saved.name);
     if (found == wanted.end()) {
+      if (may_lack(saved.name)) continue;
       differences.push_back(
           Str(saved.name, " is ", saved.Describe(), " in the checkpoint and not in the model"));
       continue;
@@ -158,6 +161,7 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
     wanted.erase(found);
   }
   for (const auto& [name, named] : wanted) {
+    if (may_lack(name)) continue;
     differences.push_back(
         Str(name, " is ", Requested(*named).Describe(), " in the model and not in the checkpoint"));
   }

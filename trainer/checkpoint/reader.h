@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -30,7 +31,10 @@ class CheckpointReader {
   // both sides, with equal dtypes and shapes: nothing is converted, and differences are reported
   // (the first few by name) before anything is written. Every byte read is checked; after a
   // checksum error the content of `into` is undefined. With the default prefix everything is read.
-  void Load(const std::vector<NamedTensor>& into, std::string_view prefix = "") const;
+  // Tensors whose names `optional` accepts may be on one side alone; they are then left as they
+  // are.
+  void Load(const std::vector<NamedTensor>& into, std::string_view prefix = "",
+            const std::function<bool(std::string_view name)>& optional = nullptr) const;
 
   // Reads every byte of every file and checks it.
   void Verify() const;

@@ -71,6 +71,7 @@ void EventWriter::Write(const StepMetrics& metrics) {
       {"train/peak_rss_bytes", static_cast<double>(metrics.peak_rss_bytes)},
   };
   if (metrics.mfu) scalars.push_back({"train/mfu", *metrics.mfu});
+  if (metrics.mean_gate) scalars.push_back({"train/mean_gate", *metrics.mean_gate});
   WriteScalars(metrics.step, scalars);
 }
 

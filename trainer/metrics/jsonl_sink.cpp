@@ -66,7 +66,7 @@ JsonlSink::~JsonlSink() = default;
 void JsonlSink::Write(const StepMetrics& metrics) {
   Json memory = Json::object();
   for (const auto& [category, bytes] : metrics.peak_device_memory) memory[category] = bytes;
-  const Json object = {
+  Json object = {
       {"step", metrics.step},
       {"loss", metrics.loss},
       {"grad_norm", metrics.grad_norm},
@@ -81,6 +81,8 @@ void JsonlSink::Write(const StepMetrics& metrics) {
       {"peak_device_bytes", metrics.peak_device_bytes},
       {"peak_device_memory", memory},
   };
+  if (metrics.objective != "next_token") object["objective"] = metrics.objective;
+  if (metrics.mean_gate) object["mean_gate"] = *metrics.mean_gate;
   file_->Write(object.dump() + "\n");
 }
 

@@ -9,13 +9,15 @@ namespace longspan::trainer {
 
 // What one optimizer step reports. Values are of the whole job, not of one rank.
 struct StepMetrics {
-  int64_t step = 0;          // steps done, so the first one reports 1
-  double loss = 0;           // mean over valid tokens, nats
-  double grad_norm = 0;      // global L2 norm before clipping
-  double lr = 0;             // learning rate of this step
-  int64_t tokens = 0;        // tokens of this step's global batch
-  int64_t valid_tokens = 0;  // those with a label
-  double step_ms = 0;        // wall time of the step
+  int64_t step = 0;  // steps done, so the first one reports 1
+  double loss = 0;   // of the objective, mean over valid tokens; next_token: nats
+  std::string objective = "next_token";  // what the loss is (trainer/objective.h)
+  std::optional<double> mean_gate;       // mean of the trained gates, where there are such
+  double grad_norm = 0;                  // global L2 norm before clipping
+  double lr = 0;                         // learning rate of this step
+  int64_t tokens = 0;                    // tokens of this step's global batch
+  int64_t valid_tokens = 0;              // those with a label
+  double step_ms = 0;                    // wall time of the step
   double tokens_per_s = 0;
   std::optional<double> mfu;   // fraction of the device's peak, 0..1; none when unknown
   int64_t comm_bytes = 0;      // sent by all ranks in this step

@@ -33,9 +33,15 @@ std::string FormatDuration(double seconds) {
 }
 
 std::string FormatProgress(const StepMetrics& metrics, int64_t total_steps, double eta_seconds) {
-  std::string line =
-      Format("step %lld/%lld  loss %.4f  %.0f tok/s", static_cast<long long>(metrics.step),
-             static_cast<long long>(total_steps), metrics.loss, metrics.tokens_per_s);
+  std::string line = Format("step %lld/%lld  ", static_cast<long long>(metrics.step),
+                            static_cast<long long>(total_steps));
+  if (metrics.objective == "next_token") {
+    line += Format("loss %.4f", metrics.loss);
+  } else {
+    line += Format("%s loss %.4g", metrics.objective.c_str(), metrics.loss);
+  }
+  if (metrics.mean_gate) line += Format("  mean gate %.3f", *metrics.mean_gate);
+  line += Format("  %.0f tok/s", metrics.tokens_per_s);
   if (metrics.mfu) line += Format("  mfu %.1f%%", 100 * *metrics.mfu);
   return line + "  eta " + FormatDuration(eta_seconds);
 }

@@ -1,5 +1,8 @@
 #include "trainer/model/decoder.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "ops/autograd/recompute.h"
 #include "parallel/context/autograd.h"
 
@@ -12,10 +15,18 @@ using autograd::Var;
 
 struct LayerParameters {
   const Parameter *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *mlp_norm;
+  const Parameter* duo;  // nullptr: this layer has no gates
+  bool Trained() const {
+    const std::initializer_list<const Parameter*> all = {
+        q, k, v, o, gate, up, down, attention_norm, mlp_norm, duo};
+    return std::any_of(all.begin(), all.end(),
+                       [](const Parameter* p) { return p != nullptr && p->grad.defined(); });
+  }
 };
 
 LayerParameters LayerOf(const ModelOptions& options, const ParameterStore& store, size_t layer) {
   const std::string prefix = Str("model.layers.", layer, ".");
+  const MixerOptions& mixer = options.mixers[static_cast<size_t>(options.layers[layer])];
   auto find = [&](const char* name) { return &store.Find(prefix + name); };
   return {find("self_attn.q_proj.weight"),
           find("self_attn.k_proj.weight"),
@@ -25,7 +36,8 @@ LayerParameters LayerOf(const ModelOptions& options, const ParameterStore& store
           find("mlp.up_proj.weight"),
           find("mlp.down_proj.weight"),
           find("input_layernorm.weight"),
-          find("post_attention_layernorm.weight")};
+          find("post_attention_layernorm.weight"),
+          mixer.duo.has_value() ? find(kDuoGate) : nullptr};
 }
 
 Var Norm(Tape& tape, const ModelOptions& options, const Var& x, const Parameter& w) {
@@ -33,19 +45,24 @@ Var Norm(Tape& tape, const ModelOptions& options, const Var& x, const Parameter&
 }
 
 Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
-                    const LayerParameters& p, const MixerOptions& mixer,
-                    std::shared_ptr<const parallel::AttentionPlan> plan, const ops::RopeTable& rope,
+                    const LayerParameters& p, size_t mixer, const LocalBatch& batch, GateUse gates,
                     const Var& x) {
   const int64_t t = x.value().dim(0), d = options.head_dim;
   const Var h = Norm(tape, options, x, *p.attention_norm);
   auto heads = [&](const Parameter& w, int64_t n) {
     return autograd::Reshape(tape, autograd::Linear(tape, h, w), {t, n, d});
   };
-  const Var q = autograd::Rope(tape, heads(*p.q, options.num_heads), rope);
-  const Var k = autograd::Rope(tape, heads(*p.k, options.num_kv_heads), rope);
+  const Var q = autograd::Rope(tape, heads(*p.q, options.num_heads), batch.rope);
+  const Var k = autograd::Rope(tape, heads(*p.k, options.num_kv_heads), batch.rope);
   const Var v = heads(*p.v, options.num_kv_heads);
-  const Var o = parallel::ContextAttention(tape, cp, std::move(plan), q, k, v,
-                                           {.scale = mixer.scale, .implementation = {}});
+  const ops::AttentionOptions how{.scale = options.mixers[mixer].scale, .implementation = {}};
+  const auto attend = [&](std::shared_ptr<const parallel::AttentionPlan> plan) {
+    return parallel::ContextAttention(tape, cp, std::move(plan), q, k, v, how);
+  };
+  Var o = attend(batch.plans[mixer]);
+  if (p.duo != nullptr && gates == GateUse::kMixed) {
+    o = autograd::DuoGate(tape, o, attend(batch.stream_plans[mixer]), *p.duo);
+  }
   return autograd::Linear(tape, autograd::Reshape(tape, o, {t, options.num_heads * d}), *p.o);
 }
 
@@ -60,11 +77,9 @@ Var MlpBranch(Tape& tape, const ModelOptions& options, const LayerParameters& p,
 
 }  // namespace
 
-ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator& cp,
-                                             const ModelOptions& options, ParameterStore& store,
-                                             const LocalBatch& batch,
-                                             const BucketHook& bucket_ready,
-                                             bool want_token_losses) {
+Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
+                  ParameterStore& store, const LocalBatch& batch, const BucketHook& bucket_ready,
+                  GateUse gates) {
   const size_t layers = static_cast<size_t>(options.num_layers());
   // An entry recorded before a bucket's first use runs after its last gradient has been added.
   auto mark = [&](size_t bucket) {
@@ -78,18 +93,27 @@ ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator&
     mark(i + 1);
     const LayerParameters p = LayerOf(options, store, i);
     const size_t mixer = static_cast<size_t>(options.layers[i]);
-    auto layer = [&cp, &options, &batch, p, mixer](Tape& t, const std::vector<Var>& in) {
-      const Var mixed =
-          autograd::ResidualAdd(t, in[0],
-                                AttentionBranch(t, cp, options, p, options.mixers[mixer],
-                                                batch.plans[mixer], batch.rope, in[0]));
+    auto layer = [&cp, &options, &batch, p, mixer, gates](Tape& t, const std::vector<Var>& in) {
+      const Var mixed = autograd::ResidualAdd(
+          t, in[0], AttentionBranch(t, cp, options, p, mixer, batch, gates, in[0]));
       return autograd::ResidualAdd(t, mixed, MlpBranch(t, options, p, mixed));
     };
-    x = options.recompute_layers ? autograd::Recompute(tape, {x}, layer) : layer(tape, {x});
+    // A layer that leads to nothing trained keeps nothing, so there is nothing to run again.
+    const bool again = options.recompute_layers && (x.requires_grad() || p.Trained());
+    x = again ? autograd::Recompute(tape, {x}, layer) : layer(tape, {x});
   }
   mark(layers + 1);
-  x = Norm(tape, options, x, store.Find("model.norm.weight"));
-  const Parameter& head = options.tie_embeddings ? table : store.Find("lm_head.weight");
+  return Norm(tape, options, x, store.Find("model.norm.weight"));
+}
+
+ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator& cp,
+                                             const ModelOptions& options, ParameterStore& store,
+                                             const LocalBatch& batch,
+                                             const BucketHook& bucket_ready,
+                                             bool want_token_losses) {
+  const Var x = DecoderHidden(tape, cp, options, store, batch, bucket_ready);
+  const Parameter& head =
+      store.Find(options.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
   return autograd::LinearCrossEntropy(
       tape, x, head, batch.labels,
       {.z_loss = options.z_loss, .want_token_losses = want_token_losses});

@@ -17,14 +17,28 @@ struct LocalBatch {
   ops::EmbeddingOrder order;  // of the ids
   ops::RopeTable rope;        // of the tokens' positions in their documents
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> plans;  // one per mixer
+  // The same for the streaming branch; null for mixers that have none.
+  std::vector<std::shared_ptr<const parallel::AttentionPlan>> stream_plans{};
 };
 
 // Called once per bucket, in reverse order of the forward pass, when the backward pass of one
 // micro-batch has added everything to that bucket's gradients.
 using BucketHook = std::function<void(size_t bucket)>;
 
-// Forward pass of the decoder over one micro-batch; recorded on `tape` when that records. `cp` is
-// the communicator of the context-parallel axis. Returns the loss sums of this rank's tokens.
+// What layers with gates compute: both branches and their mixture, or the full branch alone, which
+// is the mixture with open gates.
+enum class GateUse { kMixed, kOpen };
+
+// Forward pass of the decoder over one micro-batch up to the last norm; recorded on `tape` when
+// that records. `cp` is the communicator of the context-parallel axis. Returns the hidden states of
+// this rank's tokens, [T, hidden_size] in the compute dtype.
+autograd::Var DecoderHidden(autograd::Tape& tape, parallel::Communicator& cp,
+                            const ModelOptions& options, ParameterStore& store,
+                            const LocalBatch& batch, const BucketHook& bucket_ready,
+                            GateUse gates = GateUse::kMixed);
+
+// The same and the output projection with the loss of next tokens. Returns the loss sums of this
+// rank's tokens.
 ops::LinearCrossEntropyResult DecoderForward(autograd::Tape& tape, parallel::Communicator& cp,
                                              const ModelOptions& options, ParameterStore& store,
                                              const LocalBatch& batch,

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,11 +11,23 @@ namespace longspan::trainer {
 
 enum class MlpKind { kSwiGlu, kGelu };
 
+// A layer whose kv heads choose between full and streaming attention by trained gates
+// (DuoAttention, arXiv 2410.10819): o = alpha o_full + (1 - alpha) o_stream, one alpha in [0, 1] a
+// kv head.
+struct DuoOptions {
+  int64_t sinks = 0;   // the streaming branch: first tokens of the document,
+  int64_t recent = 0;  // and the last tokens, the query's own included
+  ops::AttentionPattern Stream() const { return ops::AttentionPattern::Window(recent, sinks); }
+};
+
 // How a layer mixes tokens. Softmax attention over a pattern; further kinds join here.
 struct MixerOptions {
   std::string name;
-  ops::AttentionPattern pattern;
-  double scale = 0;  // 0: 1 / sqrt(head_dim)
+  ops::AttentionPattern pattern;  // duo: of the full branch
+  double scale = 0;               // 0: 1 / sqrt(head_dim)
+  std::optional<DuoOptions> duo{};
+
+  std::string ToString() const;  // "s2 block 64 local 4 stride 4", "duo sinks 128 recent 256"
 };
 
 // A Llama-style decoder: pre-norm layers of attention and MLP, RoPE, RMSNorm.
@@ -36,6 +49,7 @@ struct ModelOptions {
   DType compute = DType::kF32;   // weights as used, activations
   DType residual = DType::kF32;  // residual stream
   bool recompute_layers = false;
+  bool gates_only = false;  // only the gates of mixers are trained, all other weights are frozen
 
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
 };

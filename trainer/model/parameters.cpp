@@ -8,6 +8,17 @@
 #include "ops/elementwise/elementwise.h"
 
 namespace longspan::trainer {
+namespace {
+
+// Places in a bucket: what is trained with weight decay, what is trained without, what is frozen.
+int OrderOf(const ParameterSpec& p, const ModelOptions& options) {
+  if (options.gates_only && !p.gate) return 2;
+  return p.decay ? 0 : 1;
+}
+
+}  // namespace
+
+bool IsGateName(std::string_view name) { return name.ends_with(kDuoGate); }
 
 std::vector<BucketSpec> ListParameters(const ModelOptions& o) {
   const int64_t c = o.hidden_size, f = o.ffn_hidden_size;
@@ -30,6 +41,10 @@ std::vector<BucketSpec> ListParameters(const ModelOptions& o) {
     }
     b.parameters.push_back({layer + "mlp.up_proj.weight", {f, c}, o.init_std, true});
     b.parameters.push_back({layer + "mlp.down_proj.weight", {c, f}, narrow, true});
+    if (o.mixers[static_cast<size_t>(o.layers[static_cast<size_t>(i)])].duo.has_value()) {
+      b.parameters.push_back(
+          {layer + kDuoGate, {o.num_kv_heads}, 0, false, /*gate=*/true, /*fraction=*/true});
+    }
     b.parameters.push_back({layer + "input_layernorm.weight", {c}, 0, false});
     b.parameters.push_back({layer + "post_attention_layernorm.weight", {c}, 0, false});
     buckets.push_back(std::move(b));
@@ -47,6 +62,14 @@ int64_t CountParameters(const ModelOptions& options) {
   int64_t n = 0;
   for (const auto& bucket : ListParameters(options)) {
     for (const auto& p : bucket.parameters) n += p.shape.numel();
+  }
+  return n;
+}
+
+int64_t CountTrainedParameters(const ModelOptions& options) {
+  int64_t n = 0;
+  for (const auto& bucket : ListParameters(options)) {
+    for (const auto& p : bucket.parameters) n += OrderOf(p, options) < 2 ? p.shape.numel() : 0;
   }
   return n;
 }
@@ -69,32 +92,36 @@ ParameterStore::ParameterStore(Context& ctx, const ModelOptions& options, bool t
     Bucket b;
     b.name = spec.name;
     b.specs = std::move(spec.parameters);
-    std::stable_partition(b.specs.begin(), b.specs.end(), [](const auto& p) { return p.decay; });
+    const auto order = [&](const ParameterSpec& p) { return OrderOf(p, options); };
+    std::stable_sort(b.specs.begin(), b.specs.end(),
+                     [&](const auto& p, const auto& q) { return order(p) < order(q); });
     int64_t n = 0;
     for (const ParameterSpec& p : b.specs) {
       b.offsets.push_back(n);
       n += p.shape.numel();
-      if (p.decay) b.decay_end = n;
+      if (order(p) < 1) b.decay_end = n;
+      if (order(p) < 2) b.trained_end = n;
     }
-    const auto zeros = [&](MemoryCategory category, DType dtype) {
+    const auto zeros = [&](MemoryCategory category, int64_t elements, DType dtype) {
       const MemoryScope scope(ctx.allocator(), category);
-      return ctx.Zeros({n}, dtype);
+      return ctx.Zeros({elements}, dtype);
     };
-    b.master = zeros(MemoryCategory::kParameters, wide);
+    b.master = zeros(MemoryCategory::kParameters, n, wide);
     b.value =
-        options.compute == wide ? b.master : zeros(MemoryCategory::kParameters, options.compute);
+        options.compute == wide ? b.master : zeros(MemoryCategory::kParameters, n, options.compute);
     if (training) {
-      b.grad = zeros(MemoryCategory::kGradients, wide);
-      b.m = zeros(MemoryCategory::kOptimizer, wide);
-      b.v = zeros(MemoryCategory::kOptimizer, wide);
+      b.grad = zeros(MemoryCategory::kGradients, b.trained_end, wide);
+      b.m = zeros(MemoryCategory::kOptimizer, b.trained_end, wide);
+      b.v = zeros(MemoryCategory::kOptimizer, b.trained_end, wide);
     }
     for (size_t i = 0; i < b.specs.size(); ++i) {
       const ParameterSpec& p = b.specs[i];
       const int64_t begin = b.offsets[i], end = begin + p.shape.numel();
       // Norm weights are used as they are stored: they are few, and bf16 near 1 is coarse.
       const Tensor& source = p.init_std == 0 ? b.master : b.value;
-      b.parameters.push_back({p.name, source.Rows(begin, end).Reshape(p.shape),
-                              training ? b.grad.Rows(begin, end).Reshape(p.shape) : Tensor()});
+      b.parameters.push_back(
+          {p.name, source.Rows(begin, end).Reshape(p.shape),
+           training && end <= b.trained_end ? b.grad.Rows(begin, end).Reshape(p.shape) : Tensor()});
     }
     total_ += n;
     buckets_.push_back(std::move(b));

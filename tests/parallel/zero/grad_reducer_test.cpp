@@ -74,12 +74,13 @@ TEST(GradReducerTest, ReductionsStartDuringBackwardLastBucketFirst) {
     reducer.BucketReady(2);
     EXPECT_EQ(started(), 2) << "must not wait for Finish";
     reducer.BucketReady(1);
+    EXPECT_EQ(started(), 2) << "an empty bucket costs nothing";
     reducer.BucketReady(0);
     const auto order = counting.RecentOperations();
-    ASSERT_EQ(order.size(), 4u);
+    ASSERT_EQ(order.size(), 3u);
     EXPECT_NE(order[0].find("f32[3]"), std::string::npos) << order[0];
     EXPECT_NE(order[1].find("f64[70001]"), std::string::npos) << order[1];
-    EXPECT_NE(order[3].find("f32[1000]"), std::string::npos) << order[3];
+    EXPECT_NE(order[2].find("f32[1000]"), std::string::npos) << order[2];
     reducer.Finish();
     ExpectSums(buckets, 2);
     EXPECT_EQ(counting.counts()[CommOp::kAllReduce].bytes, 12 + 8 * 70001 + 4000);

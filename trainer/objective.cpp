@@ -1,0 +1,68 @@
+#include "trainer/objective.h"
+
+namespace longspan::trainer {
+namespace {
+
+using autograd::Parameter;
+
+std::vector<const Parameter*> DuoGates(const ModelOptions& options, const ParameterStore& store) {
+  std::vector<const Parameter*> gates;
+  for (size_t i = 0; i < options.layers.size(); ++i) {
+    if (options.mixers[static_cast<size_t>(options.layers[i])].duo.has_value()) {
+      gates.push_back(&store.Find(Str("model.layers.", i, ".", kDuoGate)));
+    }
+  }
+  return gates;
+}
+
+Tensor DuoGatesForward(autograd::Tape& tape, parallel::Communicator& cp, double regularization,
+                       const ModelOptions& options, ParameterStore& store, const LocalBatch& batch,
+                       const BucketHook& bucket_ready) {
+  autograd::Tape silent(tape.context(), /*recording=*/false);
+  const Tensor target =
+      DecoderHidden(silent, cp, options, store, batch, {}, GateUse::kOpen).value();
+  const autograd::Var x = DecoderHidden(tape, cp, options, store, batch, bucket_ready);
+  Tensor sums = autograd::HiddenDistance(tape, x, target, batch.labels);
+  const std::vector<const Parameter*> gates = DuoGates(options, store);
+  const double share = 1.0 / static_cast<double>(gates.size() * options.num_kv_heads);
+  for (const Parameter* alpha : gates) {
+    autograd::GatePenalty(tape, *alpha, {.weight = regularization * share, .share = share}, sums);
+  }
+  return sums;
+}
+
+}  // namespace
+
+const char* ObjectiveOptions::name() const {
+  return kind == ObjectiveKind::kDuoGates ? "duo_gates" : "next_token";
+}
+
+std::string ObjectiveOptions::ToString() const {
+  return kind == ObjectiveKind::kDuoGates ? Str(name(), " regularization ", regularization)
+                                          : name();
+}
+
+Tensor ObjectiveForward(autograd::Tape& tape, parallel::Communicator& cp,
+                        const ObjectiveOptions& objective, const ModelOptions& options,
+                        ParameterStore& store, const LocalBatch& batch,
+                        const BucketHook& bucket_ready) {
+  switch (objective.kind) {
+    case ObjectiveKind::kNextToken:
+      return DecoderForward(tape, cp, options, store, batch, bucket_ready).sums;
+    case ObjectiveKind::kDuoGates:
+      return DuoGatesForward(tape, cp, objective.regularization, options, store, batch,
+                             bucket_ready);
+  }
+  throw InvalidArgument("ObjectiveForward: unknown objective");
+}
+
+ObjectiveFlops FlopsOf(const ObjectiveOptions& objective, const ModelOptions& options) {
+  const double matmul = static_cast<double>(CountMatmulParameters(options));
+  const double pair = 4.0 * static_cast<double>(options.head_dim);
+  if (objective.kind == ObjectiveKind::kNextToken) return {6 * matmul, 3 * pair, 0};
+  // Two forward passes and the gradient of the activations, none of them with the output matrix.
+  const double output = static_cast<double>(options.vocab_size * options.hidden_size);
+  return {6 * (matmul - output), 3 * pair, pair};
+}
+
+}  // namespace longspan::trainer
