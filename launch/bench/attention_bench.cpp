@@ -1,8 +1,13 @@
 #include "launch/bench/attention_bench.h"
 
+#include <algorithm>
 #include <functional>
+#include <map>
 #include <memory>
+#include <tuple>
+#include <utility>
 
+#include "launch/bench/moba_bench.h"
 #include "launch/bench/operands.h"
 #include "launch/picture/mask_facts.h"
 #include "ops/attention/attention.h"
@@ -10,50 +15,51 @@
 namespace longspan::launch {
 namespace {
 
-ops::Documents DocumentsOf(const AttentionCase& c) {
-  if (c.document_tokens == 0) return ops::Documents::OnePerRow(1, c.tokens);
-  std::vector<int64_t> ends;
-  for (int64_t end = c.document_tokens; end < c.tokens; end += c.document_tokens) {
-    ends.push_back(end);
-  }
-  ends.push_back(c.tokens);
-  return ops::Documents::FromEnds(c.tokens, {ends});
-}
-
-// Operands and results of one case; forward and backward of any implementation.
-class AttentionRun {
- public:
-  AttentionRun(Context& ctx, const AttentionCase& c) : ctx_(ctx) {
-    const auto documents = std::make_shared<const ops::Documents>(DocumentsOf(c));
-    const ops::BlockList blocks = ops::BlockList::All(*documents);
-    mask_ = ops::BlockMask::Build(c.pattern, c.kv_heads, documents, blocks, blocks);
+// Operands of the cases of one shape.
+struct Operands {
+  Operands(Context& ctx, const AttentionCase& c) {
     const Shape query_shape{c.tokens, c.heads, c.head_dim},
         key_shape{c.tokens, c.kv_heads, c.head_dim};
-    q_ = RandomTensor(ctx, query_shape, c.dtype, 1);
-    d_out_ = RandomTensor(ctx, query_shape, c.dtype, 4);
-    kv_ = ops::MakeKvView(RandomTensor(ctx, key_shape, c.dtype, 2),
-                          RandomTensor(ctx, key_shape, c.dtype, 3), blocks);
+    q = RandomTensor(ctx, query_shape, c.dtype, 1);
+    k = RandomTensor(ctx, key_shape, c.dtype, 2);
+    v = RandomTensor(ctx, key_shape, c.dtype, 3);
+    d_out = RandomTensor(ctx, query_shape, c.dtype, 4);
     const DType wide = AccumulatorOf(c.dtype);
-    dq_ = ctx.Zeros(query_shape, wide);
-    dk_ = ctx.Zeros(key_shape, wide);
-    dv_ = ctx.Zeros(key_shape, wide);
-    grads_ = ops::MakeKvGradView(dk_, dv_, blocks);
+    dq = ctx.Zeros(query_shape, wide);
+    dk = ctx.Zeros(key_shape, wide);
+    dv = ctx.Zeros(key_shape, wide);
+  }
+  Tensor q, k, v, d_out, dq, dk, dv;
+};
+
+// The mask of one case over its operands; forward and backward of any implementation.
+class AttentionRun {
+ public:
+  AttentionRun(Context& ctx, const AttentionCase& c, std::shared_ptr<Operands> operands = nullptr)
+      : ctx_(ctx), operands_(std::move(operands)) {
+    if (operands_ == nullptr) operands_ = std::make_shared<Operands>(ctx, c);
+    const auto documents = std::make_shared<const ops::Documents>(c.Documents());
+    const ops::BlockList blocks = ops::BlockList::All(*documents);
+    mask_ = ops::BlockMask::Build(c.pattern, c.kv_heads, documents, blocks, blocks);
+    kv_ = ops::MakeKvView(operands_->k, operands_->v, blocks);
+    grads_ = ops::MakeKvGradView(operands_->dk, operands_->dv, blocks);
   }
 
   ops::AttentionResult Forward(const std::string& implementation) {
-    return ops::AttentionForward(ctx_, q_, kv_, *mask_, Options(implementation));
+    return ops::AttentionForward(ctx_, operands_->q, kv_, *mask_, Options(implementation));
   }
   // Adds to dq, dk and dv.
   void Backward(const std::string& implementation, const ops::AttentionResult& saved) {
-    const Tensor delta = ops::AttentionDelta(ctx_, d_out_, saved.o);
-    ops::AttentionBackward(ctx_, d_out_, q_, kv_, saved.lse, delta, *mask_, dq_, grads_,
+    const Operands& x = *operands_;
+    const Tensor delta = ops::AttentionDelta(ctx_, x.d_out, saved.o);
+    ops::AttentionBackward(ctx_, x.d_out, x.q, kv_, saved.lse, delta, *mask_, operands_->dq, grads_,
                            Options(implementation));
   }
 
   const ops::BlockMask& mask() const { return *mask_; }
-  const Tensor& dq() const { return dq_; }
-  const Tensor& dk() const { return dk_; }
-  const Tensor& dv() const { return dv_; }
+  const Tensor& dq() const { return operands_->dq; }
+  const Tensor& dk() const { return operands_->dk; }
+  const Tensor& dv() const { return operands_->dv; }
 
  private:
   static ops::AttentionOptions Options(const std::string& implementation) {
@@ -61,8 +67,8 @@ class AttentionRun {
   }
 
   Context& ctx_;
+  std::shared_ptr<Operands> operands_;
   std::shared_ptr<const ops::BlockMask> mask_;
-  Tensor q_, d_out_, dq_, dk_, dv_;
   ops::KvView kv_;
   ops::KvGradView grads_;
 };
@@ -85,37 +91,139 @@ void Check(Context& ctx, const AttentionCase& problem, const std::string& implem
   require("dv", got.dv(), expected.dv());
 }
 
-BenchRecord Describe(const AttentionCase& c, const ops::BlockMask& mask,
-                     const MachinePeaks& peaks) {
-  const MaskFacts facts = FactsOf(mask);
-  BenchRecord r;
-  r.op = "attention";
-  r.name = c.name;
-  r.device = peaks.device;
-  r.threads = peaks.threads;
-  r.visible_fraction = facts.visible_fraction;
-  r.block_fraction = facts.block_fraction;
-  r.peak_gflops = PeakGflops(peaks, c.dtype);
-  r.peak_gbps = peaks.copy_gbps;
-  return r;
+// What is run of a case: all of it, or its first kv heads.
+AttentionCase TimedPart(const AttentionCase& c) {
+  AttentionCase part = c;
+  if (c.timed_kv_heads == 0) return part;
+  part.kv_heads = c.timed_kv_heads;
+  part.heads = c.heads / c.kv_heads * c.timed_kv_heads;
+  return part;
 }
 
-void SetPass(BenchRecord& r, const AttentionCase& c, const ops::BlockMask& mask, bool backward) {
-  const double pairs = static_cast<double>(mask.TotalVisiblePairs() * (c.heads / c.kv_heads));
+// One case of a group, with its times.
+struct Contender {
+  AttentionCase problem;
+  std::shared_ptr<AttentionRun> run;
+  double factor = 1;            // kv heads over those that are run
+  ops::AttentionResult saved;   // of the forward pass
+  std::vector<Timing> timings;  // of one pass, by implementation
+};
+
+std::vector<Contender> Prepare(Context& ctx, const std::vector<AttentionCase>& group) {
+  std::vector<Contender> contenders;
+  std::map<int64_t, std::shared_ptr<Operands>> operands;  // by kv heads
+  for (const AttentionCase& c : group) {
+    const AttentionCase part = TimedPart(c);
+    if (part.kv_heads != c.kv_heads) {
+      const auto whole = WholeRowMask(c.pattern, c.kv_heads, c.tokens);
+      if (HeadsByPattern(*whole).size() > 1) {
+        throw InvalidArgument(Str("benchmark case \"", c.name, "\": G", c.timed_kv_heads,
+                                  " would leave out kv heads with other patterns; leave G out"));
+      }
+    }
+    auto& shared = operands[part.kv_heads];
+    if (shared == nullptr) shared = std::make_shared<Operands>(ctx, part);
+    Contender contender;
+    contender.problem = c;
+    contender.run = std::make_shared<AttentionRun>(ctx, part, shared);
+    contender.factor =
+        static_cast<double>(c.kv_heads) / static_cast<double>(std::max<int64_t>(1, part.kv_heads));
+    contenders.push_back(std::move(contender));
+  }
+  return contenders;
+}
+
+BenchRecord Describe(const Contender& contender, bool backward, const MachinePeaks& peaks) {
+  const AttentionCase& c = contender.problem;
+  const ops::BlockMask& mask = contender.run->mask();
+  const MaskFacts facts = FactsOf(mask);
+  const double group = static_cast<double>(c.heads) / static_cast<double>(c.kv_heads);
+  const double pairs = static_cast<double>(mask.TotalVisiblePairs()) * contender.factor * group;
   const double q = static_cast<double>(c.tokens * c.heads * c.head_dim);
   const double kv = 2.0 * static_cast<double>(c.tokens * c.kv_heads * c.head_dim);
   const double size = static_cast<double>(SizeOf(c.dtype));
   const double gradient_size = static_cast<double>(SizeOf(AccumulatorOf(c.dtype)));
   const double forward_flops = 4 * pairs * static_cast<double>(c.head_dim);
+  BenchRecord r;
+  r.op = "attention";
+  r.name = c.name;
   r.pass = backward ? "backward" : "forward";
+  r.device = peaks.device;
+  r.threads = peaks.threads;
   r.flops = backward ? 2.5 * forward_flops : forward_flops;
   r.bytes = backward ? (3 * q + kv) * size + (q + kv) * gradient_size : (2 * q + kv) * size;
+  r.visible_fraction = facts.visible_fraction;
+  r.block_fraction = facts.block_fraction;
+  r.timed_kv_heads = c.timed_kv_heads;
+  r.peak_gflops = PeakGflops(peaks, c.dtype);
+  r.peak_gbps = peaks.copy_gbps;
+  return r;
 }
 
-}  // namespace
+// Times every implementation on every case, all in the same rounds.
+void Time(Context& ctx, std::vector<Contender>& contenders,
+          const std::vector<std::string>& implementations, const BenchOptions& options,
+          const std::function<void(Contender&, const std::string&)>& once) {
+  std::vector<std::function<void()>> runs;
+  for (Contender& c : contenders) {
+    for (const std::string& name : implementations) runs.push_back([&] { once(c, name); });
+  }
+  const std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds, options.repeats);
+  auto next = timings.begin();
+  for (Contender& c : contenders) {
+    c.timings.assign(next, next + static_cast<std::ptrdiff_t>(implementations.size()));
+    next += static_cast<std::ptrdiff_t>(implementations.size());
+    for (Timing& t : c.timings) t.median_ms *= c.factor, t.p90_ms *= c.factor;
+  }
+}
 
-std::vector<BenchRecord> BenchAttention(Context& ctx, const AttentionCase& problem,
-                                        const BenchOptions& options, const MachinePeaks& peaks) {
+bool IsDense(const AttentionCase& c) {
+  return c.pattern.kind == ops::PatternKind::kCausal || c.pattern.kind == ops::PatternKind::kFull;
+}
+
+// The contender that `c` is a sparse version of.
+const Contender* DenseOf(const std::vector<Contender>& contenders, const Contender& c) {
+  if (IsDense(c.problem)) return nullptr;
+  for (const Contender& other : contenders) {
+    const bool both_ways = other.problem.pattern.kind == ops::PatternKind::kFull;
+    if (IsDense(other.problem) && both_ways == c.problem.pattern.LooksAhead()) return &other;
+  }
+  return nullptr;
+}
+
+// The records of causal attention among those of `masks`.
+std::vector<BenchRecord> DenseRecords(const std::vector<AttentionCase>& masks,
+                                      const std::vector<BenchRecord>& records) {
+  std::vector<BenchRecord> dense;
+  for (const AttentionCase& c : masks) {
+    if (c.pattern.kind != ops::PatternKind::kCausal) continue;
+    for (const BenchRecord& r : records) {
+      if (r.name == c.name) dense.push_back(r);
+    }
+  }
+  return dense;
+}
+
+std::vector<BenchRecord> RecordsOf(const std::vector<Contender>& contenders,
+                                   const std::vector<std::string>& implementations, bool backward,
+                                   const MachinePeaks& peaks) {
+  std::vector<BenchRecord> records;
+  for (const Contender& c : contenders) {
+    const Contender* const dense = DenseOf(contenders, c);
+    for (size_t i = 0; i < implementations.size(); ++i) {
+      BenchRecord r = Describe(c, backward, peaks);
+      r.implementation = implementations[i];
+      r.timing = c.timings[i];
+      if (dense != nullptr) r.time_fraction = r.timing.median_ms / dense->timings[i].median_ms;
+      records.push_back(std::move(r));
+    }
+  }
+  return records;
+}
+
+std::vector<BenchRecord> BenchMasks(Context& ctx, const std::vector<AttentionCase>& group,
+                                    const BenchOptions& options, const MachinePeaks& peaks) {
+  const AttentionCase& problem = group.front();
   std::vector<Candidate> candidates;
   for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
     if (entry.device != ctx.device().kind) continue;
@@ -128,29 +236,81 @@ std::vector<BenchRecord> BenchAttention(Context& ctx, const AttentionCase& probl
   }
   const std::vector<std::string> implementations =
       ChooseImplementations(problem.name, candidates, options.implementation);
-  for (const std::string& name : implementations) {
-    if (name != kReference) Check(ctx, problem, name);
+  for (const AttentionCase& c : group) {
+    for (const std::string& name : implementations) {
+      if (name != kReference) Check(ctx, c, name);
+    }
   }
 
-  AttentionRun run(ctx, problem);
-  BenchRecord record = Describe(problem, run.mask(), peaks);
+  std::vector<Contender> contenders = Prepare(ctx, group);
   std::vector<BenchRecord> records;
-  const auto measure = [&](bool backward, const std::function<void(const std::string&)>& once) {
-    SetPass(record, problem, run.mask(), backward);
-    std::vector<std::function<void()>> runs;
-    for (const std::string& name : implementations) runs.push_back([&once, &name] { once(name); });
-    const std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds);
-    for (size_t i = 0; i < implementations.size(); ++i) {
-      record.implementation = implementations[i];
-      record.timing = timings[i];
-      records.push_back(record);
+  const auto add = [&](bool backward) {
+    for (BenchRecord& r : RecordsOf(contenders, implementations, backward, peaks)) {
+      records.push_back(std::move(r));
     }
   };
-  if (options.forward) measure(false, [&](const std::string& name) { run.Forward(name); });
-  if (options.backward) {
-    const ops::AttentionResult saved = run.Forward(implementations.front());
-    measure(true, [&](const std::string& name) { run.Backward(name, saved); });
+  if (options.forward) {
+    Time(ctx, contenders, implementations, options,
+         [](Contender& c, const std::string& name) { c.run->Forward(name); });
+    add(false);
   }
+  if (options.backward) {
+    for (Contender& c : contenders) c.saved = c.run->Forward(implementations.front());
+    Time(ctx, contenders, implementations, options,
+         [](Contender& c, const std::string& name) { c.run->Backward(name, c.saved); });
+    add(true);
+  }
+  return records;
+}
+
+}  // namespace
+
+std::vector<std::vector<AttentionCase>> GroupByShape(const std::vector<AttentionCase>& cases) {
+  std::vector<std::vector<AttentionCase>> groups;
+  const auto shape = [](const AttentionCase& c) {
+    return std::tuple(c.dtype, c.tokens, c.heads, c.kv_heads, c.head_dim, c.document_tokens);
+  };
+  for (const AttentionCase& c : cases) {
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& group) {
+      return shape(group.front()) == shape(c);
+    });
+    if (same == groups.end()) {
+      groups.push_back({c});
+    } else {
+      same->push_back(c);
+    }
+  }
+  return groups;
+}
+
+std::vector<BenchRecord> BenchAttention(Context& ctx, const std::vector<AttentionCase>& group,
+                                        const BenchOptions& options, const MachinePeaks& peaks) {
+  std::vector<AttentionCase> masks;
+  for (const AttentionCase& c : group) {
+    if (!c.moba.has_value()) masks.push_back(c);
+  }
+  std::vector<BenchRecord> records;
+  if (!masks.empty()) records = BenchMasks(ctx, masks, options, peaks);
+  const std::vector<BenchRecord> dense = DenseRecords(masks, records);
+  for (const AttentionCase& c : group) {
+    if (!c.moba.has_value()) continue;
+    for (BenchRecord& r : BenchMoba(ctx, c, options, peaks)) {
+      for (const BenchRecord& d : dense) {  // the fastest
+        if (d.pass != r.pass) continue;
+        const double fraction = r.timing.median_ms / d.timing.median_ms;
+        r.time_fraction = std::max(fraction, r.time_fraction.value_or(0));
+      }
+      records.push_back(std::move(r));
+    }
+  }
+  // Both passes of a case together, in the order of the cases.
+  const auto place = [&](const BenchRecord& r) {
+    return std::find_if(group.begin(), group.end(),
+                        [&](const AttentionCase& c) { return c.name == r.name; }) -
+           group.begin();
+  };
+  std::stable_sort(records.begin(), records.end(),
+                   [&](const BenchRecord& a, const BenchRecord& b) { return place(a) < place(b); });
   return records;
 }
 

@@ -7,16 +7,25 @@
 
 namespace longspan::launch {
 
-// Checks the chosen implementations on a small version of the case against the reference, then
-// times them on random operands, one record per pass and implementation.
+// Cases with the same dtype, sizes and documents together, so that a sparse pattern is timed in
+// turns with the dense one. In the order of each one's first case.
+std::vector<std::vector<AttentionCase>> GroupByShape(const std::vector<AttentionCase>& cases);
+
+// Checks the chosen implementations on small versions of the cases against the reference, then
+// times all of them on all cases in the same rounds, on random operands: one record per case, pass
+// and implementation.
 //
 //   forward    q, k, v -> o (in their dtype), lse
 //   backward   do, q, k, v and the saved o, lse -> dq, dk, dv; includes delta = rowsum(do * o)
 //   flops      4 x visible pairs x D per query head forward, 2.5 times that backward
 //   bytes      q, k, v, o once forward; q, k, v, o, do, dq, dk, dv once backward
 //
-// Errors    InvalidArgument of ChooseImplementations; Error when an implementation is wrong
-std::vector<BenchRecord> BenchAttention(Context& ctx, const AttentionCase& problem,
+//   time_fraction  where the group has the dense case too: causal, or full for patterns that look
+//             ahead
+//
+// Errors    InvalidArgument of ChooseImplementations, or of a case that times some kv heads alone
+//           although they differ; Error when an implementation is wrong
+std::vector<BenchRecord> BenchAttention(Context& ctx, const std::vector<AttentionCase>& group,
                                         const BenchOptions& options, const MachinePeaks& peaks);
 
 }  // namespace longspan::launch

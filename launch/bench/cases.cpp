@@ -1,97 +1,18 @@
 #include "launch/bench/cases.h"
 
 #include <algorithm>
-#include <charconv>
 #include <map>
-#include <optional>
 
+#include "launch/bench/case_name.h"
+#include "launch/bench/pattern_cases.h"
 #include "ops/core/error.h"
 
 namespace longspan::launch {
 namespace {
 
-constexpr int64_t kLargest = int64_t{1} << 30;
-
-// The tokens of one name, taken one by one; Finish complains about those nobody asked for.
-class CaseName {
- public:
-  CaseName(const std::string& name, std::string_view form) : name_(name), form_(form) {
-    std::string_view rest = name;
-    for (;;) {
-      const size_t end = rest.find('_');
-      words_.emplace_back(rest.substr(0, end));
-      if (end == std::string_view::npos) break;
-      rest.remove_prefix(end + 1);
-    }
-  }
-
-  [[noreturn]] void Fail(const std::string& problem) const {
-    throw InvalidArgument(
-        Str("benchmark case \"", name_, "\": ", problem, "; the form is ", form_));
-  }
-
-  // The next word, which is not a size; empty when there is none.
-  std::string Word() {
-    if (words_.empty()) return "";
-    std::string word = words_.front();
-    words_.erase(words_.begin());
-    return word;
-  }
-  const std::string& Peek() const { return words_.empty() ? kNothing : words_.front(); }
-
-  DType ReadDType() {
-    const std::string word = Word();
-    for (DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
-      if (word == ToString(dtype)) return dtype;
-    }
-    Fail(Str("\"", word, "\" is not a dtype; use f32, bf16 or f64"));
-  }
-
-  // All remaining words are sizes: letters, then a number.
-  void ReadSizes() {
-    for (const std::string& word : words_) {
-      const size_t digits = word.find_first_of("0123456789");
-      int64_t value = 0;
-      const char* const end = word.data() + word.size();
-      const bool has_both = digits != std::string::npos && digits > 0;
-      if (!has_both || std::from_chars(word.data() + digits, end, value).ptr != end ||
-          value > kLargest) {
-        Fail(Str("\"", word, "\" is not a size such as T4096"));
-      }
-      if (!sizes_.emplace(word.substr(0, digits), value).second) {
-        Fail(Str("\"", word, "\" gives ", word.substr(0, digits), " a second time"));
-      }
-    }
-  }
-
-  int64_t Take(const std::string& letters, int64_t smallest,
-               std::optional<int64_t> otherwise = {}) {
-    const auto it = sizes_.find(letters);
-    if (it == sizes_.end()) {
-      if (otherwise.has_value()) return *otherwise;
-      Fail(Str(letters, " is missing"));
-    }
-    const int64_t value = it->second;
-    sizes_.erase(it);
-    if (value < smallest) Fail(Str("\"", letters, value, "\" is less than ", smallest));
-    return value;
-  }
-
-  void Finish() const {
-    if (sizes_.empty()) return;
-    const auto& [letters, value] = *sizes_.begin();
-    Fail(Str("\"", letters, value, "\" does not belong to this kind of case"));
-  }
-
- private:
-  static inline const std::string kNothing;
-  const std::string name_, form_;
-  std::vector<std::string> words_;
-  std::map<std::string, int64_t> sizes_;
-};
-
 constexpr const char* kAttentionForm =
-    "PATTERN_DTYPE_T4096_Hq8_Hkv2_D64, with W1024_S64 for window and B64_L4_V4 for s2";
+    "PATTERN_DTYPE_T4096_Hq8_Hkv2_D64, with W1024_S64 for window, B64_L4_V4 for s2 and B512_K4 for "
+    "moba (the others: launch/bench/pattern_cases.h)";
 constexpr const char* kGemmForm =
     "gemm_DTYPE_M1024_N1024_K1024, with forward, dx or dw after the dtype for a linear layer";
 
@@ -99,27 +20,23 @@ constexpr const char* kMemoryForm =
     "rmsnorm, swiglu or add_DTYPE_T4096_D1024, rope_DTYPE_T4096_H8_D64, adamw_DTYPE_N1000000, "
     "crossentropy_DTYPE_T1024_V32000 or embedding_DTYPE_T4096_V32000_D1024";
 
-ops::AttentionPattern ReadPattern(const std::string& kind, CaseName& name) {
-  if (kind == "full") return ops::AttentionPattern::Full();
-  if (kind == "causal") return ops::AttentionPattern::Causal();
-  if (kind == "window")
-    return ops::AttentionPattern::Window(name.Take("W", 1), name.Take("S", 0, 0));
-  ops::S2Options s2;
-  s2.block_size = name.Take("B", 1);
-  s2.local_blocks = name.Take("L", 1);
-  s2.stride_blocks = name.Take("V", 1);
-  s2.dense_heads = name.Take("N", 0, 0);
-  return ops::AttentionPattern::S2(s2);
-}
-
 }  // namespace
+
+ops::Documents AttentionCase::Documents() const {
+  if (document_tokens == 0) return ops::Documents::OnePerRow(1, tokens);
+  std::vector<int64_t> ends;
+  for (int64_t end = document_tokens; end < tokens; end += document_tokens) ends.push_back(end);
+  ends.push_back(tokens);
+  return ops::Documents::FromEnds(tokens, {ends});
+}
 
 AttentionCase ParseAttentionCase(const std::string& name) {
   CaseName tokens(name, kAttentionForm);
-  AttentionCase c{.name = name};
+  AttentionCase c;
+  c.name = name;
   const std::string kind = tokens.Word();
-  if (kind != "full" && kind != "causal" && kind != "window" && kind != "s2") {
-    tokens.Fail(Str("\"", kind, "\" is not a pattern; use full, causal, window or s2"));
+  if (!IsPatternKind(kind) && kind != "moba") {
+    tokens.Fail(Str("\"", kind, "\" is not a pattern; use moba or ", kPatternKinds));
   }
   c.dtype = tokens.ReadDType();
   tokens.ReadSizes();
@@ -128,13 +45,22 @@ AttentionCase ParseAttentionCase(const std::string& name) {
   c.kv_heads = tokens.Take("Hkv", 1);
   c.head_dim = tokens.Take("D", 1);
   c.document_tokens = tokens.Take("P", 1, 0);
-  c.pattern = ReadPattern(kind, tokens);
+  c.timed_kv_heads = tokens.Take("G", 1, 0);
+  if (kind == "moba") {
+    c.moba = {.block_size = tokens.Take("B", 1), .top_k = tokens.Take("K", 1)};
+  } else {
+    c.pattern = ReadPattern(kind, c.kv_heads, tokens);
+  }
   tokens.Finish();
   if (c.heads % c.kv_heads != 0) {
     tokens.Fail(Str("Hq", c.heads, " is not a multiple of Hkv", c.kv_heads));
   }
-  const std::vector<std::string> problems = c.pattern.Problems(c.kv_heads);
+  const std::vector<std::string> problems =
+      c.moba.has_value() ? c.moba->Problems() : c.pattern.Problems(c.kv_heads);
   if (!problems.empty()) tokens.Fail(problems.front());
+  if (c.timed_kv_heads > 0 && c.kv_heads % c.timed_kv_heads != 0) {
+    tokens.Fail(Str("Hkv", c.kv_heads, " is not a multiple of G", c.timed_kv_heads));
+  }
   return c;
 }
 
@@ -209,19 +135,14 @@ std::vector<std::string> ReadProblemList(std::string_view text) {
 
 AttentionCase SmallVersion(const AttentionCase& problem) {
   AttentionCase c = problem;
-  int64_t tokens = 203;
-  if (c.pattern.kind == ops::PatternKind::kWindow) {
-    // A window of more than two blocks has fully visible ones.
-    c.pattern.window = std::min<int64_t>(c.pattern.window, 200);
-    c.pattern.sinks = std::min<int64_t>(c.pattern.sinks, 70);
-    tokens = 583;
-  } else if (c.pattern.kind == ops::PatternKind::kS2) {
-    ops::S2Options& s2 = c.pattern.s2;
-    s2.block_size = std::min<int64_t>(s2.block_size, 64);
-    s2.local_blocks = std::min<int64_t>(s2.local_blocks, 2);
-    // At least one period of the stride beyond the local blocks.
-    tokens = s2.block_size * (s2.local_blocks + s2.stride_blocks + 2) + 11;
+  auto [pattern, tokens] = SmallVersion(problem.pattern);
+  c.pattern = std::move(pattern);
+  if (c.moba.has_value()) {
+    c.moba->block_size = 64;
+    c.moba->top_k = std::min<int64_t>(c.moba->top_k, 4);
+    tokens = 64 * (c.moba->top_k + 4) + 11;  // more blocks than are chosen
   }
+  c.timed_kv_heads = 0;
   c.tokens = std::min(c.tokens, tokens);
   if (c.document_tokens > 0) {
     c.document_tokens = std::min(c.document_tokens, std::max<int64_t>(1, c.tokens * 2 / 5));

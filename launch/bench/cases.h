@@ -1,9 +1,12 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "ops/attention/documents.h"
+#include "ops/attention/moba.h"
 #include "ops/attention/pattern.h"
 #include "ops/core/dtype.h"
 
@@ -14,17 +17,22 @@ namespace longspan::launch {
 //
 // Attention   PATTERN_DTYPE_T4096_Hq8_Hkv2_D64[_...]: one row of T tokens, Hq query heads, Hkv kv
 //             heads, D elements per head
-//   full, causal       nothing more
-//   window             W1024 tokens seen, the query included; S64 sinks (default 0)
-//   s2                 B64 tokens per block, L4 local blocks, V4 stride in blocks; N1 dense heads
-//                      (default 0)
-//   any pattern        P512 cuts the row into documents of 512 tokens (the last may be shorter)
+//   PATTERN            causal, window with W1024_S64, s2 with B64_L4_V4, ...: pattern_cases.h
+//   moba               B512 tokens per block, K4 blocks for each token and head, its own included
+//   P512               cuts the row into documents of 512 tokens (the last may be shorter)
+//   G1                 runs only so many kv heads with their query heads and multiplies the time:
+//                      for rows that would take minutes, of patterns that are the same for all
+//                      heads
 struct AttentionCase {
   std::string name;
   DType dtype = DType::kF32;
-  ops::AttentionPattern pattern;
+  ops::AttentionPattern pattern;  // not of moba
+  std::optional<ops::MobaOptions> moba;
   int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0;
   int64_t document_tokens = 0;  // 0: the row is one document
+  int64_t timed_kv_heads = 0;   // 0: all
+
+  ops::Documents Documents() const;
 };
 
 // Gemm        gemm_DTYPE[_ROLE]_M1024_N512_K256: op(A) [M, K] times op(B) [K, N]

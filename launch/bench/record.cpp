@@ -58,14 +58,18 @@ std::string ToJsonLine(const BenchRecord& r) {
                {"fraction_of_floor", r.fraction_of_floor()},
                {"peer", nullptr},
                {"peer_ms_median", nullptr}};
+  if (r.time_fraction.has_value()) json["time_fraction"] = *r.time_fraction;
+  if (r.timed_kv_heads > 0) json["timed_kv_heads"] = r.timed_kv_heads;
+  for (const auto& [part, share] : r.shares) json["shares"][part] = share;
   if (r.tokens_per_s.has_value()) {
     json["tokens_per_s"] = *r.tokens_per_s;
     json["mfu"] = OrNull(r.mfu);
   }
+  for (const auto& [key, value] : r.more) json[key] = value;
   return json.dump();
 }
 
-std::string ToJsonLine(const MachinePeaks& p) {
+std::string ToJsonLine(const MachinePeaks& p, const std::vector<std::string>& implementations) {
   const Json json = {{"op", "machine"},
                      {"device", p.device},
                      {"name", p.name.empty() ? Json() : Json(p.name)},
@@ -74,25 +78,36 @@ std::string ToJsonLine(const MachinePeaks& p) {
                      {"f32_set", p.f32_set},
                      {"bf16_gflops", p.bf16_gflops},
                      {"bf16_set", p.bf16_set},
-                     {"copy_gbps", p.copy_gbps}};
+                     {"copy_gbps", p.copy_gbps},
+                     {"implementations", implementations}};
   return json.dump();
 }
 
 std::string TableHead(size_t name_width) {
-  return Format("%-*s  %-8s  %-15s %10s %10s %9s %10s %8s %7s %7s %10s %8s",
+  return Format("%-*s  %-8s  %-15s %10s %10s %9s %10s %8s %7s %7s %7s %10s %8s",
                 static_cast<int>(name_width), "case", "pass", "impl", "ms median", "ms p90",
-                "GFLOP/s", "per thread", "GB/s", "visible", "blocks", "floor ms", "of floor");
+                "GFLOP/s", "per thread", "GB/s", "visible", "blocks", "time", "floor ms",
+                "of floor");
 }
 
 std::string TableLine(const BenchRecord& r, size_t name_width) {
   const auto share = [](const std::optional<double>& value) {
     return value.has_value() ? Format("%.3f", *value) : std::string("-");
   };
-  return Format("%-*s  %-8s  %-15s %10.3f %10.3f %9.1f %10.1f %8.1f %7s %7s %10.3f %7.1f%%",
+  return Format("%-*s  %-8s  %-15s %10.3f %10.3f %9.1f %10.1f %8.1f %7s %7s %7s %10.3f %7.1f%%",
                 static_cast<int>(name_width), r.name.c_str(), r.pass.c_str(),
                 r.implementation.c_str(), r.timing.median_ms, r.timing.p90_ms, r.gflops(),
                 r.gflops() / r.threads, r.gbps(), share(r.visible_fraction).c_str(),
-                share(r.block_fraction).c_str(), r.floor_ms(), 100 * r.fraction_of_floor());
+                share(r.block_fraction).c_str(), share(r.time_fraction).c_str(), r.floor_ms(),
+                100 * r.fraction_of_floor());
+}
+
+std::string SharesLine(const BenchRecord& r) {
+  std::string line = "   ";
+  for (const auto& [part, share] : r.shares) {
+    line += Format("%s %s %.1f %%", line.size() > 3 ? "," : "", part.c_str(), 100 * share);
+  }
+  return line;
 }
 
 std::string ToText(const MachinePeaks& p) {
@@ -118,8 +133,10 @@ std::vector<std::string> ChooseImplementations(const std::string& case_name,
     throw InvalidArgument(Str("--impl ", wanted, " cannot run ", case_name, ": ", c.reason,
                               "; choose cases that it can run with --filter"));
   }
+  if (wanted == kBest && !accepting.empty()) return {accepting.front()};
   if (!wanted.empty()) {
-    throw InvalidArgument(Str("--impl ", wanted, " is not an implementation; use one of ", known));
+    throw InvalidArgument(
+        Str("--impl ", wanted, " is not an implementation; use best or one of ", known));
   }
   std::vector<std::string> timed;
   for (const std::string& name : accepting) {

@@ -1,6 +1,7 @@
 #pragma once
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "launch/bench/timing.h"
@@ -13,6 +14,7 @@ struct BenchOptions {
   std::string implementation;  // empty: all that accept a case, except the reference
   bool forward = true, backward = true;
   double seconds = 0.5;  // per measurement, at least (TimeInterleaved)
+  int repeats = 5;       // at least
 };
 
 // One measured case. What it says about speed is relative to the floor
@@ -26,6 +28,9 @@ struct BenchRecord {
   double flops = 0;  // effective: hidden pairs and recomputation do not count
   double bytes = 0;
   std::optional<double> visible_fraction, block_fraction;
+  // Of a sparse pattern: time over that of the dense one, of the same shape in the same rounds.
+  std::optional<double> time_fraction;
+  int64_t timed_kv_heads = 0;  // AttentionCase
   double peak_gflops = 0, peak_gbps = 0;
 
   double floor_ms() const;
@@ -33,8 +38,12 @@ struct BenchRecord {
   double gflops() const { return flops / timing.median_ms * 1e-6; }
   double gbps() const { return bytes / timing.median_ms * 1e-6; }
 
+  // Of routed attention only, and only then in the JSON: what share of the time each part takes.
+  std::vector<std::pair<std::string, double>> shares;
+
   // Of whole training steps only, and only then in the JSON.
   std::optional<double> tokens_per_s, mfu;
+  std::vector<std::pair<std::string, double>> more;  // further keys of the JSON
 };
 
 // Peak of the arithmetic that a dtype allows, on the threads of `peaks`. f64 is taken as half of
@@ -43,14 +52,18 @@ double PeakGflops(const MachinePeaks& peaks, DType dtype);
 
 // One line of JSON, with exactly the keys op, case, pass, impl, device, threads, ms_median, ms_p90,
 // flops, bytes, visible_fraction, block_fraction, peak_gflops, peak_gbps, floor_ms,
-// fraction_of_floor, peer, peer_ms_median, and for steps tokens_per_s, mfu. What does not apply is
-// null; peers are other programs (tests/bench/peers), so theirs always are.
+// fraction_of_floor, peer, peer_ms_median, and what of a record's other fields is set. What does
+// not apply is null; peers are other programs (tests/bench/peers), so theirs always are.
 std::string ToJsonLine(const BenchRecord& record);
-std::string ToJsonLine(const MachinePeaks& peaks);
+// `implementations`: those of the ops that are timed which this machine can run.
+std::string ToJsonLine(const MachinePeaks& peaks,
+                       const std::vector<std::string>& implementations = {});
 
 // The same as aligned text; `name_width` is the width of the longest case name.
 std::string TableHead(size_t name_width);
 std::string TableLine(const BenchRecord& record, size_t name_width);
+// "    gate 1.5 %, lists 0.3 %": what follows the line of a record with shares.
+std::string SharesLine(const BenchRecord& record);
 std::string ToText(const MachinePeaks& peaks);
 
 // An entry of an op's implementation table with its answer to a case.
@@ -60,12 +73,13 @@ struct Candidate {
 };
 
 inline constexpr const char* kReference = "reference";
+inline constexpr const char* kBest = "best";  // the first that accepts
 // "reference" and its likes on other devices.
 inline bool IsReference(const std::string& name) { return name.starts_with(kReference); }
 
-// What to time: `wanted`, or when that is empty every candidate that accepts. A reference, which
-// is what the others are compared with and takes very long, is left out unless it is wanted or the
-// only one.
+// What to time: `wanted` (kBest: what ops choose by themselves), or when that is empty every
+// candidate that accepts. A reference, which is what the others are compared with and takes very
+// long, is left out unless it is wanted or the only one.
 //
 // Errors    InvalidArgument: `wanted` does not exist or cannot run the case
 std::vector<std::string> ChooseImplementations(const std::string& case_name,

@@ -10,7 +10,6 @@
 namespace longspan::launch {
 namespace {
 
-constexpr int kLeastRounds = 5;
 using Clock = std::chrono::steady_clock;
 
 double SecondsSince(Clock::time_point start) {
@@ -32,12 +31,12 @@ Timing Summarize(std::vector<double> milliseconds) {
 namespace {
 
 // Times rounds of `runs` with once(i), which returns milliseconds.
-std::vector<Timing> TimeRounds(size_t runs, double seconds,
+std::vector<Timing> TimeRounds(size_t runs, double seconds, int least,
                                const std::function<double(size_t run)>& once) {
   std::vector<std::vector<double>> times(runs);
   const double budget = seconds * static_cast<double>(runs);
   const auto start = Clock::now();
-  for (int round = 0; round < kLeastRounds || SecondsSince(start) < budget; ++round) {
+  for (int round = 0; round < least || SecondsSince(start) < budget; ++round) {
     for (size_t i = 0; i < runs; ++i) times[i].push_back(once(i));
   }
   std::vector<Timing> timings;
@@ -47,10 +46,10 @@ std::vector<Timing> TimeRounds(size_t runs, double seconds,
 
 }  // namespace
 
-std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs,
-                                    double seconds) {
+std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs, double seconds,
+                                    int least) {
   for (const auto& run : runs) run();
-  return TimeRounds(runs.size(), seconds, [&](size_t i) {
+  return TimeRounds(runs.size(), seconds, least, [&](size_t i) {
     const auto begin = Clock::now();
     runs[i]();
     return SecondsSince(begin) * 1e3;
@@ -58,8 +57,8 @@ std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& ru
 }
 
 std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::function<void()>>& runs,
-                                    double seconds) {
-  if (ctx.device().kind == DeviceKind::kCpu) return TimeInterleaved(runs, seconds);
+                                    double seconds, int least) {
+  if (ctx.device().kind == DeviceKind::kCpu) return TimeInterleaved(runs, seconds, least);
   constexpr double kShort = 1;  // ms
   const auto begin = cuda::MakeMark(ctx.cuda()), end = cuda::MakeMark(ctx.cuda());
   const Tensor other = ctx.Empty({4 * cuda::FactsOf(ctx.device().index).l2_bytes}, DType::kU8);
@@ -77,7 +76,7 @@ std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::functio
   for (int warm_up = 0; warm_up < 2; ++warm_up) {
     for (size_t i = 0; i < runs.size(); ++i) once(i);
   }
-  return TimeRounds(runs.size(), seconds, once);
+  return TimeRounds(runs.size(), seconds, least, once);
 }
 
 }  // namespace longspan::launch

@@ -16,14 +16,15 @@ struct Timing {
 Timing Summarize(std::vector<double> milliseconds);
 
 // Times each of `runs`: one warm-up each, then rounds in which every one runs once, so that a slow
-// moment of the machine hits all alike. Ends after at least 5 rounds and `seconds` times the number
-// of runs.
-std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs, double seconds);
+// moment of the machine hits all alike. Ends after at least `least` rounds and `seconds` times the
+// number of runs.
+std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& runs, double seconds,
+                                    int least = 5);
 
 // The same on the device of `ctx`: on a GPU by its own clock, after two warm-ups each. Runs there
 // that take less than 1 ms begin with other data in its second-level cache, as they would in a
 // training step.
 std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::function<void()>>& runs,
-                                    double seconds);
+                                    double seconds, int least = 5);
 
 }  // namespace longspan::launch

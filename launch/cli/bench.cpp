@@ -16,8 +16,10 @@
 #include "launch/bench/record.h"
 #include "launch/cli/bench_step.h"
 #include "launch/cli/commands.h"
+#include "ops/attention/attention.h"
 #include "ops/core/cuda/backend.h"
 #include "ops/core/machine.h"
+#include "ops/gemm/gemm.h"
 #include "trainer/run_directory/file_io.h"
 
 namespace longspan::launch {
@@ -30,6 +32,7 @@ struct BenchArguments {
   std::string filter, pass = "both", implementation, device = "cpu", trace_file;
   int threads = 0;
   double seconds = 0.5;
+  int repeats = 5;
   bool json = false, long_list = false;
 };
 
@@ -89,23 +92,98 @@ BenchOptions OptionsOf(const BenchArguments& a) {
   return {.implementation = a.implementation,
           .forward = a.pass != "backward",
           .backward = a.pass != "forward",
-          .seconds = a.seconds};
+          .seconds = a.seconds,
+          .repeats = a.repeats};
 }
 
+// The entries of the op's table that run here, for operands that the widest choice accepts; why the
+// others do not.
+struct Implementations {
+  std::vector<std::string> here, elsewhere;
+};
+Implementations ImplementationsOf(const std::string& op, const Context& ctx) {
+  Implementations result;
+  const auto add = [&](const char* name, DeviceKind device, const std::string& reason) {
+    if (device != ctx.device().kind) return;
+    if (reason.empty()) {
+      result.here.push_back(name);
+    } else {
+      result.elsewhere.push_back(Str(name, " (", reason, ")"));
+    }
+  };
+  if (op == "attention" || op == "step") {
+    for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
+      add(entry.name, entry.device,
+          entry.rejects({.dtype = DType::kBF16,
+                         .heads = 1,
+                         .kv_heads = 1,
+                         .head_dim = 64,
+                         .shared_bytes = ops::AttentionSharedBytes(ctx)}));
+    }
+  }
+  if (op == "gemm" || op == "step") {
+    for (const ops::GemmImplementation& entry : ops::GemmImplementations()) {
+      add(entry.name, entry.device, entry.rejects({DType::kBF16, DType::kBF16}));
+    }
+  }
+  return result;
+}
+
+std::string Joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
+  return text;
+}
+
+// What every run says first.
+void PrintMachine(const Context& ctx, const BenchArguments& a, const MachinePeaks& peaks) {
+  const Implementations found = ImplementationsOf(a.op, ctx);
+  if (a.json) {
+    std::printf("%s\n", ToJsonLine(peaks, found.here).c_str());
+    return;
+  }
+  std::printf("%s\n", ToText(peaks).c_str());
+  if (!found.here.empty()) {
+    std::printf("implementations here: %s\n", Joined(found.here).c_str());
+  }
+  if (!found.elsewhere.empty()) {
+    std::printf("not here: %s\n", Joined(found.elsewhere).c_str());
+  }
+  std::printf("\n");
+}
+
+// Names of the cases of a group, which are timed together.
 template <class Case>
-void RunCases(Context& ctx, const BenchArguments& a, const std::vector<Case>& cases,
-              std::vector<BenchRecord> (*bench)(Context&, const Case&, const BenchOptions&,
-                                                const MachinePeaks&)) {
+const std::vector<Case>& Members(const std::vector<Case>& group) {
+  return group;
+}
+template <class Case>
+std::vector<Case> Members(const Case& single) {
+  return {single};
+}
+
+template <class Group>
+void RunGroups(Context& ctx, const BenchArguments& a, const std::vector<Group>& groups,
+               std::vector<BenchRecord> (*bench)(Context&, const Group&, const BenchOptions&,
+                                                 const MachinePeaks&)) {
   const BenchOptions options = OptionsOf(a);
   MachinePeaks peaks = Measure(ctx, kSecondsPerPeak);
   size_t width = 0;
-  for (const Case& c : cases) width = std::max(width, c.name.size());
-  if (!a.json) std::printf("%s\n\n%s\n", ToText(peaks).c_str(), TableHead(width).c_str());
+  for (const Group& group : groups) {
+    for (const auto& c : Members(group)) width = std::max(width, c.name.size());
+  }
+  const auto head = [&] {
+    PrintMachine(ctx, a, peaks);
+    if (!a.json) std::printf("%s\n", TableHead(width).c_str());
+  };
+  if (!a.json) head();
   size_t records = 0;
-  for (const Case& c : cases) {
+  for (const Group& group : groups) {
     RaisePeaks(ctx, peaks);
-    for (const BenchRecord& r : bench(ctx, c, options, peaks)) {
+    for (const BenchRecord& r : bench(ctx, group, options, peaks)) {
+      if (a.json && records == 0) head();  // output of a run that fails at once is empty
       std::printf("%s\n", (a.json ? ToJsonLine(r) : TableLine(r, width)).c_str());
+      if (!a.json && !r.shares.empty()) std::printf("%s\n", SharesLine(r).c_str());
       ++records;
     }
     std::fflush(stdout);
@@ -118,15 +196,14 @@ void RunSteps(Context& ctx, const BenchArguments& a) {
   for (const std::string& file : a.problems) cases.push_back(ReadStepCase(file));
   if (cases.empty()) cases.push_back(ReadStepCase(""));
   const MachinePeaks peaks = Measure(ctx, kSecondsPerPeak);
-  if (!a.json) std::printf("%s\n\n", ToText(peaks).c_str());
   for (const StepCase& c : cases) {
     const BenchRecord r = BenchStep(ctx, c, a.sets, OptionsOf(a), peaks);
+    if (&c == cases.data()) PrintMachine(ctx, a, peaks);
     if (a.json) {
       std::printf("%s\n", ToJsonLine(r).c_str());
     } else {
-      std::printf("%s\n%s\n%.0f tokens/s, MFU %.1f %%\n", TableHead(r.name.size()).c_str(),
-                  TableLine(r, r.name.size()).c_str(), r.tokens_per_s.value_or(0),
-                  100 * r.mfu.value_or(0));
+      std::printf("%s\n%s\n%s\n", TableHead(r.name.size()).c_str(),
+                  TableLine(r, r.name.size()).c_str(), StepText(r).c_str());
     }
     std::fflush(stdout);
   }
@@ -139,11 +216,11 @@ void RunMachine(Context& ctx, const BenchArguments& a) {
 
 void RunOp(Context& ctx, const BenchArguments& a) {
   if (a.op == "attention") {
-    RunCases(ctx, a, CasesOf(a, ParseAttentionCase), BenchAttention);
+    RunGroups(ctx, a, GroupByShape(CasesOf(a, ParseAttentionCase)), BenchAttention);
   } else if (a.op == "gemm") {
-    RunCases(ctx, a, CasesOf(a, ParseGemmCase), BenchGemm);
+    RunGroups(ctx, a, CasesOf(a, ParseGemmCase), BenchGemm);
   } else if (a.op == "memory") {
-    RunCases(ctx, a, CasesOf(a, ParseMemoryCase), BenchMemory);
+    RunGroups(ctx, a, CasesOf(a, ParseMemoryCase), BenchMemory);
   } else if (a.op == "step") {
     RunSteps(ctx, a);
   } else {
@@ -176,7 +253,7 @@ void Bench(const BenchArguments& a) {
 // Refuses what would not be looked at.
 void RefuseOptions(const CLI::App& command, const std::string& op) {
   const std::map<std::string, std::vector<const char*>> unused = {
-      {"machine", {"--problem", "--filter", "--pass", "--impl", "--long", "--set"}},
+      {"machine", {"--problem", "--filter", "--pass", "--impl", "--long", "--set", "--repeats"}},
       {"step", {"--filter", "--pass", "--impl", "--long"}},
       {"memory", {"--long", "--set"}},
       {"attention", {"--set"}},
@@ -212,14 +289,17 @@ void AddBenchCommand(CLI::App& root, int* exit_code) {
   command->add_option("--pass", a->pass, "forward, backward or both")
       ->check(CLI::IsMember({"forward", "backward", "both"}));
   command->add_option("--impl", a->implementation,
-                      "Only this implementation (default: all that accept the case, without the "
-                      "reference)");
+                      "Only this implementation, or best: the one that training would use "
+                      "(default: all that accept the case, without the reference; with --long: "
+                      "best)");
   command->add_option("--threads", a->threads, "Host threads (0 = all cores)")
       ->check(CLI::Range(0, 4096));
   command
       ->add_option("--seconds", a->seconds,
-                   "Time per measurement; at least 5 runs are timed whatever it says")
+                   "Time per measurement; at least --repeats runs are timed whatever it says")
       ->check(CLI::Range(0.0, 3600.0));
+  command->add_option("--repeats", a->repeats, "Timed runs, at least (default 5)")
+      ->check(CLI::Range(1, 1000000));
   command
       ->add_option("--set", a->sets, "With step: override a field of the configuration, repeatable")
       ->allow_extra_args(false);
@@ -229,6 +309,7 @@ void AddBenchCommand(CLI::App& root, int* exit_code) {
   command->add_flag("--long", a->long_list, "The built-in list of large cases")->excludes(problem);
   command->callback([a, command, exit_code] {
     RefuseOptions(*command, a->op);
+    if (a->long_list && a->implementation.empty()) a->implementation = kBest;
     Bench(*a);
     *exit_code = 0;
   });

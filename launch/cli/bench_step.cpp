@@ -1,6 +1,7 @@
 #include "launch/cli/bench_step.h"
 
 #include <chrono>
+#include <cstdio>
 #include <filesystem>
 #include <optional>
 
@@ -8,11 +9,13 @@
 #include "data/loader.h"
 #include "launch/bench/cases.h"
 #include "launch/bench/gpu_peaks.h"
+#include "launch/picture/mask_facts.h"
 #include "ops/core/rng.h"
 #include "parallel/comm/self.h"
 #include "parallel/mesh/device_mesh.h"
 #include "trainer/batch.h"
 #include "trainer/from_config.h"
+#include "trainer/metrics/metrics.h"
 #include "trainer/run_directory/file_io.h"
 #include "trainer/step.h"
 
@@ -22,7 +25,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kWarmUp = 2;
-constexpr int kLeastSteps = 5;
+constexpr double kLongWarmUp = 10;  // seconds, after which one step is enough
+constexpr const char* kAttention = "context attention";
 
 // The configuration on one rank with one micro-batch a step.
 trainer::TrainOptions OptionsOf(const StepCase& problem, const std::vector<std::string>& sets,
@@ -66,6 +70,20 @@ data::LoaderOptions LoaderFrom(const trainer::TrainOptions& o, trainer::BatchBui
   return loader;
 }
 
+// Means over the layers.
+void AddFractions(const trainer::TrainOptions& o, BenchRecord& r) {
+  double visible = 0, blocks = 0;
+  for (const int layer : o.model.layers) {
+    const trainer::MixerOptions& mixer = o.model.mixers[static_cast<size_t>(layer)];
+    const MaskFacts facts =
+        FactsOf(*WholeRowMask(mixer.pattern, o.model.num_kv_heads, o.context_length));
+    visible += facts.visible_fraction;
+    blocks += facts.block_fraction;
+  }
+  r.visible_fraction = visible / static_cast<double>(o.model.num_layers());
+  r.block_fraction = blocks / static_cast<double>(o.model.num_layers());
+}
+
 }  // namespace
 
 StepCase ReadStepCase(const std::string& file) {
@@ -93,23 +111,40 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   trainer::TrainStep train(ctx, mesh, o, store);
   data::Loader loader(LoaderFrom(o, builder));
 
-  // As in a run: a step is asked for its result when the next one has been issued.
+  const auto attention_seconds = [&] { return ctx.trace().Totals()[kAttention]; };
+  // As in a run: a step is asked for its result when the next one has been issued. On a CPU it has
+  // been computed by then, on a GPU it may still be running.
   std::vector<double> milliseconds;
   trainer::StepResult last;
+  double first_loss = 0, attention_before = 0;
+  int64_t timed_from = kWarmUp;  // steps before this one are not timed
   const auto start = Clock::now();
   std::optional<trainer::PendingStep> pending;
+  Clock::time_point timing_start = start;
+  const auto seconds_since = [](Clock::time_point time) {
+    return std::chrono::duration<double>(Clock::now() - time).count();
+  };
   const auto enough = [&] {
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    return milliseconds.size() >= kLeastSteps && seconds >= options.seconds;
+    return static_cast<int>(milliseconds.size()) >= options.repeats &&
+           seconds_since(timing_start) >= options.seconds;
   };
   for (int64_t step = 0; !enough(); ++step) {
+    if (step == 1 && seconds_since(start) > kLongWarmUp) timed_from = 1;
+    if (step == timed_from) {
+      attention_before = attention_seconds();
+      timing_start = Clock::now();
+    }
     trainer::PendingStep next = train.Begin(loader, step, nullptr);
     if (pending.has_value()) {
       last = train.Finish(std::move(*pending));
-      if (last.step > kWarmUp) milliseconds.push_back(last.seconds * 1e3);
+      if (last.step == 1) first_loss = last.loss;
+      if (last.step > timed_from) milliseconds.push_back(last.seconds * 1e3);
     }
     pending = std::move(next);
   }
+  const auto timed = static_cast<double>(milliseconds.size());
+  const double steps_begun = timed + 1;  // one more than finished
+  const double attention_ms = (attention_seconds() - attention_before) / steps_begun * 1e3;
   train.Finish(std::move(*pending));
 
   BenchRecord r;
@@ -129,7 +164,26 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
                         : r.peak_gflops;
   r.tokens_per_s = static_cast<double>(last.tokens) / r.timing.median_ms * 1e3;
   r.mfu = r.gflops() / stated;
+  AddFractions(o, r);
+  r.more.emplace_back("parameters", static_cast<double>(trainer::CountParameters(o.model)));
+  r.more.emplace_back("first_loss", first_loss);
+  if (ctx.device().kind == DeviceKind::kCpu) r.more.emplace_back("attention_ms", attention_ms);
+  r.more.emplace_back("peak_bytes", static_cast<double>(ctx.allocator().peak_bytes()));
+  r.more.emplace_back("largest_tensor_bytes", static_cast<double>(ctx.allocator().largest_bytes()));
+  r.more.emplace_back("peak_rss_bytes", static_cast<double>(trainer::PeakRssBytes()));
   return r;
+}
+
+std::string StepText(const BenchRecord& r) {
+  char text[128];
+  std::snprintf(text, sizeof text, "%.0f tokens/s, MFU %.1f %%", r.tokens_per_s.value_or(0),
+                100 * r.mfu.value_or(0));
+  std::string lines = text;
+  for (const auto& [key, value] : r.more) {
+    std::snprintf(text, sizeof text, "\n%-20s %.8g", key.c_str(), value);
+    lines += text;
+  }
+  return lines;
 }
 
 }  // namespace longspan::launch

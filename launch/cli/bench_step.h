@@ -26,8 +26,16 @@ StepCase ReadStepCase(const std::string& file);
 //   pass      "both"; impl: the precision
 //   flops     those of the MFU formula (attention: visible pairs; nothing for recomputation)
 //   mfu       over what the maker of a GPU states; over the measured peak elsewhere
+//   visible_fraction, block_fraction   means over the layers, for rows that are one document
+//   attention_ms   of a step, context attention with its recomputation; on a CPU
+//   parameters, first_loss (of the first step, before any update), peak_bytes of tensors, of which
+//             the largest has largest_tensor_bytes, peak_rss_bytes of the process
+// Two warm-up steps, or one that takes more than 10 s.
 //
 // Errors    those of a configuration; StepFailure when the loss is not finite
+// What the table does not show: tokens/s, MFU and the keys above.
+std::string StepText(const BenchRecord& record);
+
 BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<std::string>& sets,
                       const BenchOptions& options, const MachinePeaks& peaks);
 

@@ -57,6 +57,7 @@ std::string Allocator::Usage() const {
 void Allocator::Count(size_t bytes, MemoryCategory category) {
   used_bytes_ += bytes;
   used_by_[static_cast<size_t>(category)] += bytes;
+  largest_bytes_ = std::max(largest_bytes_, bytes);
   if (used_bytes_ <= peak_bytes_) return;
   peak_bytes_ = used_bytes_;
   peak_by_ = used_by_;
@@ -121,6 +122,10 @@ size_t Allocator::used_bytes() const {
 size_t Allocator::peak_bytes() const {
   std::lock_guard lock(mutex_);
   return peak_bytes_;
+}
+size_t Allocator::largest_bytes() const {
+  std::lock_guard lock(mutex_);
+  return largest_bytes_;
 }
 BytesByCategory Allocator::peak_by_category() const {
   std::lock_guard lock(mutex_);

@@ -68,9 +68,10 @@ class Allocator {
             MemoryCategory category = MemoryCategory::kActivations) noexcept;
   void Trim();  // returns cached blocks to the source
 
-  size_t used_bytes() const;    // handed out now
-  size_t peak_bytes() const;    // high-water mark of used_bytes
-  size_t cached_bytes() const;  // held for reuse
+  size_t used_bytes() const;     // handed out now
+  size_t peak_bytes() const;     // high-water mark of used_bytes
+  size_t cached_bytes() const;   // held for reuse
+  size_t largest_bytes() const;  // of the largest block handed out so far
   // What peak_bytes consisted of when it was reached; adds up to it.
   BytesByCategory peak_by_category() const;
 
@@ -87,7 +88,7 @@ class Allocator {
   const std::unique_ptr<MemorySource> source_;
   mutable std::mutex mutex_;
   std::map<size_t, std::vector<void*>> free_;  // by size class
-  size_t used_bytes_ = 0, peak_bytes_ = 0, cached_bytes_ = 0;
+  size_t used_bytes_ = 0, peak_bytes_ = 0, cached_bytes_ = 0, largest_bytes_ = 0;
   BytesByCategory used_by_{}, peak_by_{};
   MemoryCategory category_ = MemoryCategory::kActivations;
 };

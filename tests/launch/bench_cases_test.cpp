@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <set>
+
 #include "launch/picture/mask_facts.h"
 #include "ops/core/error.h"
 
@@ -47,6 +50,72 @@ TEST(BenchCasesTest, ReadsEveryPattern) {
                 {.block_size = 32, .local_blocks = 5, .stride_blocks = 4, .dense_heads = 1}));
 }
 
+// One case of every kind of the grammar.
+const std::vector<std::string>& OneOfEachKind() {
+  static const std::vector<std::string> names = {
+      "full_bf16_T8192_Hq8_Hkv4_D64",
+      "causal_bf16_T8192_Hq8_Hkv4_D64",
+      "window_bf16_T8192_Hq8_Hkv4_D64_W1024_S64",
+      "bwindow_bf16_T8192_Hq8_Hkv4_D64_W1024_S64",
+      "s2_bf16_T8192_Hq8_Hkv4_D64_B64_L16_V4_N1",
+      "s2same_bf16_T8192_Hq8_Hkv4_D64_B64_L16_V8",
+      "global_bf16_T8192_Hq8_Hkv4_D64_W1024_S64",
+      "bglobal_bf16_T8192_Hq8_Hkv4_D64_W1024_S64",
+      "power_bf16_T8192_Hq8_Hkv4_D64_B64_L5",
+      "dilated_bf16_T8192_Hq8_Hkv4_D64_B64_L4_V4",
+      "bdilated_bf16_T8192_Hq8_Hkv4_D64_B64_L4_V4",
+      "prefix_bf16_T8192_Hq8_Hkv4_D64_S256",
+      "sharedquestion_bf16_T8192_Hq8_Hkv4_D64_Q512_A256",
+      "causalblockwise_bf16_T8192_Hq8_Hkv4_D64_A512",
+      "blockcausal_bf16_T8192_Hq8_Hkv4_D64_B128",
+      "random_bf16_T8192_Hq8_Hkv4_D64_B64_R10",
+      "brandom_bf16_T8192_Hq8_Hkv4_D64_B64_R100_M4_I2_E7_H1",
+      "spans_bf16_T8192_Hq8_Hkv4_D64_F1_W1024_S64",
+      "longgen_bf16_T8192_Hq8_Hkv4_D64",
+  };
+  return names;
+}
+
+TEST(BenchCasesTest, EveryKindOfPatternHasAName) {
+  using ops::AttentionPattern;
+  const auto pattern = [](size_t i) { return ParseAttentionCase(OneOfEachKind()[i]).pattern; };
+  const std::vector<AttentionPattern> expected = {
+      AttentionPattern::Full(),
+      AttentionPattern::Causal(),
+      AttentionPattern::Window(1024, 64),
+      AttentionPattern::Window(1024, 64, true),
+      AttentionPattern::S2({.local_blocks = 16, .stride_blocks = 4, .dense_heads = 1}),
+      AttentionPattern::S2({.local_blocks = 16, .stride_blocks = 8, .homogeneous = true}),
+      AttentionPattern::GlobalWindow(1024, 64),
+      AttentionPattern::GlobalWindow(1024, 64, true),
+      AttentionPattern::Power({.local_blocks = 5, .sink_blocks = 1}),
+      AttentionPattern::Dilated({.neighbours = 4, .dilation = 4}),
+      AttentionPattern::Dilated({.neighbours = 4, .dilation = 4, .bidirectional = true}),
+      AttentionPattern::Prefix(256),
+      AttentionPattern::SharedQuestion({512, 256}),
+      AttentionPattern::CausalBlockwise({512}),
+      AttentionPattern::BlockCausal(128),
+      AttentionPattern::RandomBlocks({.density = 0.01}),
+      AttentionPattern::RandomBlocks({.density = 0.1,
+                                      .seed = 7,
+                                      .mean_blocks = 4,
+                                      .min_blocks = 2,
+                                      .bidirectional = true,
+                                      .per_head = true}),
+      AttentionPattern::Spans({{}, {1024, 64}, {1024, 64}, {1024, 64}}),
+      AttentionPattern::Window(1984, 64)};
+  ASSERT_EQ(OneOfEachKind().size(), expected.size());
+  std::set<ops::PatternKind> kinds;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_EQ(pattern(i), expected[i]) << OneOfEachKind()[i] << ": " << pattern(i).ToString();
+    kinds.insert(expected[i].kind);
+  }
+  EXPECT_EQ(kinds.size(), static_cast<size_t>(ops::PatternKind::kSpans) + 1)
+      << "a kind has no name";
+  const AttentionCase moba = ParseAttentionCase("moba_bf16_T8192_Hq8_Hkv4_D64_B512_K4");
+  EXPECT_EQ(moba.moba, (ops::MobaOptions{.block_size = 512, .top_k = 4}));
+}
+
 TEST(BenchCasesTest, SizesMayComeInAnyOrder) {
   const AttentionCase c = ParseAttentionCase("window_f32_W9_D64_Hkv4_Hq8_S3_T100");
   EXPECT_EQ(c.tokens, 100);
@@ -73,6 +142,10 @@ TEST(BenchCasesTest, AttentionErrorsNameTheToken) {
   ExpectMentions(complaint("causal_f32_T0_Hq1_Hkv1_D8"), "\"T0\" is less than 1");
   ExpectMentions(complaint("causal_f32_T99999999999999999999_Hq1_Hkv1_D8"), "T9999");
   ExpectMentions(complaint("causal_f32_T64_Hq3_Hkv2_D8"), "Hq3 is not a multiple of Hkv2");
+  ExpectMentions(complaint("causal_f32_T64_Hq4_Hkv4_D8_G3"), "Hkv4 is not a multiple of G3");
+  ExpectMentions(complaint("causal_f32_T64_Hq4_Hkv4_D8_G0"), "\"G0\" is less than 1");
+  ExpectMentions(complaint("moba_f32_T64_Hq4_Hkv4_D8_B64"), "K is missing");
+  ExpectMentions(complaint("moba_f32_T64_Hq4_Hkv4_D8_B65_K2"), "block_size");
   ExpectMentions(complaint("causal_f32_T64_Hq2_Hkv2_D8_"), "\"\"");
   // The pattern's own rules: 8 residues and only 4 heads that see one each; a block that is no
   // power of two.
@@ -118,33 +191,54 @@ TEST(BenchCasesTest, EveryBuiltInCaseParses) {
 }
 
 // A check on a small version proves nothing about blocks that the small version does not have.
+void CheckSmallVersion(const std::string& name) {
+  SCOPED_TRACE(name);
+  const AttentionCase c = SmallVersion(ParseAttentionCase(name));
+  EXPECT_LT(c.tokens, 800);
+  EXPECT_NE(c.tokens % 64, 0);
+  if (c.document_tokens > 0) {
+    EXPECT_LT(c.document_tokens, c.tokens / 2);
+  }
+  if (c.moba.has_value()) {
+    EXPECT_LT(c.moba->block_size * c.moba->top_k, c.tokens);
+    return;
+  }
+  EXPECT_TRUE(c.pattern.Problems(c.kv_heads).empty());
+  const auto mask = WholeRowMask(c.pattern, c.kv_heads, c.tokens);
+  const std::string picture = mask->Ascii(c.kv_heads - 1);
+  const auto has = [&](char cell) { return picture.find(cell) != std::string::npos; };
+  EXPECT_TRUE(has('#')) << picture;
+  using ops::PatternKind;
+  const PatternKind kind = c.pattern.kind;
+  const auto is = [kind](std::initializer_list<PatternKind> kinds) {
+    return std::find(kinds.begin(), kinds.end(), kind) != kinds.end();
+  };
+  if (kind != PatternKind::kFull) {
+    EXPECT_TRUE(has('.')) << picture;
+  }
+  const bool whole_blocks =
+      is({PatternKind::kFull, PatternKind::kBlockCausal}) ||
+      (c.pattern.LooksAhead() && is({PatternKind::kDilated, PatternKind::kRandomBlocks}));
+  EXPECT_NE(has('+'), whole_blocks) << picture;
+  // Of the patterns that leave something out; a prefix adds to causal attention.
+  if (!is({PatternKind::kFull, PatternKind::kCausal, PatternKind::kBlockCausal,
+           PatternKind::kPrefix})) {
+    EXPECT_LT(FactsOf(*mask).block_fraction, 0.95) << picture;
+  }
+}
+
 TEST(BenchCasesTest, SmallVersionsKeepTheKindsOfBlocks) {
   for (const char* list : {"attention_default", "attention_long"}) {
-    for (const std::string& name : ReadProblemList(BuiltInProblems(list))) {
-      const AttentionCase c = SmallVersion(ParseAttentionCase(name));
-      EXPECT_LT(c.tokens, 800) << name;
-      EXPECT_NE(c.tokens % 64, 0) << name;
-      EXPECT_TRUE(c.pattern.Problems(c.kv_heads).empty()) << name;
-      const auto mask = WholeRowMask(c.pattern, c.kv_heads, c.tokens);
-      const std::string picture = mask->Ascii(c.kv_heads - 1);
-      EXPECT_NE(picture.find('#'), std::string::npos) << name << "\n" << picture;
-      const std::string last_row = picture.substr(picture.size() - 1 - picture.find('\n'));
-      if (c.pattern.kind == ops::PatternKind::kWindow || c.pattern.kind == ops::PatternKind::kS2) {
-        EXPECT_NE(picture.find('+'), std::string::npos) << name << "\n" << picture;
-        EXPECT_NE(last_row.find('.'), std::string::npos) << name << "\n" << picture;
-      }
-      // Right of the sinks' column the window must have whole blocks of its own, in the last row of
-      // 64 queries.
-      if (c.pattern.kind == ops::PatternKind::kWindow) {
-        const size_t width = picture.find('\n') + 1;
-        const std::string row = picture.substr(picture.size() - 2 * width, width);
-        EXPECT_NE(row.find('#', 2), std::string::npos) << name << "\n" << picture;
-      }
-      if (c.document_tokens > 0) {
-        EXPECT_LT(c.document_tokens, c.tokens / 2) << name;
-      }
-    }
+    for (const std::string& name : ReadProblemList(BuiltInProblems(list))) CheckSmallVersion(name);
   }
+  for (const std::string& name : OneOfEachKind()) CheckSmallVersion(name);
+  // Right of the sinks' column a window must have whole blocks of its own, in the last row of 64
+  // queries.
+  const AttentionCase window = SmallVersion(ParseAttentionCase(OneOfEachKind()[2]));
+  const std::string picture = WholeRowMask(window.pattern, 4, window.tokens)->Ascii(3);
+  const size_t width = picture.find('\n') + 1;
+  const std::string row = picture.substr(picture.size() - 2 * width, width);
+  EXPECT_NE(row.find('#', 2), std::string::npos) << picture;
 }
 
 TEST(BenchCasesTest, SmallVersionNeverGrows) {

@@ -1,6 +1,7 @@
 """`longspan bench` and its peer script. usage: bench_cli_test.py PROGRAM REPOSITORY"""
 
 import json
+import math
 import os
 import subprocess
 
@@ -19,9 +20,14 @@ def problems(name):
 class BenchTest(CliTest):
     def records(self, *arguments):
         text = self.succeed("bench", *arguments, "--seconds", "0", "--json")
-        records = [json.loads(line) for line in text.splitlines()]
+        machine, *records = [json.loads(line) for line in text.splitlines()]
+        self.assertEqual(machine["op"], "machine")
+        self.assertGreater(machine["bf16_gflops"], 0)
+        if arguments[0] != "memory":
+            self.assertIn("reference", machine["implementations"])
+            self.assertTrue({r["impl"] for r in records} <= set(machine["implementations"]))
         for record in records:
-            self.assertEqual(list(record), KEYS)
+            self.assertEqual([key for key in record if key not in ("time_fraction", "shares")], KEYS)
             self.assertGreater(record["ms_median"], 0)
             self.assertGreaterEqual(record["ms_p90"], record["ms_median"])
             self.assertGreater(record["peak_gflops"], 0)
@@ -102,8 +108,17 @@ class BenchTest(CliTest):
                 optimizer { adamw { lr: 1e-3 } } schedule { constant {} }""")
         text = self.succeed("bench", "step", "--problem", "small.textproto", "--seconds", "0", "--json",
                             "--set", "run.context_length=64")
-        record = json.loads(text)
-        self.assertEqual(list(record), [*KEYS, "tokens_per_s", "mfu"])
+        record = json.loads(text.splitlines()[1])
+        more = ["parameters", "first_loss", "attention_ms", "peak_bytes", "largest_tensor_bytes",
+                "peak_rss_bytes"]
+        self.assertEqual(list(record), [*KEYS, "tokens_per_s", "mfu", *more])
+        # The table of 300 words, the output projection, the layer with its two norms, the last norm.
+        self.assertEqual(record["parameters"], 2 * 300 * 16 + 16 * 48 + 3 * 16 * 32 + 3 * 16)
+        self.assertAlmostEqual(record["first_loss"], math.log(300), delta=0.1)
+        self.assertLess(record["attention_ms"], record["ms_median"])
+        self.assertLess(record["largest_tensor_bytes"], record["peak_bytes"])
+        self.assertLess(record["peak_bytes"], record["peak_rss_bytes"])
+        self.assertEqual((record["visible_fraction"], record["block_fraction"]), (1, 1))
         # 6 FLOP a matmul parameter and token (attention: 16 x (16 + 8 + 8 + 16), MLP: 3 x 16 x 32,
         # head: 300 x 16), 12 D a visible pair and head.
         parameters = 16 * 48 + 3 * 16 * 32 + 300 * 16
@@ -125,6 +140,8 @@ class BenchTest(CliTest):
                                "reference")
         self.assertEqual([(r["case"], r["pass"], r["impl"]) for r in records],
                          [(case, "forward", "reference")])
+        records = self.records("attention", "--problem", case, "--impl", "best")
+        self.assertEqual([r["pass"] for r in records], ["forward", "backward"])
         records = self.records("attention", "--problem", problems("attention_smoke.txt"),
                                "--filter", "window", "--pass", "backward")
         self.assertEqual({(r["case"].split("_")[0], r["pass"]) for r in records},
@@ -136,10 +153,12 @@ class BenchTest(CliTest):
         lines = text.splitlines()
         self.assertIn("peaks of", lines[0])
         self.assertIn("GFLOP/s", lines[0])
+        self.assertIn("portable, reference", lines[1])
+        head = lines.index("") + 1
         for column in ("case", "pass", "impl", "ms median", "GFLOP/s", "per thread", "floor ms"):
-            self.assertIn(column, lines[2])
-        self.assertTrue(lines[3].startswith("causal_f32_T130_Hq2_Hkv2_D16  forward"), lines[3])
-        self.assertEqual({len(line) for line in lines[2:]}, {len(lines[2])})
+            self.assertIn(column, lines[head])
+        self.assertTrue(lines[head + 1].startswith("causal_f32_T130_Hq2_Hkv2_D16  forward"), lines)
+        self.assertEqual({len(line) for line in lines[head:]}, {len(lines[head])})
 
     def test_machine(self):
         machine = json.loads(self.succeed("bench", "machine", "--json", "--threads", "1",
@@ -152,6 +171,21 @@ class BenchTest(CliTest):
         self.fail("bench", "gemm", "--set", "run.steps=3", mentions=["--set", "gemm"])
         self.fail("bench", "step", "--impl", "onednn", mentions=["--impl", "step"])
         self.fail("bench", "memory", "--long", mentions=["--long", "memory"])
+        self.fail("bench", "machine", "--repeats", "3", mentions=["--repeats", "machine"])
+
+    def test_sparse_cases_are_compared_with_the_dense_one(self):
+        shape = "f32_T300_Hq2_Hkv2_D16"
+        records = self.records("attention", "--problem", f"causal_{shape}", "--problem",
+                               f"window_{shape}_W64", "--repeats", "7", "--impl", "portable")
+        dense = {r["pass"]: r for r in records if r["case"].startswith("causal")}
+        for record in records[2:]:
+            self.assertAlmostEqual(record["time_fraction"] * dense[record["pass"]]["ms_median"],
+                                   record["ms_median"])
+        self.assertNotIn("time_fraction", records[0])
+        # A row of moba follows its shares.
+        text = self.succeed("bench", "attention", "--problem", f"moba_{shape}_B64_K2", "--seconds", "0",
+                            "--pass", "forward")
+        self.assertRegex(text.splitlines()[-1], r"^ +gate .* %, lists .* %, gather .* %, attention .* %$")
 
     def test_bad_names(self):
         self.fail("bench", "attention", "--problem", "causal_f16_T64_Hq1_Hkv1_D8",

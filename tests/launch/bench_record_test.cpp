@@ -105,6 +105,8 @@ TEST(BenchRecordTest, StepsAloneHaveTokens) {
 TEST(BenchRecordTest, ReferenceIsTimedOnlyWhenWantedOrAlone) {
   const std::vector<Candidate> all = {{"a", ""}, {"b", "no such unit here"}, {"reference", ""}};
   EXPECT_EQ(ChooseImplementations("x", all, ""), std::vector<std::string>{"a"});
+  EXPECT_EQ(ChooseImplementations("x", {{"z", "no"}, {"a", ""}, {"c", ""}}, "best"),
+            std::vector<std::string>{"a"});
   EXPECT_EQ(ChooseImplementations("x", all, "reference"), std::vector<std::string>{"reference"});
   const std::vector<Candidate> gpu = {{"mma", ""}, {"reference_cuda", ""}};
   EXPECT_EQ(ChooseImplementations("x", gpu, ""), std::vector<std::string>{"mma"});
@@ -151,7 +153,7 @@ TEST(BenchOperandsTest, RandomOperandsAreNormalAndNeverConstant) {
 TEST(BenchAttentionTest, CountsWorkOfBothPasses) {
   Context ctx;
   const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
-  const auto records = BenchAttention(ctx, ParseAttentionCase("causal_bf16_T100_Hq4_Hkv2_D16"),
+  const auto records = BenchAttention(ctx, {ParseAttentionCase("causal_bf16_T100_Hq4_Hkv2_D16")},
                                       {.implementation = "reference", .seconds = 0}, peaks);
   ASSERT_EQ(records.size(), 2u);
   EXPECT_EQ(records[0].pass, "forward");
@@ -170,12 +172,79 @@ TEST(BenchAttentionTest, PassesCanBeChosen) {
   Context ctx;
   const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
   const AttentionCase c = ParseAttentionCase("full_f64_T20_Hq1_Hkv1_D4");
-  const auto forward = BenchAttention(ctx, c, {.backward = false, .seconds = 0}, peaks);
+  const auto forward = BenchAttention(ctx, {c}, {.backward = false, .seconds = 0}, peaks);
   ASSERT_EQ(forward.size(), 1u);
   EXPECT_EQ(forward[0].pass, "forward");
-  const auto backward = BenchAttention(ctx, c, {.forward = false, .seconds = 0}, peaks);
+  const auto backward = BenchAttention(ctx, {c}, {.forward = false, .seconds = 0}, peaks);
   ASSERT_EQ(backward.size(), 1u);
   EXPECT_EQ(backward[0].pass, "backward");
+}
+
+// Cases of one shape share their rounds; a sparse one is compared with the dense one of its kind.
+TEST(BenchAttentionTest, GroupsShareRoundsAndCompareWithTheDenseCase) {
+  std::vector<AttentionCase> cases;
+  for (const char* name :
+       {"window_f32_T300_Hq2_Hkv2_D16_W64", "causal_f32_T100_Hq2_Hkv2_D16",
+        "causal_f32_T300_Hq2_Hkv2_D16", "s2_f32_T300_Hq2_Hkv2_D16_B16_L2_V2",
+        "causal_f32_T300_Hq2_Hkv2_D16_P70", "moba_f32_T300_Hq2_Hkv2_D16_B64_K2"}) {
+    cases.push_back(ParseAttentionCase(name));
+  }
+  const auto groups = GroupByShape(cases);
+  ASSERT_EQ(groups.size(), 3u);
+  const auto names = [](const std::vector<AttentionCase>& group) {
+    std::string text;
+    for (const AttentionCase& c : group) text += c.name.substr(0, c.name.find('_')) + " ";
+    return text;
+  };
+  EXPECT_EQ(names(groups[0]), "window causal s2 moba ");
+  EXPECT_EQ(groups[1].front().tokens, 100);
+  EXPECT_EQ(groups[2].front().document_tokens, 70);
+
+  Context ctx;
+  const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
+  const auto records =
+      BenchAttention(ctx, groups[0], {.implementation = "best", .seconds = 0}, peaks);
+  ASSERT_EQ(records.size(), 8u);
+  for (size_t i = 0; i < records.size(); ++i) {
+    const BenchRecord& r = records[i];
+    EXPECT_EQ(r.name, groups[0][i / 2].name);
+    EXPECT_EQ(r.pass, i % 2 == 0 ? "forward" : "backward");
+    if (i / 2 == 1) {
+      EXPECT_FALSE(r.time_fraction.has_value()) << "the dense case itself";
+    } else {
+      const double dense = records[2 + i % 2].timing.median_ms;
+      EXPECT_NEAR(r.time_fraction.value(), r.timing.median_ms / dense, 1e-12) << r.name;
+    }
+  }
+  EXPECT_EQ(records[0].flops, 4.0 * 16 * 2 * (300 * 64 - 64 * 63 / 2));
+}
+
+TEST(BenchAttentionTest, SomeKvHeadsMayStandForAll) {
+  Context ctx;
+  const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
+  const BenchOptions options{.implementation = "best", .seconds = 0};
+  const AttentionCase all = ParseAttentionCase("causal_f32_T500_Hq8_Hkv4_D16"),
+                      one = ParseAttentionCase("causal_f32_T500_Hq8_Hkv4_D16_G1");
+  const auto records = BenchAttention(ctx, {all, one}, options, peaks);
+  ASSERT_EQ(records.size(), 4u);
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(records[2 + i].flops, records[i].flops);
+    EXPECT_EQ(records[2 + i].bytes, records[i].bytes);
+    EXPECT_EQ(records[2 + i].timed_kv_heads, 1);
+    // A quarter of the work, times four: far apart would be wrong even on a busy machine.
+    const double ratio = records[2 + i].timing.median_ms / records[i].timing.median_ms;
+    EXPECT_GT(ratio, 0.3);
+    EXPECT_LT(ratio, 20);
+  }
+  EXPECT_EQ(nlohmann::json::parse(ToJsonLine(records[2])).at("timed_kv_heads"), 1);
+  EXPECT_FALSE(nlohmann::json::parse(ToJsonLine(records[0])).contains("timed_kv_heads"));
+  const AttentionCase uneven = ParseAttentionCase("s2_f32_T500_Hq4_Hkv4_D16_B16_L2_V4_G1");
+  try {
+    BenchAttention(ctx, {uneven}, options, peaks);
+    ADD_FAILURE() << "kv heads with other patterns were left out";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find("G1 would leave out"), std::string::npos);
+  }
 }
 
 TEST(BenchGemmTest, CountsWorkOfEveryRole) {
