@@ -5,6 +5,7 @@
 
 #include "ops/attention/arguments.h"
 #include "ops/attention/cpu/routed_cpu.h"
+#include "ops/attention/cuda/routed_cuda.h"
 
 namespace longspan::ops {
 namespace {
@@ -38,6 +39,8 @@ constexpr Implementation kTable[] = {
     Blocked<portable::kBlockKernels>("portable"),
     {"reference", DeviceKind::kCpu, cpu::ReferenceRoute, cpu::ReferenceRoutedForward,
      cpu::ReferenceRoutedBackward},
+    {"reference_cuda", DeviceKind::kCuda, internal::RouteCuda, internal::RoutedForwardCuda,
+     internal::RoutedBackwardCuda},
 };
 
 // Why the entry cannot run the problem: what attention.h's entry of that name says.

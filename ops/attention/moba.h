@@ -85,6 +85,7 @@ Tensor MobaSelect(Context& ctx, const Tensor& q, const Tensor& k, const MobaPlan
 // The attention to chosen blocks, for each device most specialised first, reference last:
 //   avx512, portable   gathered rows in 64 x 64 tiles; as in attention.h
 //   reference          row by row; any head_dim, the only one for f64
+//   reference_cuda     GPU, gathered rows in 64 x 64 tiles, f32 products, head_dim up to 256
 // They accept what the entries of attention.h with their names accept.
 std::vector<std::string> MobaImplementations(DeviceKind device);
 

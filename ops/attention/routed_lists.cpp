@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops/attention/arguments.h"
+#include "ops/attention/cuda/routed_cuda.h"
 #include "ops/core/parallel_for.h"
 
 namespace longspan::ops {
@@ -116,7 +117,11 @@ RoutedLists BuildRoutedLists(Context& ctx, const Tensor& selected, int64_t block
     ctx.SetZero(lists.offsets);
     return lists;
   }
-  ListBuilder(ctx, lists).Build();
+  if (ctx.device().kind == DeviceKind::kCuda) {
+    internal::BuildRoutedListsCuda(ctx, lists);
+  } else {
+    ListBuilder(ctx, lists).Build();
+  }
   return lists;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/attention/arguments.h"
+#include "ops/attention/cuda/routed_cuda.h"
 #include "ops/core/parallel_for.h"
 
 namespace longspan::ops {
@@ -69,6 +70,21 @@ std::shared_ptr<const RoutedBlocks> RoutedBlocks::Build(
   return blocks;
 }
 
+std::vector<RoutedTile> QueryTilesOf(const RoutedBlocks& blocks) {
+  std::vector<RoutedTile> tiles;
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const size_t i = static_cast<size_t>(b);
+    for (int64_t t = blocks.begin[i]; t < blocks.begin[i + 1]; t += 64) {
+      tiles.push_back({t, blocks.first_candidate[i], blocks.CandidatesOf(b),
+                       static_cast<int32_t>(std::min<int64_t>(64, blocks.begin[i + 1] - t))});
+    }
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const RoutedTile& a, const RoutedTile& b) {
+    return a.candidates > b.candidates;
+  });
+  return tiles;
+}
+
 Tensor BlockMeans(Context& ctx, const Tensor& k, const RoutedBlocks& blocks) {
   constexpr const char* kOp = "BlockMeans";
   if (!k.defined() || k.rank() != 3 || !IsFloat(k.dtype()) || k.dim(0) != blocks.tokens()) {
@@ -78,6 +94,10 @@ Tensor BlockMeans(Context& ctx, const Tensor& k, const RoutedBlocks& blocks) {
   }
   internal::RequireDevice(ctx, kOp, "k", k);
   Tensor means = ctx.Empty({blocks.count(), k.dim(1), k.dim(2)}, AccumulatorOf(k.dtype()));
+  if (ctx.device().kind == DeviceKind::kCuda) {
+    internal::BlockMeansCuda(ctx, k, blocks, means);
+    return means;
+  }
   DispatchFloat(k.dtype(), kOp, [&]<class T>() {
     ParallelRanges(ctx, blocks.count(), kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) MeanOfBlock<T>(k, blocks, b, means);

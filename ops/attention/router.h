@@ -19,6 +19,7 @@ struct RoutedBlocks {
   std::shared_ptr<const Documents> documents;
   std::vector<int64_t> begin;            // [count + 1]
   std::vector<int32_t> first_candidate;  // [count]
+  DeviceCopies device_copies;            // see cuda/device_routed.h
 
   int64_t count() const { return static_cast<int64_t>(first_candidate.size()); }
   int64_t tokens() const { return begin.back(); }
@@ -37,17 +38,14 @@ struct RoutedBlocks {
                                                    std::shared_ptr<const Documents> documents);
 };
 
-// What a choice of blocks needs, checked and allocated, for each implementation of moba.h:
-//   gate[t, h, b] = q[t, h] . means[b, h / (heads / kv heads)]
-// without a scale, over the candidates b of t; the `width` largest are chosen (all of them when
-// there are fewer), the lower block among equals. A gate that is NaN counts as +infinity, so that
-// whatever is wrong in a block reaches the output.
-struct RouteArgs {
-  const Tensor& q;      // [T, heads, D]
-  const Tensor& means;  // [count, kv heads, D] f32 (f64)
-  const RoutedBlocks& blocks;
-  Tensor& selected;  // i32 [heads, T, width]: ascending, then -1
+// Up to 64 queries of one block, so that all have the same candidates, those with most first.
+struct RoutedTile {
+  int64_t begin;              // global index of the first
+  int64_t first, candidates;  // blocks
+  int32_t tokens;
 };
+
+std::vector<RoutedTile> QueryTilesOf(const RoutedBlocks& blocks);
 
 // Mean key of every block, [count, kv heads, D] in f32 (f64), summed over the tokens in ascending
 // order.

@@ -1,36 +1,9 @@
 #pragma once
 #include "ops/attention/cpu/block_kernels.h"
-#include "ops/attention/routed_lists.h"
-#include "ops/attention/router.h"
+#include "ops/attention/routed_arguments.h"
 #include "ops/core/context.h"
 
 namespace longspan::ops {
-
-// Validated arguments of the attention to chosen blocks (moba.cpp). Shapes and dtypes: moba.h.
-struct RoutedForwardArgs {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const RoutedBlocks& blocks;
-  const RoutedLists& lists;
-  double scale;
-  Tensor& o;  // o and lse: those of other keys; become those of the union
-  Tensor& lse;
-};
-struct RoutedBackwardArgs {
-  const Tensor& d_out;
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const Tensor& lse;
-  const Tensor& delta;
-  const RoutedBlocks& blocks;
-  const RoutedLists& lists;
-  double scale;
-  Tensor& dq;  // added to, as dk and dv
-  Tensor& dk;
-  Tensor& dv;
-};
 
 namespace cpu {
 

@@ -1,4 +1,4 @@
-#include <cmath>
+#include <array>
 #include <limits>
 
 #include "ops/attention/cpu/routed_blocked.h"
@@ -10,89 +10,68 @@ namespace {
 
 constexpr int64_t kTileBlocks = 64;
 
-// Up to 64 queries of one block, so that all have the same candidates.
-struct QueryTile {
-  int64_t begin, end;         // tokens
-  int64_t first, candidates;  // blocks
-};
-
-std::vector<QueryTile> TilesOf(const RoutedBlocks& blocks) {
-  std::vector<QueryTile> tiles;
-  for (int64_t b = 0; b < blocks.count(); ++b) {
-    const size_t i = static_cast<size_t>(b);
-    for (int64_t t = blocks.begin[i]; t < blocks.begin[i + 1]; t += 64) {
-      tiles.push_back({t, std::min(t + 64, blocks.begin[i + 1]), blocks.first_candidate[i],
-                       blocks.CandidatesOf(b)});
-    }
-  }
-  std::stable_sort(tiles.begin(), tiles.end(), [](const QueryTile& a, const QueryTile& b) {
-    return a.candidates > b.candidates;
-  });
-  return tiles;
-}
-
-// The best blocks so far of 64 queries, each a list of `width` places in descending order.
+// The best blocks so far of 64 queries, place by place in descending order. Queries are the lanes
+// of every loop, so that compilers turn them into vector code.
 class BestBlocks {
  public:
   explicit BestBlocks(int64_t width)
-      : width_(width),
-        gate_(static_cast<size_t>(64 * width)),
-        block_(static_cast<size_t>(64 * width)) {}
+      : gate_(static_cast<size_t>(width)), block_(static_cast<size_t>(width)) {}
 
-  void Reset() { filled_ = 0; }
-
-  // `gates`: one block's gates of all 64 queries. Blocks come in ascending order.
-  void Offer(int32_t block, const float* gates) {
-    if (filled_ < width_) {
-      for (int lane = 0; lane < 64; ++lane) Insert(lane, filled_, block, Ranked(gates[lane]));
-      ++filled_;
-    } else {
-      int any = 0;  // few blocks are among the best of any query
-      for (int lane = 0; lane < 64; ++lane) any |= static_cast<int>(!(gates[lane] <= worst_[lane]));
-      if (any == 0) return;
-      for (int lane = 0; lane < 64; ++lane) {
-        const float gate = Ranked(gates[lane]);
-        if (gate > worst_[lane]) Insert(lane, width_ - 1, block, gate);
-      }
-    }
-    if (filled_ == width_) UpdateWorst();
+  void Reset() {
+    for (Gates& place : gate_) place.fill(kNothing);
   }
 
-  // The blocks in ascending order; at least `width` have been offered.
-  void Write(int lane, int32_t* to) {
-    int32_t* blocks = block_.data() + lane * width_;
-    std::sort(blocks, blocks + width_);
-    std::copy(blocks, blocks + width_, to);
+  // `gates`: one block's gates of all queries. Blocks come in ascending order.
+  void Offer(int32_t block, const float* gates) {
+    const Gates& worst = gate_.back();
+    int any = 0;  // few blocks are among the best of any query
+    for (int q = 0; q < 64; ++q) {
+      any |= static_cast<int>(!(gates[q] <= worst[q])) | static_cast<int>(worst[q] == kNothing);
+    }
+    if (any == 0) return;
+    Gates gate;
+    Blocks number;
+    Flags moved{};  // whether what is held belongs before all that follows
+    for (int q = 0; q < 64; ++q) {
+      // NaN is above all, and nothing as low as an empty place.
+      const float low = gates[q] < kLowest ? kLowest : gates[q];
+      gate[q] = low == low ? low : kHighest;
+      number[q] = block;
+    }
+    for (size_t place = 0; place < gate_.size(); ++place) {
+      Gates& held_gate = gate_[place];
+      Blocks& held_block = block_[place];
+      for (int q = 0; q < 64; ++q) {
+        // An equal gate of a lower block stays where it is.
+        moved[q] |= static_cast<int32_t>(gate[q] > held_gate[q]);
+        const float g = held_gate[q];
+        const int32_t b = held_block[q];
+        held_gate[q] = moved[q] != 0 ? gate[q] : g;
+        held_block[q] = moved[q] != 0 ? number[q] : b;
+        gate[q] = moved[q] != 0 ? g : gate[q];
+        number[q] = moved[q] != 0 ? b : number[q];
+      }
+    }
+  }
+
+  // The blocks in ascending order; at least as many as there are places have been offered.
+  void Write(int query, int32_t* to) const {
+    for (size_t place = 0; place < block_.size(); ++place) {
+      to[place] = block_[place][static_cast<size_t>(query)];
+    }
+    std::sort(to, to + block_.size());
   }
 
  private:
-  static float Ranked(float gate) {
-    return std::isnan(gate) ? std::numeric_limits<float>::infinity() : gate;
-  }
-  // Into the list whose last place, `last`, is free or given up; behind equal gates, which belong
-  // to lower blocks.
-  void Insert(int lane, int64_t last, int32_t block, float gate) {
-    float* gates = gate_.data() + lane * width_;
-    int32_t* blocks = block_.data() + lane * width_;
-    int64_t at = last;
-    for (; at > 0 && gates[at - 1] < gate; --at) {
-      gates[at] = gates[at - 1];
-      blocks[at] = blocks[at - 1];
-    }
-    gates[at] = gate;
-    blocks[at] = block;
-  }
-  void UpdateWorst() {
-    for (int lane = 0; lane < 64; ++lane) {
-      worst_[lane] = gate_[static_cast<size_t>((lane + 1) * width_ - 1)];
-    }
-  }
+  using Gates = std::array<float, 64>;
+  using Blocks = std::array<int32_t, 64>;
+  using Flags = std::array<int32_t, 64>;
+  static constexpr float kHighest = std::numeric_limits<float>::infinity();
+  static constexpr float kLowest = -std::numeric_limits<float>::max();
+  static constexpr float kNothing = -std::numeric_limits<float>::infinity();  // an empty place
 
-  const int64_t width_;
-  int64_t filled_ = 0;
-  std::vector<float> gate_;     // [64, width]
-  std::vector<int32_t> block_;  // [64, width]
-  float worst_[64] = {};
+  std::vector<Gates> gate_;
+  std::vector<Blocks> block_;
 };
 
 class GateTask {
@@ -108,10 +87,10 @@ class GateTask {
         gates_(scratch.Take(kTileBlocks * 64)),
         best_(best) {}
 
-  void Run(const QueryTile& tile) {
+  void Run(const RoutedTile& tile) {
     for (int64_t h = 0; h < shape_.heads; ++h) {
       if (tile.candidates > width_) RankBlocks(tile, h);
-      for (int64_t t = tile.begin; t < tile.end; ++t) {
+      for (int64_t t = tile.begin; t < tile.begin + tile.tokens; ++t) {
         int32_t* to = args_.selected.data<int32_t>() + (h * args_.q.dim(0) + t) * width_;
         if (tile.candidates > width_) {
           best_.Write(static_cast<int>(t - tile.begin), to);
@@ -125,8 +104,8 @@ class GateTask {
   }
 
  private:
-  void RankBlocks(const QueryTile& tile, int64_t head) {
-    const int64_t stride = shape_.heads * shape_.dim, tokens = tile.end - tile.begin;
+  void RankBlocks(const RoutedTile& tile, int64_t head) {
+    const int64_t stride = shape_.heads * shape_.dim, tokens = tile.tokens;
     PackBlock(kernels_, shape_, args_.q, tile.begin * stride + head * shape_.dim, stride, tokens,
               rows_);
     TransposeTo(kernels_, shape_, rows_, tokens, lanes_);
@@ -163,7 +142,7 @@ class GateTask {
 
 void BlockedRoute(Context& ctx, const BlockKernels& kernels, const RouteArgs& args) {
   const BlockedShape shape = RoutedShape(args.q, args.means);
-  const std::vector<QueryTile> tiles = TilesOf(args.blocks);
+  const std::vector<RoutedTile> tiles = QueryTilesOf(args.blocks);
   const Scratch scratch(ctx, shape.packed() + shape.lanes() + kTileBlocks * 64);
   std::vector<BestBlocks> best(static_cast<size_t>(ctx.threads()),
                                BestBlocks(args.selected.dim(2)));

@@ -1,5 +1,6 @@
 // Binaries without CUDA: no Context on a GPU exists, so nothing gets here.
 #include "ops/attention/cuda/attention_cuda.h"
+#include "ops/attention/cuda/routed_cuda.h"
 #include "ops/core/error.h"
 
 namespace longspan::ops::internal {
@@ -18,5 +19,10 @@ void MmaBackward(Context&, const BackwardArgs&) { Refuse(); }
 int64_t MmaSharedBytes(const Context&) { Refuse(); }
 Tensor AttentionDeltaCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
 void MergePartialCuda(Context&, Tensor&, Tensor&, const Tensor&, const Tensor&) { Refuse(); }
+void BlockMeansCuda(Context&, const Tensor&, const RoutedBlocks&, const Tensor&) { Refuse(); }
+void RouteCuda(Context&, const RouteArgs&) { Refuse(); }
+void BuildRoutedListsCuda(Context&, const RoutedLists&) { Refuse(); }
+void RoutedForwardCuda(Context&, const RoutedForwardArgs&) { Refuse(); }
+void RoutedBackwardCuda(Context&, const RoutedBackwardArgs&) { Refuse(); }
 
 }  // namespace longspan::ops::internal

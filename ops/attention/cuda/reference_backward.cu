@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "ops/attention/cuda/attention_cuda.h"
-#include "ops/attention/cuda/reference_tile.cuh"
+#include "ops/attention/cuda/reference_softmax.cuh"
 #include "ops/core/cuda/launch.h"
 
 namespace longspan::ops::reference_cuda {
@@ -83,25 +83,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     const TilePair pair{task.kv_head, mask.FirstToken(id), mask.FirstToken(entry.block()), queries,
                         k.rows,       entry.partial()};
     const TileGradient tile(p, pair, q, k, d_out, v, rows, shared);
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {  // [key][query]
-      *reinterpret_cast<float4*>(shared.tile + (ThreadX() * kOwn + j) * kLd + ThreadY() * kOwn) =
-          make_float4(tile.ds[0][j], tile.ds[1][j], tile.ds[2][j], tile.ds[3][j]);
-    }
+    StoreByKey(tile.ds, shared);
     dq.AddProduct(k, shared);
   }
   dq.ForEach(queries, p.dim, [&](int row, int d, float value) {
     args.dq[((token + row) * p.heads + head) * p.dim + d] += p.scale * value;
   });
-}
-
-// tile[query][key] = values.
-__device__ void StoreByQuery(const float (&values)[kOwn][kOwn], Shared& shared) {
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    *reinterpret_cast<float4*>(shared.tile + (ThreadY() * kOwn + i) * kLd + ThreadX() * kOwn) =
-        make_float4(values[i][0], values[i][1], values[i][2], values[i][3]);
-  }
 }
 
 template <int kDim>

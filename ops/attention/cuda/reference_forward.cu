@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "ops/attention/cuda/attention_cuda.h"
-#include "ops/attention/cuda/reference_tile.cuh"
+#include "ops/attention/cuda/reference_softmax.cuh"
 #include "ops/core/cuda/launch.h"
 
 namespace longspan::ops::reference_cuda {
@@ -18,44 +18,6 @@ struct ForwardProblem {
   bool o_bf16;
   float* lse;
 };
-
-// Maximum and sum over the 16 threads of a row.
-__device__ float RowMax(float x) {
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  }
-  return x;
-}
-__device__ float RowSum(float x) {
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-
-// One step of the online softmax: scores (log2 units) become probabilities against the raised
-// maximum, and what was summed before is scaled down. A row that has seen nothing keeps -inf. A NaN
-// score is no maximum but reaches the sum.
-template <int kDim>
-__device__ void Softmax(float (&s)[kOwn][kOwn], float (&top)[kOwn], float (&sum)[kOwn],
-                        Accumulator<kDim>& o) {
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    float highest = fmaxf(fmaxf(s[i][0], s[i][1]), fmaxf(s[i][2], s[i][3]));
-    highest = fmaxf(top[i], RowMax(highest));
-    const float base = highest == -INFINITY ? 0.0f : highest;
-    const float rescale = exp2f(top[i] - base);
-    float added = 0;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      s[i][j] = exp2f(s[i][j] - base);
-      added += s[i][j];
-    }
-    sum[i] = sum[i] * rescale + RowSum(added);
-    top[i] = highest;
-    o.ScaleRow(i, rescale);
-  }
-}
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) ForwardKernel(ForwardProblem args) {
@@ -87,11 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) ForwardKernel(Forward
       x = (visible >> n & 1u) != 0 ? x * scale : -INFINITY;
     }
     Softmax(s, top, sum, o);
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {  // [key][query]
-      *reinterpret_cast<float4*>(shared.tile + (ThreadX() * kOwn + j) * kLd + ThreadY() * kOwn) =
-          make_float4(s[0][j], s[1][j], s[2][j], s[3][j]);
-    }
+    StoreByKey(s, shared);
     o.AddProduct(p.Keys(p.v, task.kv_head, entry.block()), shared);
   }
 

@@ -48,7 +48,8 @@ __device__ inline int ThreadY() { return static_cast<int>(threadIdx.x) / 16; }
 
 // to[d][r] = from(r, d0 + d) for d < kDepth. A warp takes 4 rows x 8 elements at a time, whose
 // places in shared memory are in 32 different banks.
-__device__ inline void LoadTransposed(const RowBlock& from, int d0, float* to) {
+template <class Rows>
+__device__ void LoadTransposed(const Rows& from, int d0, float* to) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 4
   for (int i = 0; i < kTile * kDepth / kThreads; ++i) {
@@ -58,8 +59,8 @@ __device__ inline void LoadTransposed(const RowBlock& from, int d0, float* to) {
 }
 
 // to[r][d] = from(r, d0 + d) for d < kWidth.
-template <int kWidth>
-__device__ void LoadPlain(const RowBlock& from, int d0, float* to) {
+template <int kWidth, class Rows>
+__device__ void LoadPlain(const Rows& from, int d0, float* to) {
 #pragma unroll 4
   for (int i = 0; i < kTile * kWidth / kThreads; ++i) {
     const int at = i * kThreads + static_cast<int>(threadIdx.x);
@@ -92,9 +93,9 @@ __device__ void Multiply(const float* a, const float* b, float (&c)[kOwn][kColum
   }
 }
 
-// c += a b^T over head_dim. Ends with shared.operand free.
-__device__ inline void ScoreProduct(const RowBlock& a, const RowBlock& b, Shared& shared,
-                                    float (&c)[kOwn][kOwn]) {
+// c += a b^T over head_dim. Ends with shared.operand free. a and b have At(row, d) as RowBlock.
+template <class A, class B>
+__device__ void ScoreProduct(const A& a, const B& b, Shared& shared, float (&c)[kOwn][kOwn]) {
   float *left = shared.operand, *right = shared.operand + kDepth * kLd;
   for (int d0 = 0; d0 < a.dim; d0 += kDepth) {
     LoadTransposed(a, d0, left);
@@ -114,7 +115,8 @@ struct Accumulator {
 
   // += tile^T b, where `tile` is [64 inner][64 rows]. What was written to shared.tile before is
   // visible; ends with all of `shared` free.
-  __device__ void AddProduct(const RowBlock& b, Shared& shared) {
+  template <class Rows>
+  __device__ void AddProduct(const Rows& b, Shared& shared) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (c * kWidth < b.dim) {
@@ -135,6 +137,17 @@ struct Accumulator {
   // Calls f(row, d, value) for the elements that exist.
   template <class F>
   __device__ void ForEach(int rows, int dim, F f) const {
+    ForEachIn(at, rows, dim, f);
+  }
+  // The same with values that f may change.
+  template <class F>
+  __device__ void ForEachOwn(int rows, int dim, F f) {
+    ForEachIn(at, rows, dim, f);
+  }
+
+ private:
+  template <class Values, class F>
+  __device__ static void ForEachIn(Values& values, int rows, int dim, F f) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -142,7 +155,7 @@ struct Accumulator {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const int row = ThreadY() * kOwn + i, d = c * kWidth + ThreadX() * kColumns + j;
-          if (row < rows && d < dim) f(row, d, at[c][i][j]);
+          if (row < rows && d < dim) f(row, d, values[c][i][j]);
         }
       }
     }

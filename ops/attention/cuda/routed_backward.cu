@@ -1,0 +1,153 @@
+// Two passes, each result owned by one block: dQ by segments of tokens and heads; dK and dV by 64
+// keys of a block and kv head, over the lists of the group's heads. Scores are computed again in
+// both.
+#include <algorithm>
+
+#include "ops/attention/cuda/routed_cuda.h"
+#include "ops/attention/cuda/routed_problem.cuh"
+#include "ops/core/cuda/launch.h"
+
+namespace longspan::ops::reference_cuda {
+namespace {
+
+template <int kDim>
+constexpr int kBlocks = kDim <= 32 ? 2 : 1;  // that a multiprocessor is to hold at once
+
+struct RoutedBackwardProblem {
+  RoutedProblem problem;
+  const void* d_out;
+  bool d_out_bf16;
+  const float *lse, *delta;
+  float *dq, *dk, *dv;
+  int64_t pieces;  // of 64 keys, in the longest block
+};
+
+// Probabilities p and score gradients ds = p (dp - delta) of gathered rows and up to 64 keys; 0
+// where there is no row or key.
+struct RoutedGradient {
+  float p[kOwn][kOwn] = {}, ds[kOwn][kOwn] = {};
+  __device__ RoutedGradient(const RoutedBackwardProblem& args, const GatheredRows& q,
+                            const GatheredRows& d_out, const RowBlock& k, const RowBlock& v,
+                            Shared& shared) {
+    ScoreProduct(q, k, shared, p);
+    ScoreProduct(d_out, v, shared, ds);
+    const float scale = args.problem.scale * kLog2E;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int row = ThreadY() * kOwn + i;
+      const bool is_row = row < q.count;
+      const int64_t number = q.numbers[is_row ? row : 0];
+      const float lse = args.lse[number] * kLog2E, delta = args.delta[number];
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        const bool exists = is_row && ThreadX() * kOwn + j < k.rows;
+        p[i][j] = exists ? exp2f(scale * p[i][j] - lse) : 0.0f;
+        ds[i][j] = exists ? p[i][j] * (ds[i][j] - delta) : 0.0f;
+      }
+    }
+  }
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
+    RoutedQueryGradientKernel(RoutedBackwardProblem args) {
+  LONGSPAN_DYNAMIC_SHARED(dynamic);
+  RoutedShared& shared = *reinterpret_cast<RoutedShared*>(dynamic);
+  const RoutedProblem& p = args.problem;
+  const int64_t head = blockIdx.x % p.heads, kv_head = head / p.group;
+  const int64_t segment = p.segments() - 1 - blockIdx.x / p.heads;
+  p.ForEachTile(segment, head, [&](int64_t block, int64_t at, int rows) {
+    p.LoadNumbers(at, rows, head, shared.numbers);
+    const GatheredRows q = p.Gathered(p.q, p.bf16, shared.numbers, rows);
+    const GatheredRows d_out = p.Gathered(args.d_out, args.d_out_bf16, shared.numbers, rows);
+    Accumulator<kDim> dq;
+    const int64_t end = p.blocks.begin[block + 1];
+    for (int64_t token = p.blocks.begin[block]; token < end; token += kTile) {
+      const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
+      const RowBlock k = p.Keys(p.k, kv_head, token, keys);
+      const RoutedGradient tile(args, q, d_out, k, p.Keys(p.v, kv_head, token, keys), shared.tiles);
+      StoreByKey(tile.ds, shared.tiles);
+      dq.AddProduct(k, shared.tiles);
+    }
+    dq.ForEach(rows, p.dim, [&](int row, int d, float value) {
+      args.dq[shared.numbers[row] * p.dim + d] += p.scale * value;
+    });
+    __syncthreads();  // the next tile may hold the same rows
+  });
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
+    RoutedKeyGradientKernel(RoutedBackwardProblem args) {
+  LONGSPAN_DYNAMIC_SHARED(dynamic);
+  RoutedShared& shared = *reinterpret_cast<RoutedShared*>(dynamic);
+  const RoutedProblem& p = args.problem;
+  const int64_t kv_head = blockIdx.x % p.kv_heads;
+  const int64_t block = blockIdx.x / p.kv_heads / args.pieces;
+  const int64_t piece = blockIdx.x / p.kv_heads % args.pieces;
+  const int64_t token = p.blocks.begin[block] + piece * kTile, end = p.blocks.begin[block + 1];
+  const int64_t first_list = block * p.heads + kv_head * p.group;
+  if (token >= end || p.offsets[first_list] == p.offsets[first_list + p.group]) return;
+  const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
+  const RowBlock k = p.Keys(p.k, kv_head, token, keys), v = p.Keys(p.v, kv_head, token, keys);
+
+  Accumulator<kDim> dk, dv;
+  for (int64_t g = 0; g < p.group; ++g) {
+    const int64_t list_end = p.offsets[first_list + g + 1];
+    for (int64_t at = p.offsets[first_list + g]; at < list_end; at += kTile) {
+      const int rows = static_cast<int>(std::min<int64_t>(kTile, list_end - at));
+      p.LoadNumbers(at, rows, kv_head * p.group + g, shared.numbers);
+      const GatheredRows q = p.Gathered(p.q, p.bf16, shared.numbers, rows);
+      const GatheredRows d_out = p.Gathered(args.d_out, args.d_out_bf16, shared.numbers, rows);
+      const RoutedGradient tile(args, q, d_out, k, v, shared.tiles);
+      StoreByQuery(tile.p, shared.tiles);
+      dv.AddProduct(d_out, shared.tiles);
+      StoreByQuery(tile.ds, shared.tiles);
+      dk.AddProduct(q, shared.tiles);
+    }
+  }
+  const int64_t stride = p.kv_heads * p.dim, first = token * stride + kv_head * p.dim;
+  dk.ForEach(keys, p.dim, [&](int row, int d, float value) {
+    args.dk[first + row * stride + d] += p.scale * value;
+  });
+  dv.ForEach(keys, p.dim,
+             [&](int row, int d, float value) { args.dv[first + row * stride + d] += value; });
+}
+
+}  // namespace
+}  // namespace longspan::ops::reference_cuda
+
+namespace longspan::ops::internal {
+
+void RoutedBackwardCuda(Context& ctx, const RoutedBackwardArgs& args) {
+  namespace reference = reference_cuda;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < args.blocks.count(); ++b) {
+    longest = std::max(longest, args.blocks.TokensOf(b));
+  }
+  const reference::RoutedBackwardProblem problem{
+      reference::MakeRoutedProblem(ctx, args),
+      args.d_out.raw(),
+      args.d_out.dtype() == DType::kBF16,
+      args.lse.data<float>(),
+      args.delta.data<float>(),
+      args.dq.data<float>(),
+      args.dk.data<float>(),
+      args.dv.data<float>(),
+      (longest + reference::kTile - 1) / reference::kTile};
+  const reference::RoutedProblem& p = problem.problem;
+  const auto shape = [](int64_t blocks) {
+    return cuda::LaunchShape{dim3(cuda::GridSize(blocks)), dim3(reference::kThreads),
+                             sizeof(reference::RoutedShared)};
+  };
+  const cuda::LaunchShape queries = shape((p.tokens + p.segment - 1) / p.segment * p.heads);
+  const cuda::LaunchShape keys = shape(args.blocks.count() * problem.pieces * p.kv_heads);
+  reference::DispatchDim(args.q.dim(2), [&]<int kDim>() {
+    cuda::Launch(ctx.cuda(), "MobaBackward dQ(reference_cuda)",
+                 reference::RoutedQueryGradientKernel<kDim>, queries, problem);
+    cuda::Launch(ctx.cuda(), "MobaBackward dKdV(reference_cuda)",
+                 reference::RoutedKeyGradientKernel<kDim>, keys, problem);
+  });
+}
+
+}  // namespace longspan::ops::internal

@@ -1,0 +1,95 @@
+// A block per (segment of tokens, query head): its rows continue from their o and lse with the keys
+// of the blocks they chose, block by block in ascending order.
+#include <algorithm>
+
+#include "ops/attention/cuda/routed_cuda.h"
+#include "ops/attention/cuda/routed_problem.cuh"
+#include "ops/core/cuda/launch.h"
+
+namespace longspan::ops::reference_cuda {
+namespace {
+
+template <int kDim>
+constexpr int kBlocks = kDim <= 64 ? 2 : 1;  // that a multiprocessor is to hold at once
+
+struct RoutedForwardProblem {
+  RoutedProblem problem;
+  float *o, *lse;
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
+    RoutedForwardKernel(RoutedForwardProblem args) {
+  LONGSPAN_DYNAMIC_SHARED(dynamic);
+  RoutedShared& shared = *reinterpret_cast<RoutedShared*>(dynamic);
+  const RoutedProblem& p = args.problem;
+  const int64_t head = blockIdx.x % p.heads, kv_head = head / p.group;
+  // Later tokens have more blocks to choose from.
+  const int64_t segment = p.segments() - 1 - blockIdx.x / p.heads;
+  const float scale = p.scale * kLog2E;
+  p.ForEachTile(segment, head, [&](int64_t block, int64_t at, int rows) {
+    p.LoadNumbers(at, rows, head, shared.numbers);
+    const GatheredRows q = p.Gathered(p.q, p.bf16, shared.numbers, rows);
+    Accumulator<kDim> o;
+    float top[kOwn], sum[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int row = ThreadY() * kOwn + i;
+      top[i] = row < rows ? args.lse[shared.numbers[row]] * kLog2E : -INFINITY;
+      sum[i] = row < rows ? 1.0f : 0.0f;
+    }
+    o.ForEachOwn(rows, p.dim, [&](int row, int d, float& value) {
+      value = args.o[shared.numbers[row] * p.dim + d];
+    });
+    const int64_t end = p.blocks.begin[block + 1];
+    for (int64_t token = p.blocks.begin[block]; token < end; token += kTile) {
+      const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
+      float s[kOwn][kOwn] = {};
+      ScoreProduct(q, p.Keys(p.k, kv_head, token, keys), shared.tiles, s);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          s[i][j] = ThreadX() * kOwn + j < keys ? s[i][j] * scale : -INFINITY;
+        }
+      }
+      Softmax(s, top, sum, o);
+      StoreByKey(s, shared.tiles);
+      o.AddProduct(p.Keys(p.v, kv_head, token, keys), shared.tiles);
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int row = ThreadY() * kOwn + i;
+      if (ThreadX() == 0 && row < rows) {
+        args.lse[shared.numbers[row]] =
+            static_cast<float>(kLn2 * static_cast<double>(top[i])) + logf(sum[i]);
+      }
+      o.ScaleRow(i, row < rows ? 1.0f / sum[i] : 0.0f);
+    }
+    o.ForEach(rows, p.dim, [&](int row, int d, float value) {
+      args.o[shared.numbers[row] * p.dim + d] = value;
+    });
+    __syncthreads();  // the next tile may hold the same rows
+  });
+}
+
+}  // namespace
+}  // namespace longspan::ops::reference_cuda
+
+namespace longspan::ops::internal {
+
+void RoutedForwardCuda(Context& ctx, const RoutedForwardArgs& args) {
+  namespace reference = reference_cuda;
+  const reference::RoutedForwardProblem problem{reference::MakeRoutedProblem(ctx, args),
+                                                args.o.data<float>(), args.lse.data<float>()};
+  const int64_t tokens = problem.problem.tokens, segment = problem.problem.segment;
+  const int64_t blocks = (tokens + segment - 1) / segment * problem.problem.heads;
+  reference::DispatchDim(args.q.dim(2), [&]<int kDim>() {
+    cuda::Launch(
+        ctx.cuda(), "MobaForward(reference_cuda)", reference::RoutedForwardKernel<kDim>,
+        {dim3(cuda::GridSize(blocks)), dim3(reference::kThreads), sizeof(reference::RoutedShared)},
+        problem);
+  });
+}
+
+}  // namespace longspan::ops::internal
