@@ -37,6 +37,26 @@ std::string Avx512Rejects(const AttentionProblem& problem) {
 #endif
 }
 
+std::string Avx512Bf16Rejects(const AttentionProblem& problem) {
+  if (problem.dtype != DType::kBF16) {
+    return Str("it takes bf16 and the problem is ", ToString(problem.dtype));
+  }
+#if defined(LONGSPAN_HAVE_AVX512)
+  static const bool supported = __builtin_cpu_supports("avx512bf16");
+  if (!supported) return "this processor has no AVX512-BF16";
+#endif
+  return Avx512Rejects(problem);
+}
+
+std::string AmxRejects(const AttentionProblem& problem) {
+  const std::string reason = Avx512Bf16Rejects(problem);
+  if (!reason.empty()) return reason;
+#if defined(LONGSPAN_HAVE_AVX512)
+  if (!cpu::AmxTilesUsable()) return "this processor or its kernel offers no AMX with bf16";
+#endif
+  return "";
+}
+
 std::string ReferenceRejects(const AttentionProblem&) { return ""; }
 
 std::string ReferenceCudaRejects(const AttentionProblem& problem) {
@@ -72,6 +92,28 @@ struct Implementation {
 };
 
 #if defined(LONGSPAN_HAVE_AVX512)
+const Bf16Kernels& AmxKernels() {
+  static const Bf16Kernels kernels = [] {
+    Bf16Kernels all = avx512_bf16::kKernels;
+    all.begin_task = amx::Configure;
+    all.end_task = amx::Release;
+    all.gemm = amx::Gemm;
+    return all;
+  }();
+  return kernels;
+}
+void AmxForward(Context& ctx, const ForwardArgs& args) {
+  cpu::Bf16Forward(ctx, AmxKernels(), args);
+}
+void AmxBackward(Context& ctx, const BackwardArgs& args) {
+  cpu::Bf16Backward(ctx, AmxKernels(), args);
+}
+void Avx512Bf16Forward(Context& ctx, const ForwardArgs& args) {
+  cpu::Bf16Forward(ctx, avx512_bf16::kKernels, args);
+}
+void Avx512Bf16Backward(Context& ctx, const BackwardArgs& args) {
+  cpu::Bf16Backward(ctx, avx512_bf16::kKernels, args);
+}
 void Avx512Forward(Context& ctx, const ForwardArgs& args) {
   cpu::BlockedForward(ctx, avx512::kBlockKernels, args);
 }
@@ -79,8 +121,12 @@ void Avx512Backward(Context& ctx, const BackwardArgs& args) {
   cpu::BlockedBackward(ctx, avx512::kBlockKernels, args);
 }
 #else
-constexpr void (*Avx512Forward)(Context&, const ForwardArgs&) = nullptr;
-constexpr void (*Avx512Backward)(Context&, const BackwardArgs&) = nullptr;
+using ForwardFunction = void (*)(Context&, const ForwardArgs&);
+using BackwardFunction = void (*)(Context&, const BackwardArgs&);
+constexpr ForwardFunction AmxForward = nullptr, Avx512Bf16Forward = nullptr,
+                          Avx512Forward = nullptr;
+constexpr BackwardFunction AmxBackward = nullptr, Avx512Bf16Backward = nullptr,
+                           Avx512Backward = nullptr;
 #endif
 void PortableForward(Context& ctx, const ForwardArgs& args) {
   cpu::BlockedForward(ctx, portable::kBlockKernels, args);
@@ -92,6 +138,8 @@ void PortableBackward(Context& ctx, const BackwardArgs& args) {
 constexpr DeviceKind kCpu = DeviceKind::kCpu, kCuda = DeviceKind::kCuda;
 
 constexpr Implementation kTable[] = {
+    {{"amx_bf16", kCpu, AmxRejects}, AmxForward, AmxBackward},
+    {{"avx512_bf16", kCpu, Avx512Bf16Rejects}, Avx512Bf16Forward, Avx512Bf16Backward},
     {{"avx512", kCpu, Avx512Rejects}, Avx512Forward, Avx512Backward},
     {{"portable", kCpu, BlockedRejects}, PortableForward, PortableBackward},
     {{"reference", kCpu, ReferenceRejects}, cpu::ReferenceForward, cpu::ReferenceBackward},

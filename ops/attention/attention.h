@@ -43,9 +43,9 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
                                  const BlockMask& mask, const AttentionOptions& options = {});
 
 // delta_i = sum_d do_id * o_id with the final o (any of its dtypes), [Tq, Hq] f32 (f64), from the
-// values given. The backward pass of mma_bf16 rounds an f32 d_out to bf16 and leaves delta as it
-// is: ds = p (dp - delta) is then off by p times the rounding error of do . o, as much as by that
-// of dp. A d_out in bf16 makes the two consistent.
+// values given. The entries named ..._bf16 round an f32 d_out to bf16 and leave delta as it is: ds
+// = p (dp - delta) is then off by p times the rounding error of do . o, as much as by that of dp. A
+// d_out in bf16 makes the two consistent.
 Tensor AttentionDelta(Context& ctx, const Tensor& d_out, const Tensor& o);
 
 // Adds this mask's share of the gradients: `dq` [Tq, Hq, D] and `dkv`. `lse` is the final one over
@@ -60,6 +60,9 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
 void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const Tensor& lse2);
 
 // The implementation table, for each device most specialised first, reference last:
+//   amx_bf16        64 x 64 blocks, operands, probabilities and score gradients in bf16 with f32
+//                   sums; head_dim a multiple of 8 up to 256, processors with AMX and AVX512-BF16
+//   avx512_bf16     the same, processors with AVX512-BF16
 //   avx512          64 x 64 blocks in f32, head_dim a multiple of 8 up to 256, processors with
 //                   AVX-512
 //   portable        the same blocks in plain vector code, head_dim up to 256

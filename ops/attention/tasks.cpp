@@ -26,6 +26,15 @@ std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs)
   return tasks;
 }
 
+std::vector<int32_t> IndexByBlock(const Documents& documents, const BlockList& list) {
+  std::vector<int32_t> index(
+      static_cast<size_t>(documents.rows * BlocksPerRow(documents.row_length)), -1);
+  for (size_t i = 0; i < list.ids.size(); ++i) {
+    index[static_cast<size_t>(list.ids[i])] = static_cast<int32_t>(i);
+  }
+  return index;
+}
+
 std::vector<int64_t> QueryTokenOffsets(const BlockMask& mask) {
   const Documents& documents = mask.documents();
   std::vector<int64_t> offsets(

@@ -14,6 +14,9 @@ struct BlockTask {
 // All pieces along one axis, those with most entries first.
 std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs);
 
+// Place in `list` by global block id, -1 where absent.
+std::vector<int32_t> IndexByBlock(const Documents& documents, const BlockList& list);
+
 // Local token offset in mask.queries() by global block id, -1 where absent.
 std::vector<int64_t> QueryTokenOffsets(const BlockMask& mask);
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "ops/core/cpu/amx.h"
 #include "ops/core/cpu/peak_kernels.h"
 #include "ops/core/parallel_for.h"
 
@@ -83,6 +84,10 @@ MachinePeaks MeasurePeaks(Context& ctx, double seconds) {
   if (__builtin_cpu_supports("avx512bf16")) {
     peaks.bf16_set = "avx512_bf16";
     peaks.bf16_gflops = BestRate(ctx, seconds, 24 * 32 * 2, avx512_bf16::DotLoop);
+  }
+  if (AmxUsable()) {
+    peaks.bf16_set = "amx_bf16";
+    peaks.bf16_gflops = BestRate(ctx, seconds, 4 * 16 * 16 * 32 * 2, amx::DotLoop);
   }
 #endif
   peaks.copy_gbps = CopyRate(ctx, seconds);

@@ -12,10 +12,11 @@ struct MachinePeaks {
   double bf16_gflops =
       0;                 // bf16 dot products with f32 accumulation; f32_gflops when there are none
   double copy_gbps = 0;  // large copy, bytes read + bytes written
-  std::string f32_set, bf16_set;  // "avx512", "avx512_bf16", "portable"; of a GPU "gemm"
-  int threads = 0;                // of the host
-  std::string device = "cpu";     // or "cuda"
-  std::string name;               // of a GPU
+  std::string f32_set,
+      bf16_set;                // "amx_bf16", "avx512_bf16", "avx512", "portable"; of a GPU "gemm"
+  int threads = 0;             // of the host
+  std::string device = "cpu";  // or "cuda"
+  std::string name;            // of a GPU
 };
 
 // Takes about `seconds` per figure.

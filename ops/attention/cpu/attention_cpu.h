@@ -1,6 +1,7 @@
 #pragma once
 #include "ops/attention/arguments.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/cpu/bf16_kernels.h"
 #include "ops/attention/cpu/block_kernels.h"
 #include "ops/attention/tasks.h"
 
@@ -13,6 +14,14 @@ void ReferenceBackward(Context& ctx, const BackwardArgs& args);
 // 64 x 64 blocks, online softmax, f32 arithmetic on f32 or bf16 operands.
 void BlockedForward(Context& ctx, const BlockKernels& kernels, const ForwardArgs& args);
 void BlockedBackward(Context& ctx, const BlockKernels& kernels, const BackwardArgs& args);
+
+// The same blocks with bf16 operands, probabilities and score gradients, which dot product
+// instructions take; f32 sums and softmax. head_dim a multiple of 8.
+void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& args);
+void Bf16Backward(Context& ctx, const Bf16Kernels& kernels, const BackwardArgs& args);
+
+// Whether this process can run the amx part of bf16_kernels.h.
+bool AmxTilesUsable();
 
 // Largest head_dim of the blocked kernels.
 inline constexpr int64_t kMaxBlockedHeadDim = 256;

@@ -20,20 +20,6 @@ struct Backward {
 
   float scale() const { return static_cast<float>(args.scale * kLog2E); }
 
-  // lse in units of log2 and delta - dlse of one head's `tokens` rows. The lanes after the last row
-  // get lse = +inf, so that their probabilities are 0.
-  void LoadRows(int64_t first_token, int64_t tokens, int64_t head, float* lse, float* delta) const {
-    const float* lse_in = args.lse.data<float>();
-    const float* delta_in = args.delta.data<float>();
-    const float* dlse = args.dlse.defined() ? args.dlse.data<float>() : nullptr;
-    for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t row = (first_token + i) * shape.heads + head;
-      lse[i] = static_cast<float>(kLog2E * static_cast<double>(lse_in[row]));
-      delta[i] = delta_in[row] - (dlse != nullptr ? dlse[row] : 0.0f);
-    }
-    std::fill(lse + tokens, lse + 64, kInfinity);
-    std::fill(delta + tokens, delta + 64, 0.0f);
-  }
   void PackRows(const Tensor& from, int64_t first_token, int64_t tokens, int64_t head,
                 float* to) const {
     const int64_t stride = shape.heads * shape.dim;
@@ -128,7 +114,7 @@ void QueryGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask tas
     b.Transpose(k, tokens, head.q_lanes);
     b.PackRows(b.args.d_out, first, tokens, h, k);
     b.Transpose(k, tokens, head.d_out_lanes);
-    b.LoadRows(first, tokens, h, head.lse, head.delta);
+    LoadRowStatistics(b.args, first, tokens, h, head.lse, head.delta);
     std::fill(head.dq, head.dq + shape.packed(), 0.0f);
   }
   for (const BlockRun& run : runs) {
@@ -214,7 +200,7 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
         const int64_t h = task.kv_head * shape.group + g;
         b.PackRows(b.args.q, first, tokens, h, q);
         b.PackRows(b.args.d_out, first, tokens, h, d_out);
-        b.LoadRows(first, tokens, h, lse, delta);
+        LoadRowStatistics(b.args, first, tokens, h, lse, delta);
         b.Scores(q, tokens, k_lanes, s);
         b.Scores(d_out, tokens, v_lanes, dp);
         b.kernels.gradient_by_key({.s = s,
@@ -236,6 +222,20 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
 }
 
 }  // namespace
+
+void LoadRowStatistics(const BackwardArgs& args, int64_t first_token, int64_t tokens, int64_t head,
+                       float* lse, float* delta) {
+  const float* lse_in = args.lse.data<float>();
+  const float* delta_in = args.delta.data<float>();
+  const float* dlse = args.dlse.defined() ? args.dlse.data<float>() : nullptr;
+  for (int64_t i = 0; i < tokens; ++i) {
+    const int64_t row = (first_token + i) * args.lse.dim(1) + head;
+    lse[i] = static_cast<float>(kLog2E * static_cast<double>(lse_in[row]));
+    delta[i] = delta_in[row] - (dlse != nullptr ? dlse[row] : 0.0f);
+  }
+  std::fill(lse + tokens, lse + 64, kInfinity);
+  std::fill(delta + tokens, delta + 64, 0.0f);
+}
 
 void BlockedBackward(Context& ctx, const BlockKernels& kernels, const BackwardArgs& args) {
   const Backward b{kernels, MakeBlockedShape(args.q, args.kv), args, QueryTokenOffsets(args.mask)};

@@ -39,9 +39,10 @@ class Draws {
 Context OneThread() { return OpContext(1); }
 
 // bf16 operands are exact in f32 and the results are f32, so most implementations are allowed no
-// more error than for f32. Tensor cores take probabilities and score gradients in bf16.
+// more error than for f32. Those named after bf16 also take probabilities and score gradients in
+// it.
 double Tolerance(const std::string& name, DType dtype) {
-  if (name == "mma_bf16") return 5e-3;
+  if (name.ends_with("_bf16")) return 5e-3;
   return dtype == DType::kF64 ? 1e-12 : 1e-5;
 }
 

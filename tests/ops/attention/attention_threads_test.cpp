@@ -36,7 +36,7 @@ TEST(AttentionThreadsTest, SameBitsForAnyNumberOfThreads) {
     for (const std::string& name :
          ImplementationsFor(one, {dtype, c.heads(), c.mask_case.kv_heads, c.dim})) {
       const AttentionRun want = RunAttention(one, c, in, name);
-      for (const int threads : {2, 5}) {
+      for (const int threads : {1, 2, 3, 5}) {
         Context many = WithThreads(threads);
         const AttentionRun run = RunAttention(many, c, in, name);
         EXPECT_EQ(run.o, want.o) << name << " " << threads;

@@ -1,0 +1,60 @@
+#pragma once
+#include <vector>
+
+#include "ops/attention/cpu/attention_cpu.h"
+#include "ops/attention/cpu/blocked.h"
+
+namespace longspan::ops::cpu {
+
+// Sizes of one call, in floats of scratch memory.
+struct Bf16Shape {
+  int64_t heads, kv_heads, group, dim, padded;         // padded: dim up to a multiple of 32
+  int64_t operand() const { return 64 * padded / 2; }  // rows, columns or lanes of a block
+  int64_t result() const { return 64 * padded; }       // [padded][64] f32
+  static constexpr int64_t kScores = 64 * 64;          // f32 score tile
+  static constexpr int64_t kPairs = 64 * 64 / 2;       // bf16 score tile in lanes form
+};
+Bf16Shape MakeBf16Shape(const Tensor& q, const KvView& kv);
+
+// 64 token rows as an operand.
+struct OperandRows {
+  const uint16_t* at;
+  int64_t ld;
+};
+// The `tokens` rows of head_dim elements at `offset` of `from`, `stride` elements apart: where they
+// lie if they are complete blocks of bf16, otherwise padded (and rounded) into `scratch`.
+OperandRows RowsOf(const Bf16Kernels& kernels, const Bf16Shape& shape, const Tensor& from,
+                   int64_t offset, int64_t stride, int64_t tokens, uint16_t* scratch);
+
+// The columns form of the keys (or values) that a mask needs: computed once and shared by all tasks
+// of a call. O(tokens).
+class KeyColumns {
+ public:
+  KeyColumns(Context& ctx, const Bf16Kernels& kernels, const Bf16Shape& shape, const KvView& kv,
+             const Tensor& keys_or_values, const BlockMask& mask);
+  const uint16_t* Of(int64_t kv_head, int32_t key_block) const {
+    const int64_t at = kv_head * blocks_ + index_[static_cast<size_t>(key_block)];
+    return reinterpret_cast<const uint16_t*>(columns_.data<BF16>()) + at * stride_;
+  }
+
+ private:
+  int64_t blocks_, stride_;
+  std::vector<int32_t> index_;  // by block id
+  Tensor columns_;
+};
+
+// Sets up and gives back what the kernels need of a thread.
+class KernelTask {
+ public:
+  explicit KernelTask(const Bf16Kernels& kernels) : kernels_(kernels) { kernels_.begin_task(); }
+  ~KernelTask() { kernels_.end_task(); }
+  KernelTask(const KernelTask&) = delete;
+  KernelTask& operator=(const KernelTask&) = delete;
+
+ private:
+  const Bf16Kernels& kernels_;
+};
+
+inline uint16_t* Halves(float* scratch) { return reinterpret_cast<uint16_t*>(scratch); }
+
+}  // namespace longspan::ops::cpu

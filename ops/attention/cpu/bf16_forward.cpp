@@ -1,0 +1,183 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/attention/cpu/bf16_blocks.h"
+#include "ops/attention/token_sets.h"
+#include "ops/core/parallel_for.h"
+
+namespace longspan::ops::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// One call: what all its tasks share.
+struct Forward {
+  const Bf16Kernels& kernels;
+  const Bf16Shape shape;
+  const ForwardArgs& args;
+  const KeyColumns values;
+};
+
+// Running state of one query head of a task; its queries are the lanes.
+struct HeadState {
+  uint16_t* q;     // lanes form
+  float* o;        // [padded][64], not yet divided by weight
+  float* maximum;  // [64], in units of log2
+  float* sum;      // [64]
+  float* weight;   // [64]
+};
+int64_t HeadFloats(const Bf16Shape& shape) { return shape.operand() + shape.result() + 3 * 64; }
+int64_t WorkerFloats(const Bf16Shape& shape) {
+  return shape.group * HeadFloats(shape) + shape.operand() + Bf16Shape::kScores +
+         Bf16Shape::kPairs + 64;
+}
+
+class ForwardTask {
+ public:
+  ForwardTask(const Forward& call, Scratch::Cursor scratch, BlockTask task)
+      : call_(call),
+        kernels_(call.kernels),
+        shape_(call.shape),
+        mask_(call.args.mask),
+        task_(task),
+        query_(mask_.queries().ids[static_cast<size_t>(task.index)]),
+        first_token_(mask_.queries().token_begin[static_cast<size_t>(task.index)]),
+        tokens_(mask_.queries().token_begin[static_cast<size_t>(task.index) + 1] - first_token_),
+        rows_(Halves(scratch.Take(shape_.operand()))),
+        scores_(scratch.Take(Bf16Shape::kScores)),
+        p_(Halves(scratch.Take(Bf16Shape::kPairs))),
+        rescale_(scratch.Take(64)),
+        heads_(scratch) {}
+
+  void Run() const {
+    const KernelTask running(kernels_);
+    for (int64_t g = 0; g < shape_.group; ++g) Start(g);
+    for (const BlockRun& run : mask_.row_runs().Row(mask_.pattern_of(task_.kv_head), task_.index)) {
+      for (int32_t n = 0; n < run.count; ++n) Step(run.block(n), run.kind());
+    }
+    for (int64_t g = 0; g < shape_.group; ++g) Finish(g);
+  }
+
+ private:
+  HeadState Head(int64_t g) const {
+    Scratch::Cursor at = heads_;
+    at.Take(g * HeadFloats(shape_));
+    HeadState head;
+    head.q = Halves(at.Take(shape_.operand()));
+    head.o = at.Take(shape_.result());
+    head.maximum = at.Take(64);
+    head.sum = at.Take(64);
+    head.weight = at.Take(64);
+    return head;
+  }
+  int64_t QueryHead(int64_t g) const { return task_.kv_head * shape_.group + g; }
+
+  void Start(int64_t g) const {
+    const HeadState head = Head(g);
+    const int64_t stride = shape_.heads * shape_.dim;
+    const OperandRows q =
+        RowsOf(kernels_, shape_, call_.args.q, first_token_ * stride + QueryHead(g) * shape_.dim,
+               stride, tokens_, rows_);
+    kernels_.to_lanes(q.at, q.ld, static_cast<int>(shape_.padded), head.q);
+    std::fill(head.o, head.o + shape_.result(), 0.0f);
+    std::fill(head.maximum, head.maximum + 64, -kInfinity);
+    std::fill(head.sum, head.sum + 64, 0.0f);
+    std::fill(head.weight, head.weight + 64, 0.0f);
+  }
+
+  void Step(int32_t key, BlockKind kind) const {
+    const int64_t keys = BlockTokens(mask_.documents().row_length, key);
+    const OperandRows k =
+        RowsOf(kernels_, shape_, call_.args.kv.k, call_.args.kv.Offset(task_.kv_head, key),
+               call_.args.kv.token_stride(), keys, rows_);
+    const uint16_t* v = call_.values.Of(task_.kv_head, key);
+    const bool partial = kind == BlockKind::kPartial;
+    uint64_t bits[64];
+    if (partial) {
+      VisibleBitsOfKeys(mask_.rule(), mask_.documents(), task_.kv_head, query_, key, bits);
+    }
+    const int dim = static_cast<int>(shape_.dim);
+    for (int64_t g = 0; g < shape_.group; ++g) {
+      const HeadState head = Head(g);
+      kernels_.gemm({.a = k.at,
+                     .a_row = k.ld,
+                     .b = head.q,
+                     .c = scores_,
+                     .rows = static_cast<int>(keys),
+                     .inner = dim,
+                     .add = false});
+      const bool raised = kernels_.softmax({.s = scores_,
+                                            .p = p_,
+                                            .keys = static_cast<int>(keys),
+                                            .scale = static_cast<float>(call_.args.scale * kLog2E),
+                                            .bits = partial ? bits : nullptr,
+                                            .maximum = head.maximum,
+                                            .sum = head.sum,
+                                            .weight = head.weight,
+                                            .rescale = rescale_});
+      if (raised) kernels_.scale_lanes(head.o, dim, rescale_);
+      kernels_.gemm({.a = v,
+                     .a_row = kMaskBlock,
+                     .b = p_,
+                     .c = head.o,
+                     .rows = dim,
+                     .inner = static_cast<int>(keys),
+                     .add = true});
+    }
+  }
+
+  void Finish(int64_t g) const {
+    const HeadState head = Head(g);
+    for (int64_t i = 0; i < tokens_; ++i) {
+      const int64_t row = (first_token_ + i) * shape_.heads + QueryHead(g);
+      const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
+      call_.args.lse.data<float>()[row] =
+          empty ? -kInfinity
+                : static_cast<float>(kLn2 * static_cast<double>(head.maximum[i]) +
+                                     std::log(static_cast<double>(head.sum[i])));
+      rescale_[i] = empty ? 0.0f : 1.0f / head.weight[i];
+    }
+    std::fill(rescale_ + tokens_, rescale_ + 64, 0.0f);
+    const LaneStore store{.from = head.o,
+                          .scale = rescale_,
+                          .tokens = static_cast<int>(tokens_),
+                          .dim = static_cast<int>(shape_.dim),
+                          .stride = shape_.heads * shape_.dim};
+    const int64_t to = first_token_ * store.stride + QueryHead(g) * shape_.dim;
+    const Tensor& o = call_.args.o;
+    if (o.dtype() == DType::kBF16) {
+      kernels_.store_bf16(store, reinterpret_cast<uint16_t*>(o.data<BF16>()) + to);
+    } else {
+      kernels_.store_f32(store, o.data<float>() + to);
+    }
+  }
+
+  const Forward& call_;
+  const Bf16Kernels& kernels_;
+  const Bf16Shape& shape_;
+  const BlockMask& mask_;
+  const BlockTask task_;
+  const int32_t query_;
+  const int64_t first_token_, tokens_;
+  uint16_t* const rows_;
+  float* const scores_;
+  uint16_t* const p_;
+  float* const rescale_;
+  const Scratch::Cursor heads_;
+};
+
+}  // namespace
+
+void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& args) {
+  const Bf16Shape shape = MakeBf16Shape(args.q, args.kv);
+  const Forward call{kernels, shape, args,
+                     KeyColumns(ctx, kernels, shape, args.kv, args.kv.v, args.mask)};
+  const std::vector<BlockTask> tasks = TasksByCost(args.mask, args.mask.row_runs());
+  const Scratch scratch(ctx, WorkerFloats(shape));
+  ParallelFor(ctx, static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
+    ForwardTask(call, scratch.Of(worker), tasks[static_cast<size_t>(i)]).Run();
+  });
+}
+
+}  // namespace longspan::ops::cpu

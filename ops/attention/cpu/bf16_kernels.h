@@ -1,0 +1,106 @@
+#pragma once
+#include <stdint.h>
+
+namespace longspan::ops {
+
+// The inner loops of blocked attention on bf16 operands with f32 sums, once per instruction set.
+// Plain structs and function pointers only: the one header that code compiled for a special
+// instruction set includes. bf16 values are held as uint16_t.
+//
+// A block is 64 tokens. Its operands, `dim` padded with zeros to a multiple of 32:
+//   rows     [64][ld]          a token a row
+//   columns  [padded][64]      transposed
+//   lanes    [padded / 2][64][2]  transposed, with two neighbours of the inner sum side by side:
+//            64 output columns ("lanes") whose right-hand side a dot product instruction takes
+// Results have 64 lanes: [rows][64] f32. All but rows start at 64 bytes.
+
+// c[r][n] (+)= sum_t a[r * a_row + t] * b[t / 2][n][t % 2] for n < 64 lanes. a is 0 and b finite up
+// to the next multiple of 32 of `inner`, and a and c have memory for the next multiple of 16 of
+// `rows`: an implementation may compute those too.
+struct Bf16Gemm {
+  const uint16_t* a;
+  int64_t a_row;
+  const uint16_t* b;
+  float* c;
+  int rows, inner;
+  bool add;
+};
+
+// One step of the online softmax over `keys` rows of scores; lanes are queries. Probabilities
+// exp2(scale * s - maximum) go to `p` in lanes form, 0 from row `keys` on. The running maximum, in
+// units of log2, follows a lane's scores only when they exceed it by 2^kSlack: probabilities stay
+// below 2^kSlack, and what was summed up seldom has to be rescaled. bits[key] masks the lanes,
+// null: everything is visible. A lane that has seen nothing keeps maximum = -inf.
+//
+// `sum` adds the probabilities, for lse; `weight` adds them as rounded, for the mean of the values:
+// weights then add up to 1, and a key that outweighs all others gives its value exactly.
+struct Bf16Softmax {
+  const float* s;
+  uint16_t* p;
+  int keys;
+  float scale;  // includes log2(e)
+  const uint64_t* bits;
+  float* maximum;
+  float* sum;
+  float* weight;
+  float* rescale;  // of earlier output, by lane
+};
+inline constexpr float kSlack = 8;
+
+// p = exp2(scale * s - lse) and ds = p * (dp - delta), both in lanes form, 0 from row `rows` on.
+// lse is in units of log2. With lanes = queries lse and delta are per lane and bits per row (key);
+// with lanes = keys they are per row (query), and p is wanted too.
+struct Bf16Gradient {
+  const float* s;
+  const float* dp;
+  uint16_t* p;
+  uint16_t* ds;
+  int rows;
+  float scale;
+  const uint64_t* bits;
+  const float* lse;
+  const float* delta;
+};
+
+// to[t * stride + d] = (add: +=) scale[t] * from[d][t] for t < tokens, d < dim.
+struct LaneStore {
+  const float* from;
+  const float* scale;
+  int tokens, dim;
+  int64_t stride;
+};
+
+struct Bf16Kernels {
+  // Around each task: set up and give back what `gemm` needs of the processor.
+  void (*begin_task)();
+  void (*end_task)();
+  void (*gemm)(const Bf16Gemm& gemm);
+  // Rows of any layout to padded rows with ld = padded; zeros past `dim` and past `tokens`.
+  void (*copy_rows)(const uint16_t* from, int64_t stride, int tokens, int dim, int padded,
+                    uint16_t* to);
+  void (*round_rows)(const float* from, int64_t stride, int tokens, int dim, int padded,
+                     uint16_t* to);
+  // Complete rows to the other forms.
+  void (*to_columns)(const uint16_t* rows, int64_t ld, int padded, uint16_t* to);
+  void (*to_lanes)(const uint16_t* rows, int64_t ld, int padded, uint16_t* to);
+  // Whether some lane's maximum moved, so that earlier output must be multiplied by `rescale`.
+  bool (*softmax)(const Bf16Softmax& step);
+  void (*gradient_by_query)(const Bf16Gradient& step);  // lanes = queries
+  void (*gradient_by_key)(const Bf16Gradient& step);    // lanes = keys
+  void (*scale_lanes)(float* c, int rows, const float* scale);
+  void (*store_f32)(const LaneStore& store, float* to);
+  void (*store_bf16)(const LaneStore& store, uint16_t* to);
+  void (*add_f32)(const LaneStore& store, float* to);
+};
+
+namespace avx512_bf16 {
+extern const Bf16Kernels kKernels;
+}
+// What AMX replaces of them: begin_task, end_task and gemm.
+namespace amx {
+void Configure();
+void Release();
+void Gemm(const Bf16Gemm& gemm);
+}  // namespace amx
+
+}  // namespace longspan::ops

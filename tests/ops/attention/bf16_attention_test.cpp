@@ -1,0 +1,257 @@
+// The entries that multiply in bf16: their error against that of a naive computation which rounds
+// the same things, and what is particular to them.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "ops/core/rng.h"
+#include "tests/ops/attention/attention_fixture.h"
+#include "tests/ops/op_test.h"
+
+namespace longspan::test {
+namespace {
+
+double Rounded(double value) { return RoundedTo(DType::kBF16, {value})[0]; }
+
+// Whether two bf16 entries exist depends on the processor; there is at least one wherever this test
+// is registered.
+std::vector<std::string> Bf16Implementations(const Context& ctx, const AttentionCase& c) {
+  std::vector<std::string> names = ImplementationsFor(ctx, c);
+  std::erase_if(names, [](const std::string& name) { return !name.ends_with("_bf16"); });
+  return names;
+}
+
+struct NaiveRun {
+  Vec o, lse, dq, dk, dv;
+};
+
+// Attention with one probability matrix a head, in f64 except that probabilities relative to the
+// row's maximum (forward), probabilities and score gradients (backward) are rounded to bf16, as
+// operands of products are.
+NaiveRun NaiveBf16(const AttentionCase& c, const AttentionInputs& in) {
+  const NaiveProblem& a = in.problem;
+  const auto rows = static_cast<size_t>(a.queries.tokens());
+  const auto keys = static_cast<size_t>(a.keys.tokens());
+  const auto heads = static_cast<size_t>(a.heads), kv_heads = static_cast<size_t>(a.kv_heads);
+  const auto dim = static_cast<size_t>(a.dim);
+  NaiveRun out{Vec(in.q.size()), Vec(rows * heads), Vec(in.q.size()), Vec(in.k.size()),
+               Vec(in.v.size())};
+  const auto dot = [dim](const double* x, const double* y) {
+    double sum = 0;
+    for (size_t d = 0; d < dim; ++d) sum += x[d] * y[d];
+    return sum;
+  };
+  const auto add = [dim](double weight, const double* x, double* to) {
+    for (size_t d = 0; d < dim; ++d) to[d] += weight * x[d];
+  };
+  for (size_t h = 0; h < heads; ++h) {
+    const size_t kv_head = h / (heads / kv_heads);
+    for (size_t i = 0; i < rows; ++i) {
+      const size_t at = (i * heads + h) * dim;
+      std::vector<size_t> seen;
+      Vec s;
+      for (size_t j = 0; j < keys; ++j) {
+        if (!Sees(a.pattern, a.kv_heads, *a.documents, static_cast<int64_t>(kv_head),
+                  static_cast<int64_t>(i), static_cast<int64_t>(j))) {
+          continue;
+        }
+        seen.push_back((j * kv_heads + kv_head) * dim);
+        s.push_back(a.scale * dot(&in.q[at], &in.k[seen.back()]));
+      }
+      if (seen.empty()) {
+        out.lse[i * heads + h] = -std::numeric_limits<double>::infinity();
+        continue;
+      }
+      const double top = *std::max_element(s.begin(), s.end());
+      double sum = 0;
+      for (const double x : s) sum += std::exp(x - top);
+      const double lse = top + std::log(sum);
+      out.lse[i * heads + h] = lse;
+      for (size_t n = 0; n < s.size(); ++n) {
+        add(Rounded(std::exp(s[n] - top)) / sum, &in.v[seen[n]], &out.o[at]);
+      }
+      const double delta = dot(&in.d_out[at], &out.o[at]) - in.dlse[i * heads + h];
+      for (size_t n = 0; n < s.size(); ++n) {
+        const double p = std::exp(s[n] - lse);
+        const double ds = Rounded(p * (dot(&in.d_out[at], &in.v[seen[n]]) - delta)) * a.scale;
+        add(Rounded(p), &in.d_out[at], &out.dv[seen[n]]);
+        add(ds, &in.k[seen[n]], &out.dq[at]);
+        add(ds, &in.q[at], &out.dk[seen[n]]);
+      }
+    }
+  }
+  static_cast<void>(c);
+  return out;
+}
+
+void ExpectAtMostTwice(const char* what, const Vec& got, const Vec& naive, const Vec& exact) {
+  EXPECT_LE(RelRms(got, exact), 2 * RelRms(naive, exact) + 1e-6) << what;
+}
+
+void Check(Context& ctx, const AttentionCase& c) {
+  SCOPED_TRACE(c.Name());
+  const AttentionInputs in = MakeInputs(c);
+  const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
+  const NaiveGradients grads = NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
+  const NaiveRun naive = NaiveBf16(c, in);
+  const std::vector<std::string> names = Bf16Implementations(ctx, c);
+  ASSERT_FALSE(names.empty());
+  for (const std::string& name : names) {
+    SCOPED_TRACE(name);
+    const AttentionRun run = RunAttention(ctx, c, in, name);
+    ExpectAtMostTwice("o", run.o, naive.o, out.o);
+    ExpectAtMostTwice("dq", run.dq, naive.dq, grads.dq);
+    ExpectAtMostTwice("dk", run.dk, naive.dk, grads.dk);
+    ExpectAtMostTwice("dv", run.dv, naive.dv, grads.dv);
+    // No rounded operand enters lse.
+    for (size_t i = 0; i < out.lse.size(); ++i) {
+      if (std::isinf(out.lse[i])) {
+        EXPECT_EQ(run.lse[i], out.lse[i]);
+      } else {
+        EXPECT_NEAR(run.lse[i], out.lse[i], 2e-6 * std::max(1.0, std::abs(out.lse[i])));
+      }
+    }
+  }
+}
+
+AttentionCase CaseOf(NamedPattern pattern, int64_t tokens, std::vector<int64_t> ends,
+                     int64_t kv_heads) {
+  const auto documents =
+      std::make_shared<ops::Documents>(ops::Documents::FromEnds(tokens, {std::move(ends)}));
+  const auto all = ops::BlockList::All(*documents);
+  return {.mask_case = {.pattern = std::move(pattern),
+                        .documents = {Str(tokens, " tokens"), documents},
+                        .shard = {"whole", all, all},
+                        .kv_heads = kv_heads},
+          .dtype = DType::kBF16};
+}
+
+std::vector<NamedPattern> SomePatterns() {
+  return {{"causal", ops::AttentionPattern::Causal()},
+          {"full", ops::AttentionPattern::Full()},
+          {"window", ops::AttentionPattern::Window(90, 3)},
+          {"s2", ops::AttentionPattern::S2(
+                     {.local_blocks = 1, .stride_blocks = 2, .allow_incomplete_coverage = true})}};
+}
+
+TEST(Bf16AttentionTest, ErrorIsAtMostTwiceTheNaiveOne) {
+  Context ctx = OpContext(1);
+  const std::vector<NamedPattern> patterns = SomePatterns();
+  uint64_t seed = 1;
+  for (const int64_t dim : {8, 24, 64, 80, 96, 128, 192, 256}) {
+    for (const int64_t group : {1, 4, 16}) {
+      // 193: a last block of one token; 150: tails that are no multiple of 16 or 32.
+      const int64_t tokens = seed % 2 == 0 ? 193 : 150;
+      AttentionCase c =
+          CaseOf(patterns[seed % patterns.size()], tokens, {70, tokens}, group == 16 ? 1 : 2);
+      c.dim = dim;
+      c.group = group;
+      c.aligned = seed % 3 != 0;
+      c.with_dlse = seed % 2 == 0;
+      c.seed = ++seed;
+      Check(ctx, c);
+      if (testing::Test::HasFailure()) return;
+    }
+  }
+}
+
+// The running maximum follows scores only when they exceed it by 2^8. Keys that grow from block to
+// block, by less and by more than that, leave lanes at all distances from their true maximum.
+TEST(Bf16AttentionTest, RisingScoresAreFollowed) {
+  Context ctx = OpContext(1);
+  for (const double growth : {0.4, 1.0, 3.0}) {
+    AttentionCase c = CaseOf({"full", ops::AttentionPattern::Full()}, 400, {400}, 1);
+    c.dim = 32;
+    AttentionInputs in = MakeInputs(c);
+    for (size_t i = 0; i < in.k.size(); ++i) {
+      in.k[i] *= 1 + growth * static_cast<double>(i / (64 * 32));
+    }
+    in.k = RoundedTo(DType::kBF16, in.k);
+    const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
+    const NaiveRun naive = NaiveBf16(c, in);
+    for (const std::string& name : Bf16Implementations(ctx, c)) {
+      SCOPED_TRACE(Str(name, " growth ", growth));
+      const AttentionRun run = RunAttention(ctx, c, in, name);
+      ExpectAtMostTwice("o", run.o, naive.o, out.o);
+      EXPECT_LT(RelMax(run.lse, out.lse), 1e-6);
+    }
+  }
+}
+
+// Scores of a lane that are all far below those of other lanes: nothing of it may underflow.
+TEST(Bf16AttentionTest, LowScoresDoNotVanish) {
+  Context ctx = OpContext(1);
+  AttentionCase c = CaseOf({"full", ops::AttentionPattern::Full()}, 130, {130}, 1);
+  c.dim = 16;
+  c.scale = 1;
+  AttentionInputs in = MakeInputs(c);
+  for (size_t i = 0; i < in.k.size(); ++i) in.k[i] = Rounded(in.k[i] - 20);
+  for (size_t i = 0; i < in.q.size(); ++i) in.q[i] = Rounded(2 + in.q[i] / 64);  // s near -640
+  const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
+  const NaiveRun naive = NaiveBf16(c, in);
+  for (const std::string& name : Bf16Implementations(ctx, c)) {
+    const AttentionRun run = RunAttention(ctx, c, in, name);
+    // Scores near 640 carry 6e-5 in f32.
+    EXPECT_LT(RelRms(run.o, out.o), 2 * RelRms(naive.o, out.o) + 1e-3) << name;
+    EXPECT_LT(RelMax(run.lse, out.lse), 1e-6) << name;
+  }
+}
+
+// NaN anywhere in what a query sees must reach its results.
+TEST(Bf16AttentionTest, NanReachesTheResults) {
+  Context ctx = OpContext(1);
+  AttentionCase c = CaseOf({"causal", ops::AttentionPattern::Causal()}, 100, {100}, 1);
+  c.dim = 24;
+  AttentionInputs in = MakeInputs(c);
+  in.q[50 * 24 + 3] = std::numeric_limits<double>::quiet_NaN();
+  for (const std::string& name : Bf16Implementations(ctx, c)) {
+    const AttentionRun run = RunAttention(ctx, c, in, name);
+    for (size_t i = 0; i < 100; ++i) {
+      EXPECT_EQ(std::isnan(run.lse[i]), i == 50) << name << " row " << i;
+      EXPECT_EQ(std::isnan(run.o[i * 24]), i == 50) << name << " row " << i;
+      EXPECT_EQ(std::isnan(run.dq[i * 24]), i == 50) << name << " row " << i;
+      // Keys of the same block that the query does not see meet it with weight 0.
+      EXPECT_TRUE(std::isnan(run.dk[i * 24]) || i > 50) << name << " key " << i;
+    }
+  }
+}
+
+// An f32 gradient of the output is rounded once, to what the bf16 one would have been.
+TEST(Bf16AttentionTest, WideOutputGradientsAreRounded) {
+  Context ctx = OpContext(1);
+  const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, 150));
+  const auto all = ops::BlockList::All(*documents);
+  const auto mask = ops::BlockMask::Build(ops::AttentionPattern::Causal(), 1, documents, all, all);
+  for (const int64_t dim : {64, 40}) {
+    const Shape shape{150, 2, dim}, kv_shape{150, 1, dim};
+    const auto random = [&](const Shape& s, uint64_t seed) {
+      return FromVec(ctx, s, DType::kBF16, Normal(s.numel(), seed, DType::kBF16));
+    };
+    const Tensor q = random(shape, 1);
+    const auto kv = ops::MakeKvView(random(kv_shape, 2), random(kv_shape, 3), all);
+    const Vec d_out = Normal(shape.numel(), 4);  // values of f32
+    const Tensor wide = FromVec(ctx, shape, DType::kF32, d_out);
+    const Tensor narrow = FromVec(ctx, shape, DType::kBF16, d_out);
+    for (const std::string& name : ImplementationsFor(
+             ctx, {.dtype = DType::kBF16, .heads = 2, .kv_heads = 1, .head_dim = dim})) {
+      if (!name.ends_with("_bf16")) continue;
+      const auto forward = ops::AttentionForward(ctx, q, kv, *mask, {.implementation = name});
+      const Tensor delta = ops::AttentionDelta(ctx, narrow, forward.o);
+      std::vector<std::vector<Tensor>> results;
+      for (const Tensor& gradient : {wide, narrow}) {
+        Tensor dq = ctx.Zeros(shape, DType::kF32);
+        const Tensor dk = ctx.Zeros(kv_shape, DType::kF32), dv = ctx.Zeros(kv_shape, DType::kF32);
+        ops::AttentionBackward(ctx, gradient, q, kv, forward.lse, delta, *mask, dq,
+                               ops::MakeKvGradView(dk, dv, all), {.implementation = name});
+        results.push_back({dq, dk, dv});
+      }
+      for (size_t i = 0; i < 3; ++i) {
+        EXPECT_TRUE(SameBits(results[0][i], results[1][i])) << name << " " << dim << " " << i;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longspan::test
