@@ -241,8 +241,9 @@ def bench(run):
 
         def keep(line, count=count):
             try:
-                run.append("bench.jsonl", json.loads(line))
-                count[0] += 1
+                record = json.loads(line)
+                run.append("bench.jsonl", record)
+                count[0] += record["op"] == op
             except ValueError:
                 pass
 
@@ -262,8 +263,8 @@ def judge_measurements(count, lines, status, timed_out):
 def peers(run):
     start = time.monotonic()
     lines, status, timed_out = run.run(
-        [sys.executable, os.path.join(ROOT, "tests", "gpu", "compare.py"), "--longspan", run.longspan,
-         "--out", os.path.join(run.out, "peers.jsonl"), "--budget", str(max(1.0, run.left() - 5))])
+        [sys.executable, os.path.join(ROOT, "tests", "bench", "compare.py"), "--device", "cuda", "--longspan",
+         run.longspan, "--out", os.path.join(run.out, "peers.jsonl"), "--budget", str(max(1.0, run.left() - 5))])
     detail = next((line for line in reversed(lines) if line), "no output")
     absent = next((line for line in lines if line.startswith("peer not run")), None)
     records = [r for r in report.read_jsonl(os.path.join(run.out, "peers.jsonl"))

@@ -1,121 +1,49 @@
 #!/usr/bin/env python3
-"""PyTorch's scaled_dot_product_attention on the CPU, on the cases of `longspan bench attention`.
+"""PyTorch on the CPU, on the cases of `longspan bench attention`: scaled_dot_product_attention and, for
+masks, flex_attention (compiled).
 
-Prints one JSON object a line with the keys of `longspan bench --json`. Peaks and floors are those
-of the other program, so they are null here. Without PyTorch 2.0 or newer it says so and exits 0.
+Prints one JSON object a line with the keys of `longspan bench --json`. Peaks and floors are those of
+the other program, so they are null here; a back end that does not take a case has a line with
+"refused". Without PyTorch 2.5 or newer it says so and exits 0.
 
 usage: attention_torch.py [--problem NAME_OR_FILE]... [--filter S] [--pass forward|backward|both]
-                          [--threads N] [--seconds S] [--list]
+                          [--threads N] [--seconds S] [--repeats N] [--list | --serve]
 
---list prints the facts about each case (pairs, fractions, FLOPs) without running anything.
+--list prints the facts about each case (pairs, fractions, FLOPs) without running anything. --serve
+reads one case name a line from standard input and answers with its records and a line {"done": name}.
 """
 
 import argparse
-import json
 import os
-import re
-import statistics
 import sys
 import time
 
-BLOCK = 64  # tokens of the blocks of block_fraction
-KEYS = ("op case pass impl device threads ms_median ms_p90 flops bytes visible_fraction "
-        "block_fraction peak_gflops peak_gbps floor_ms fraction_of_floor peer peer_ms_median").split()
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from common import Case, Contest, Refused, answer, quantiles, read_names, record, say  # noqa: E402
+
+LARGEST_MASK = 16384  # tokens; the masks of SDPA have their square
+LARGEST_FLEX = 32768  # tokens; its block mask is made from a mask of all pairs
+CHECKED_ROWS = 3
+TOLERANCE = {"f32": 1e-4, "bf16": 2e-2, "f64": 1e-10}
 
 
-class Case:
-    """One row of T tokens, as its name says."""
-
-    def __init__(self, name):
-        words = name.split("_")
-        self.name, self.kind, self.dtype = name, words[0], words[1]
-        self.size = {k: int(v) for k, v in
-                     (re.fullmatch(r"([A-Za-z]+)(\d+)", word).groups() for word in words[2:])}
-        self.tokens, self.heads = self.size["T"], self.size["Hq"]
-        self.kv_heads, self.head_dim = self.size["Hkv"], self.size["D"]
-        self.document = self.size.get("P", self.tokens)
-        sparse = self.kind == "s2" and self.size["V"] > 1
-        self.distinct = range(self.kv_heads) if sparse else range(1)
-
-    def visible(self, head, q, k):
-        """Whether query q sees key k; works on integers and on tensors of them."""
-        begin = q - q % self.document
-        inside = (k >= begin) & (k < begin + self.document)
-        if self.kind == "full":
-            return inside
-        past = inside & (k <= q)
-        if self.kind == "causal":
-            return past
-        if self.kind == "window":
-            near = q - k < self.size["W"]
-            return past & (near | (k - begin < self.size.get("S", 0)))
-        if head >= self.kv_heads - self.size.get("N", 0):
-            return past
-        block, stride = self.size["B"], self.size["V"]
-        step = max(1, stride // self.kv_heads)
-        local = q // block - k // block < self.size["L"]
-        return past & (local | ((k // block - begin // block + head * step) % stride == 0))
-
-    def facts(self, pairs, blocks):
-        """Visible pairs and the two fractions of what attention would have, per kv head, from sums
-        over the distinct heads."""
-        n, b, heads = self.tokens, -(-self.tokens // BLOCK), len(self.distinct)
-        both_ways = self.kind == "full"
-        whole = n * n if both_ways else n * (n + 1) // 2
-        whole_blocks = b * b if both_ways else b * (b + 1) // 2
-        return pairs / heads, pairs / heads / whole, blocks / heads / whole_blocks
-
-    def count(self):
-        """facts(), pair by pair."""
-        pairs, seen = 0, set()
-        for head in self.distinct:
-            for q in range(self.tokens):
-                keys = [k for k in range(self.tokens) if self.visible(head, q, k)]
-                pairs += len(keys)
-                seen.update((head, q // BLOCK, k // BLOCK) for k in keys)
-        return self.facts(pairs, len(seen))
-
-
-def count_masks(case, masks):
-    """facts() from masks, for rows on which Python loops take too long."""
-    rows = -(-case.tokens // BLOCK)
-    blocks = 0
-    for mask in masks:
-        for row in range(rows):
-            seen = mask[row * BLOCK:(row + 1) * BLOCK].any(dim=0)
-            blocks += sum(bool(seen[c * BLOCK:(c + 1) * BLOCK].any()) for c in range(rows))
-    return case.facts(sum(int(mask.sum()) for mask in masks), blocks)
-
-
-def record(case, backward, facts):
-    pairs, visible, blocks = facts
-    flops = 4 * pairs * case.heads * case.head_dim * (2.5 if backward else 1)
-    size = {"f32": 4, "bf16": 2, "f64": 8}[case.dtype]
-    q = case.tokens * case.heads * case.head_dim
-    kv = 2 * case.tokens * case.kv_heads * case.head_dim
-    line = dict.fromkeys(KEYS)
-    line.update(op="attention", case=case.name, device="cpu", impl="torch_sdpa", flops=flops,
-                visible_fraction=visible, block_fraction=blocks,
-                bytes=((4 * q + 2 * kv) if backward else (2 * q + kv)) * size)
-    line["pass"] = "backward" if backward else "forward"
-    return line
-
-
-def measure(run, seconds):
-    """Median and 90th percentile in ms of at least 5 runs after one warm-up."""
+def measure(run, seconds, repeats):
+    """Median and 90th percentile in ms of at least `repeats` runs after one warm-up."""
     run()
     times, start = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < seconds:
+    while len(times) < repeats or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         run()
         times.append((time.perf_counter() - begin) * 1e3)
-    times.sort()
-    return statistics.median(times), times[-(-9 * len(times) // 10) - 1]
+    return quantiles(times)
 
 
-class TorchRun:
-    """Operands of one case as [1, heads, T, D], one call per group of heads with equal masks. K and
-    V are repeated for the query heads of a group beforehand; that is not timed."""
+class Attention:
+    """Operands of one case as [1, heads, T, D]; heads with equal masks are one call. For SDPA, K and V
+    are repeated for the query heads of a group beforehand, which is not timed and is faster than its
+    own handling of groups."""
+
+    differentiable = True
 
     def __init__(self, torch, case):
         self.torch, self.case = torch, case
@@ -126,92 +54,155 @@ class TorchRun:
             shape = (1, heads, case.tokens, case.head_dim)
             return torch.randn(shape, generator=generator).to(dtype)
 
+        self.q, self.k, self.v = (random(heads) for heads in (case.heads, case.kv_heads, case.kv_heads))
+        self.gradient = random(case.heads)
+        self.calls = self.make_calls()  # (function of operands, operands, gradient, first query head)
+        for call in self.calls:
+            for operand in call[1]:
+                operand.requires_grad_(self.differentiable)
+        with torch.no_grad():
+            for call in self.calls:
+                self.check(call[0](*call[1]), call[3])
+        self.outputs = None
+
+    def check(self, output, first):
+        """Some rows against plain arithmetic with the mask of the case: a fast answer to another
+        question is no peer."""
+        torch, case = self.torch, self.case
         group = case.heads // case.kv_heads
-        at = torch.arange(case.tokens)
-        self.masks = [case.visible(h, at[:, None], at[None, :]) for h in case.distinct]
-        plain = case.document == case.tokens and case.kind in ("full", "causal")
-        self.causal = plain and case.kind == "causal"
-        heads = case.kv_heads // len(self.masks)  # of one call
-        self.calls = []
-        for mask in self.masks:
-            k, v = random(heads), random(heads)
-            operands = [random(heads * group), k.repeat_interleave(group, dim=1),
-                        v.repeat_interleave(group, dim=1)]
-            gradient = random(heads * group)
-            self.calls.append(([x.requires_grad_() for x in operands], gradient,
-                               None if plain else mask))
+        keys = torch.arange(case.tokens)
+        for row in (0, case.tokens // 3, case.tokens - 1)[:CHECKED_ROWS]:
+            kv = first // group
+            scores = self.k[0, kv].double() @ self.q[0, first, row].double() / case.head_dim ** 0.5
+            seen = case.visible(kv, torch.tensor(row), keys)
+            expected = torch.softmax(scores.masked_fill(~seen, float("-inf")), 0) @ self.v[0, kv].double()
+            error = (output[0, 0, row].double() - expected).norm() / expected.norm()
+            if not error < TOLERANCE[case.dtype]:
+                raise Refused(f"wrong: row {row} of head {first} is off by {float(error):.2g}")
 
     def forward(self):
-        attention = self.torch.nn.functional.scaled_dot_product_attention
-        return [attention(*operands, attn_mask=mask, is_causal=self.causal)
-                for operands, _, mask in self.calls]
+        with self.torch.no_grad():
+            for function, operands, _, _ in self.calls:
+                function(*operands)
 
-    def backward(self, outputs):
-        for output, (operands, gradient, _) in zip(outputs, self.calls):
+    def backward(self):
+        if self.outputs is None:
+            self.outputs = [function(*operands) for function, operands, _, _ in self.calls]
+        for output, (_, operands, gradient, _) in zip(self.outputs, self.calls):
             self.torch.autograd.grad(output, operands, gradient, retain_graph=True)
 
 
-def run_case(torch, case, arguments):
-    run = TorchRun(torch, case)
-    facts = count_masks(case, run.masks)
+class Sdpa(Attention):
+    def make_calls(self):
+        torch, case = self.torch, self.case
+        if not case.plain and case.tokens > LARGEST_MASK:
+            raise Refused(f"its mask of more than {LARGEST_MASK} tokens would not fit")
+        group, calls = case.heads // case.kv_heads, []
+        at = torch.arange(case.tokens)
+        heads = case.kv_heads // len(case.distinct)  # kv heads of one call
+        for n, head in enumerate(case.distinct):
+            kv = slice(n * heads, (n + 1) * heads)
+            query = slice(n * heads * group, (n + 1) * heads * group)
+            mask = None if case.plain else case.visible(head, at[:, None], at[None, :])
+            causal = case.plain and case.kind == "causal"
+            operands = [self.q[:, query].clone(), self.k[:, kv].repeat_interleave(group, dim=1),
+                        self.v[:, kv].repeat_interleave(group, dim=1)]
 
-    def report(backward, timing):
-        line = record(case, backward, facts)
-        line["threads"] = torch.get_num_threads()
-        line["ms_median"], line["ms_p90"] = timing
-        print(json.dumps(line), flush=True)
-
-    if arguments.passes != "backward":
-        with torch.no_grad():
-            report(False, measure(run.forward, arguments.seconds))
-    if arguments.passes != "forward":
-        outputs = run.forward()
-        report(True, measure(lambda: run.backward(outputs), arguments.seconds))
+            def call(q, k, v, mask=mask, causal=causal):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                                                        is_causal=causal)
+            calls.append((call, operands, self.gradient[:, query], query.start))
+        return calls
 
 
-def read_cases(arguments):
+class Flex(Attention):
+    differentiable = False  # it refuses operands that need gradients on CPUs
+
+    def make_calls(self):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        torch, case = self.torch, self.case
+        if case.plain:
+            raise Refused("SDPA is its faster form here")
+        if case.tokens > LARGEST_FLEX:
+            raise Refused(f"more than {LARGEST_FLEX} tokens")
+        group = case.heads // case.kv_heads
+        mask = create_block_mask(lambda _, head, q, k: case.visible(head // group, q, k), None,
+                                 case.heads if len(case.distinct) > 1 else None, case.tokens,
+                                 case.tokens, device="cpu", BLOCK_SIZE=64)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return [(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True),
+                 [self.q, self.k, self.v], self.gradient, 0)]
+
+    def backward(self):
+        raise Refused("flex_attention has no backward pass on CPUs")
+
+
+BACKENDS = {"sdpa": Sdpa, "flex": Flex}
+
+
+def listed(case):
+    """What --list says: the effective work, as the other program counts it."""
+    pairs, visible, blocks = case.count()
+    size = {"f32": 4, "bf16": 2, "f64": 8}[case.dtype]
+    q = case.tokens * case.heads * case.head_dim
+    kv = 2 * case.tokens * case.kv_heads * case.head_dim
+    for backward in (False, True):
+        yield record("attention", case.name, "torch_sdpa", "backward" if backward else "forward", "cpu",
+                     flops=4 * pairs * case.heads * case.head_dim * (2.5 if backward else 1),
+                     bytes=((4 * q + 2 * kv) if backward else (2 * q + kv)) * size,
+                     visible_fraction=visible, block_fraction=blocks)
+
+
+def arguments_of(description):
     here = os.path.dirname(os.path.abspath(__file__))
-    problems = arguments.problem or [os.path.join(here, "..", "problems", "attention_default.txt")]
-    names = []
-    for problem in problems:
-        if os.path.isfile(problem):
-            with open(problem, encoding="utf-8") as lines:
-                stripped = (line.split("#")[0].strip() for line in lines)
-                names += [name for name in stripped if name]
-        else:
-            names.append(problem)
-    return [Case(name) for name in names if arguments.filter in name]
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--problem", action="append", default=[])
     parser.add_argument("--filter", default="")
     parser.add_argument("--pass", dest="passes", default="both",
                         choices=["forward", "backward", "both"])
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--serve", action="store_true")
     arguments = parser.parse_args()
-    cases = read_cases(arguments)
+    if not arguments.problem:
+        arguments.problem = [os.path.join(here, "..", "problems", "attention_default.txt")]
+    return arguments
+
+
+def main():
+    arguments = arguments_of(__doc__.splitlines()[0])
     if arguments.list:
-        for case in cases:
-            facts = case.count()
-            for backward in (False, True):
-                print(json.dumps(record(case, backward, facts)))
+        for name in read_names(arguments.problem, arguments.filter):
+            for line in listed(Case(name)):
+                say(line)
         return 0
     try:
         import torch
     except ImportError:
         print("peer not run: PyTorch is not installed")
         return 0
-    if not hasattr(torch.nn.functional, "scaled_dot_product_attention"):
-        print(f"peer not run: PyTorch {torch.__version__} is older than 2.0")
+    try:
+        import torch.nn.attention.flex_attention  # noqa: F401
+    except ImportError:
+        print(f"peer not run: PyTorch {torch.__version__} is older than 2.5")
         return 0
     if arguments.threads > 0:
         torch.set_num_threads(arguments.threads)
-    for case in cases:
-        run_case(torch, case, arguments)
+
+    def report(name, backend, which, **more):
+        say(record("attention", name, "torch_" + backend, which, "cpu",
+                   threads=torch.get_num_threads(), **more))
+
+    contest = Contest(BACKENDS, lambda backend, case: BACKENDS[backend](torch, case),
+                      lambda run: measure(run, arguments.seconds, arguments.repeats),
+                      arguments.passes, report)
+    if arguments.serve:
+        answer(sys.stdin, torch.__version__, contest.run)
+    else:
+        for name in read_names(arguments.problem, arguments.filter):
+            contest.run(name)
     return 0
 
 

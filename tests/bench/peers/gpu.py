@@ -13,13 +13,11 @@ usage: gpu.py [--problem NAME_OR_FILE]... [--filter S] [--pass forward|backward|
 """
 
 import argparse
-import json
 import os
-import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from attention_torch import KEYS, Case  # noqa: E402
+from common import Contest, Refused, answer, quantiles, read_names, record, say  # noqa: E402
 
 LONGEST_SPARSE = 32768  # tokens; beyond it the mask of flex_attention alone takes minutes
 FLUSH_BYTES = 256 << 20  # more than the second-level cache of any GPU
@@ -42,12 +40,7 @@ def measure(torch, run, seconds):
         end.synchronize()
         times.append(start.elapsed_time(end))
         total += times[-1]
-    times.sort()
-    return statistics.median(times), times[-(-9 * len(times) // 10) - 1]
-
-
-class Refused(Exception):
-    """A back end does not take a case."""
+    return quantiles(times)
 
 
 class Attention:
@@ -95,19 +88,10 @@ class Attention:
         group = case.heads // case.kv_heads
         step = max(1, case.size["V"] // case.kv_heads) if case.kind == "s2" else 0
 
-        def seen(_, head, q, k):
-            past = k <= q
-            if case.kind == "window":
-                return past & ((q - k < case.size["W"]) | (k < case.size.get("S", 0)))
-            if case.kind == "s2":
-                b = case.size["B"]
-                local = q // b - k // b < case.size["L"]
-                return past & (local | ((k // b + head // group * step) % case.size["V"] == 0))
-            return past
-
         if case.kind not in ("causal", "window", "s2") or case.document != case.tokens or "N" in case.size:
             raise Refused("not one of the patterns written for it here")
-        mask = create_block_mask(seen, None, case.heads if step else None, case.tokens, case.tokens,
+        mask = create_block_mask(lambda _, head, q, k: case.visible(head // group, q, k), None,
+                                 case.heads if step else None, case.tokens, case.tokens,
                                  device="cuda", BLOCK_SIZE=block, _compile=True)
         compiled = self.torch.compile(flex_attention, dynamic=False)
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64,
@@ -145,69 +129,22 @@ class Attention:
 BACKENDS = ("flash", "cudnn", "flex64", "flex128")
 
 
-class Server:
-    def __init__(self, torch, seconds, passes):
-        self.torch, self.seconds = torch, seconds
-        self.passes = ("forward", "backward") if passes == "both" else (passes,)
-        self.name, self.ready = None, {}
-
-    def line(self, name, implementation, which, **more):
-        record = dict.fromkeys(KEYS)
-        record.update({"op": "attention", "case": name, "impl": "torch_" + implementation,
-                       "threads": 0, "device": self.torch.cuda.get_device_name(0), **more})
-        record["pass"] = which
-        print(json.dumps(record), flush=True)
-
-    def thermometers(self):
-        torch = self.torch
-        a = torch.randn(1 << 28, device="cuda")
-        b = torch.empty_like(a)
-        median, p90 = measure(torch, lambda: b.copy_(a), self.seconds)
-        self.line("copy_1GiB", "copy", "forward", op="copy", bytes=2 * a.numel() * a.element_size(),
-                  ms_median=median, ms_p90=p90)
-        n = 8192
-        a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        median, p90 = measure(torch, lambda: a @ b, self.seconds)
-        self.line(f"gemm_bf16_M{n}_N{n}_K{n}", "matmul", "forward", op="gemm", flops=2.0 * n ** 3,
-                  ms_median=median, ms_p90=p90)
-
-    def prepare(self, case):
-        """Every back end on the case, or why not."""
-        if case.name == self.name:
-            return
-        self.ready = {}  # frees the operands of the last case first
-        self.torch.cuda.empty_cache()
-        for backend in BACKENDS:
-            try:
-                self.ready[backend] = Attention(self.torch, case, backend)
-            except Exception as error:  # whatever a back end throws is its answer
-                first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                self.ready[backend] = first
-        self.name = case.name
-
-    def run(self, case):
-        self.prepare(case)
-        for backend, contestant in self.ready.items():
-            if isinstance(contestant, str):
-                self.line(case.name, backend, None, refused=contestant)
-                continue
-            for which in self.passes:
-                try:
-                    median, p90 = measure(self.torch, getattr(contestant, which), self.seconds)
-                    self.line(case.name, backend, which, ms_median=median, ms_p90=p90)
-                except Exception as error:  # as above
-                    self.line(case.name, backend, which, refused=str(error).splitlines()[0][:200])
+def report(torch, name, implementation, which, op="attention", **more):
+    say(record(op, name, "torch_" + implementation, which, torch.cuda.get_device_name(0), threads=0,
+               **more))
 
 
-def named_cases(arguments):
-    names = []
-    for problem in arguments.problem:
-        if os.path.isfile(problem):
-            with open(problem, encoding="utf-8") as lines:
-                names += [name for line in lines if (name := line.split("#")[0].strip())]
-        else:
-            names.append(problem)
-    return [name for name in names if arguments.filter in name]
+def thermometers(torch, seconds):
+    a = torch.randn(1 << 28, device="cuda")
+    b = torch.empty_like(a)
+    median, p90 = measure(torch, lambda: b.copy_(a), seconds)
+    report(torch, "copy_1GiB", "copy", "forward", op="copy", bytes=2 * a.numel() * a.element_size(),
+           ms_median=median, ms_p90=p90)
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    median, p90 = measure(torch, lambda: a @ b, seconds)
+    report(torch, f"gemm_bf16_M{n}_N{n}_K{n}", "matmul", "forward", op="gemm", flops=2.0 * n ** 3,
+           ms_median=median, ms_p90=p90)
 
 
 def main():
@@ -230,18 +167,19 @@ def main():
     if not torch.cuda.is_available():
         print("peer not run: PyTorch sees no CUDA device")
         return 0
-    server = Server(torch, arguments.seconds, arguments.passes)
-    server.thermometers()
-    if not arguments.serve:
-        for name in named_cases(arguments):
-            server.run(Case(name))
-        return 0
-    print(json.dumps({"ready": torch.__version__, "device": torch.cuda.get_device_name(0)}), flush=True)
-    for line in sys.stdin:
-        name = line.strip()
-        if name:
-            server.run(Case(name))
-            print(json.dumps({"done": name}), flush=True)
+    thermometers(torch, arguments.seconds)
+
+    def make(backend, case):
+        torch.cuda.empty_cache()
+        return Attention(torch, case, backend)
+
+    contest = Contest(BACKENDS, make, lambda run: measure(torch, run, arguments.seconds), arguments.passes,
+                      lambda *fields, **more: report(torch, *fields, **more))
+    if arguments.serve:
+        answer(sys.stdin, torch.__version__, contest.run)
+    else:
+        for name in read_names(arguments.problem, arguments.filter):
+            contest.run(name)
     return 0
 
 
