@@ -299,6 +299,21 @@ void CheckS2(const S2Pattern& s2, int64_t num_kv_heads, const std::string& path,
   }
 }
 
+void CheckMoba(const Config& config, const MobaPattern& moba, const std::string& path,
+               Problems& problems) {
+  if (moba.block_size() % 64 != 0) {
+    problems.push_back(
+        {path + ".block_size", Str(moba.block_size(), " is not a multiple of 64 (use ",
+                                   NearestMultiples(moba.block_size(), 64), ")")});
+  }
+  if (config.parallel().cp() > 1) {
+    problems.push_back(
+        {"parallel.cp", Str(config.parallel().cp(), " does not go with ", DisplayPath(config, path),
+                            ", which is routed and needs the whole row on one rank "
+                            "(use 1, or another pattern)")});
+  }
+}
+
 void CheckSchedule(const Config& config, Problems& problems) {
   const Schedule& schedule = config.schedule();
   const int64_t steps = config.run().steps();
@@ -391,6 +406,11 @@ std::vector<Problem> Validate(const Config& config) {
                           });
     if (model.mixer(i).softmax().has_s2() && in_order) {
       CheckS2(model.mixer(i).softmax().s2(), model.num_kv_heads(), path, problems);
+    }
+    const std::string moba = ElementPath("model.mixer", i) + ".softmax.moba";
+    if (model.mixer(i).softmax().has_moba() &&
+        good({(moba + ".block_size").c_str(), "parallel.cp"})) {
+      CheckMoba(config, model.mixer(i).softmax().moba(), moba, problems);
     }
   }
   if (good({"run.steps", "schedule.cosine.warmup_steps", "schedule.constant.warmup_steps",

@@ -62,7 +62,12 @@ BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placem
       placement_(std::move(placement)),
       strategy_(strategy),
       cp_rank_(cp_rank),
-      ctx_(ContextOptions{.threads = 1}) {}
+      ctx_(ContextOptions{.threads = 1}) {
+  for (const MixerOptions& mixer : model_.mixers) {
+    LONGSPAN_CHECK(!mixer.moba || placement_.ranks() == 1)
+        << "mixer " << mixer.name << " is routed, which is not built for context parallelism";
+  }
+}
 
 std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch) {
   LONGSPAN_CHECK(batch.rows == placement_.rows() && batch.row_length == placement_.row_length());
@@ -81,6 +86,7 @@ std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch
       ops::Documents::FromEnds(batch.row_length, batch.doc_ends)));
   local.plans = plans.per_mixer;
   local.stream_plans = plans.stream_per_mixer;
+  local.moba_plans = plans.moba_per_mixer;
   prepared->attention_pairs = plans.attention_pairs;
   prepared->open_pairs = plans.open_pairs;
   return prepared;
@@ -90,7 +96,7 @@ BatchBuilder::Plans BatchBuilder::PlansFor(std::shared_ptr<const ops::Documents>
   for (const Plans& plans : cache_) {
     if (*plans.documents == *documents) return plans;
   }
-  Plans plans{documents, {}, {}, 0, 0};
+  Plans plans{documents, {}, {}, {}, 0, 0};
   std::vector<double> open_pairs, stream_pairs;
   const double group = static_cast<double>(model_.num_heads / model_.num_kv_heads);
   const auto plan = [&](const ops::AttentionPattern& pattern) {
@@ -101,9 +107,14 @@ BatchBuilder::Plans BatchBuilder::PlansFor(std::shared_ptr<const ops::Documents>
     return p == nullptr ? 0.0 : group * static_cast<double>(p->VisiblePairs());
   };
   for (const MixerOptions& mixer : model_.mixers) {
-    plans.per_mixer.push_back(plan(mixer.pattern));
+    plans.per_mixer.push_back(mixer.moba ? nullptr : plan(mixer.pattern));
     plans.stream_per_mixer.push_back(mixer.duo ? plan(mixer.duo->Stream()) : nullptr);
-    open_pairs.push_back(pairs_of(plans.per_mixer.back()));
+    plans.moba_per_mixer.push_back(
+        mixer.moba ? ops::MobaPlan::Build(*mixer.moba, model_.num_kv_heads, documents) : nullptr);
+    open_pairs.push_back(
+        mixer.moba
+            ? static_cast<double>(model_.num_heads * plans.moba_per_mixer.back()->NominalPairs())
+            : pairs_of(plans.per_mixer.back()));
     stream_pairs.push_back(pairs_of(plans.stream_per_mixer.back()));
   }
   for (int layer : model_.layers) {

@@ -13,7 +13,7 @@ namespace longspan::trainer {
 struct PreparedBatch {
   LocalBatch local;
   // (query, key, query head) triples that attention evaluates on this rank, summed over layers: the
-  // attention share of the MFU formula.
+  // attention share of the MFU formula. Routed layers count with MobaPlan::NominalPairs.
   double attention_pairs = 0;
   // Those of the branches alone that run when gates are open (GateUse::kOpen).
   double open_pairs = 0;
@@ -44,6 +44,7 @@ class BatchBuilder {
     std::shared_ptr<const ops::Documents> documents;
     std::vector<std::shared_ptr<const parallel::AttentionPlan>> per_mixer;
     std::vector<std::shared_ptr<const parallel::AttentionPlan>> stream_per_mixer;
+    std::vector<std::shared_ptr<const ops::MobaPlan>> moba_per_mixer;
     double attention_pairs, open_pairs;
   };
   Plans PlansFor(std::shared_ptr<const ops::Documents> documents);

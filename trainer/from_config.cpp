@@ -170,6 +170,10 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
     if (mixer.softmax().has_duo()) {
       options.duo = {mixer.softmax().duo().sinks(), mixer.softmax().duo().recent()};
     }
+    if (mixer.softmax().has_moba()) {
+      options.moba = {.block_size = mixer.softmax().moba().block_size(),
+                      .top_k = mixer.softmax().moba().top_k()};
+    }
     o.mixers.push_back(std::move(options));
     names.push_back(mixer.name());
   }

@@ -75,8 +75,10 @@ void AddFractions(const trainer::TrainOptions& o, BenchRecord& r) {
   double visible = 0, blocks = 0;
   for (const int layer : o.model.layers) {
     const trainer::MixerOptions& mixer = o.model.mixers[static_cast<size_t>(layer)];
-    const MaskFacts facts =
-        FactsOf(*WholeRowMask(mixer.pattern, o.model.num_kv_heads, o.context_length));
+    const int64_t kv_heads = o.model.num_kv_heads;
+    const MaskFacts facts = mixer.moba
+                                ? FactsOf(*WholeRowPlan(*mixer.moba, kv_heads, o.context_length))
+                                : FactsOf(*WholeRowMask(mixer.pattern, kv_heads, o.context_length));
     visible += facts.visible_fraction;
     blocks += facts.block_fraction;
   }

@@ -99,13 +99,28 @@ std::vector<int64_t> LayersOf(const trainer::ModelOptions& model, size_t mixer) 
 }
 
 // One picture per distinct head pattern, at most `cells` wide.
-std::vector<Panel> PanelsOf(const ops::AttentionPattern& pattern, int64_t kv_heads, int64_t length,
+std::vector<Panel> PanelsOf(const trainer::MixerOptions& mixer, int64_t kv_heads, int64_t length,
                             int64_t cells) {
+  if (mixer.moba) {
+    const int64_t shown = MobaPictureLength(*mixer.moba, length, cells);
+    return {MobaAscii(*WholeRowPlan(*mixer.moba, kv_heads, shown), cells)};
+  }
+  const ops::AttentionPattern& pattern = mixer.pattern;
   const auto mask = WholeRowMask(pattern, kv_heads, PictureLength(pattern, length, cells));
   std::vector<Panel> panels;
   for (const auto& heads : HeadsByPattern(*mask))
     panels.push_back(mask->Ascii(heads.front(), cells));
   return panels;
+}
+
+std::string PictureLines(const Panel& picture) {
+  std::string text;
+  for (size_t begin = 0; begin < picture.size();) {
+    const size_t end = picture.find('\n', begin);
+    text += "    " + picture.substr(begin, end - begin) + "\n";
+    begin = end + 1;
+  }
+  return text;
 }
 
 void DescribeHeads(const ops::BlockMask& mask, const ops::AttentionPattern& pattern, int64_t length,
@@ -130,25 +145,63 @@ void DescribeHeads(const ops::BlockMask& mask, const ops::AttentionPattern& patt
         shown == length ? "" : "the first ", Grouped(shown), " tokens, a cell is ",
         cells == blocks ? Str(ops::kMaskBlock, " tokens") : Str("about ", shown / cells, " tokens"),
         "\n");
-    for (size_t begin = 0; begin < picture.size();) {
-      const size_t end = picture.find('\n', begin);
-      text += "    " + picture.substr(begin, end - begin) + "\n";
-      begin = end + 1;
-    }
+    text += PictureLines(picture);
   }
+}
+
+// Returns the density of the mixer, taking every chosen block as a whole one.
+double DescribeRouted(const trainer::ModelOptions& model, size_t index, int64_t length,
+                      InspectReport& report) {
+  const trainer::MixerOptions& mixer = model.mixers[index];
+  const std::vector<int64_t> layers = LayersOf(model, index);
+  const auto plan = WholeRowPlan(*mixer.moba, model.num_kv_heads, length);
+  const MaskFacts facts = FactsOf(*plan);
+  const int64_t shown = MobaPictureLength(*mixer.moba, length, kTextCells);
+  const Panel picture =
+      MobaAscii(*WholeRowPlan(*mixer.moba, model.num_kv_heads, shown), kTextCells);
+  std::vector<int64_t> heads;
+  for (int64_t h = 0; h < model.num_kv_heads; ++h) heads.push_back(h);
+  Json all_heads = {{"kv_heads", heads},
+                    {"density", facts.visible_fraction},
+                    {"block_density", facts.block_fraction},
+                    {"picture", picture}};
+  report.json["mixers"].push_back({{"name", mixer.name},
+                                   {"pattern", mixer.ToString()},
+                                   {"routed", true},
+                                   {"layers", layers},
+                                   {"length", length},
+                                   {"density", facts.visible_fraction},
+                                   {"block_density", facts.block_fraction},
+                                   {"coverage", nullptr},
+                                   {"visible_pairs", facts.visible_pairs},
+                                   {"mask_bytes", plan->own->bytes()},
+                                   {"picture_length", shown},
+                                   {"heads", Json::array({std::move(all_heads)})}});
+  std::string& text = report.text;
+  text += Str("\nmixer ", mixer.name, ": ", mixer.ToString(), ", routed\n");
+  text += ReportLine("layers", Ranges(layers));
+  text += ReportLine("density", Str(Fraction(facts.visible_fraction), " of the pairs and ",
+                                    Fraction(facts.block_fraction),
+                                    " of the 64 x 64 blocks of causal attention, one document of ",
+                                    Grouped(length), " tokens; at most, as the data choose"));
+  text += Str("\n  each token and query head: its own block and at most ", plan->width(),
+              " of those marked + before it; ", shown == length ? "" : "the first ", Grouped(shown),
+              " tokens\n", PictureLines(picture));
+  return facts.visible_fraction;
 }
 
 // Returns the density of the mixer.
 double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t length,
                      InspectReport& report) {
   const trainer::MixerOptions& mixer = model.mixers[index];
+  if (mixer.moba) return DescribeRouted(model, index, length, report);
   const std::vector<int64_t> layers = LayersOf(model, index);
   const auto mask = WholeRowMask(mixer.pattern, model.num_kv_heads, length);
   const MaskFacts facts = FactsOf(*mask);
   const bool is_s2 = mixer.pattern.kind == ops::PatternKind::kS2;
   const double coverage = mixer.pattern.Coverage(model.num_kv_heads);
   Json json = {{"name", mixer.name},
-               {"pattern", mixer.pattern.ToString()},
+               {"pattern", mixer.ToString()},
                {"layers", layers},
                {"length", length},
                {"density", facts.visible_fraction},
@@ -157,14 +210,13 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
                {"visible_pairs", facts.visible_pairs},
                {"mask_bytes", mask->bytes()}};
   std::string& text = report.text;
-  text += Str("\nmixer ", mixer.name, ": ", mixer.pattern.ToString(), "\n");
+  text += Str("\nmixer ", mixer.name, ": ", mixer.ToString(), "\n");
   text += ReportLine("layers", Ranges(layers));
-  text += ReportLine(
-      "density", Str(Fraction(facts.visible_fraction), " of the pairs and ",
-                     Fraction(facts.block_fraction), " of the 64 x 64 blocks of ",
-                     mixer.pattern.kind == ops::PatternKind::kFull ? "attention in both directions"
-                                                                   : "causal attention",
-                     ", one document of ", Grouped(length), " tokens"));
+  text += ReportLine("density", Str(Fraction(facts.visible_fraction), " of the pairs and ",
+                                    Fraction(facts.block_fraction), " of the 64 x 64 blocks of ",
+                                    mixer.pattern.LooksAhead() ? "attention in both directions"
+                                                               : "causal attention",
+                                    ", one document of ", Grouped(length), " tokens"));
   if (is_s2) {
     text += ReportLine("coverage",
                        Fraction(coverage) + " of the distant blocks, all kv heads together");
@@ -178,7 +230,7 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
 void WritePicture(const trainer::ModelOptions& model, int64_t length, const std::string& path) {
   std::vector<std::vector<Panel>> rows;
   for (const trainer::MixerOptions& mixer : model.mixers) {
-    rows.push_back(PanelsOf(mixer.pattern, model.num_kv_heads, length, kImageCells));
+    rows.push_back(PanelsOf(mixer, model.num_kv_heads, length, kImageCells));
   }
   WritePng(DrawPanels(rows), path);
 }

@@ -156,7 +156,7 @@ TEST(ConfigLoadTest, TextThatDoesNotParseReportsItsFirstPlace) {
        "c.textproto:2:1: run: given twice, first on line 1 (remove one of them)"},
       {"model { mixer { softmax { causal {}\n s2 {} } } }",
        "c.textproto:2:2: model.mixer[0].softmax.s2: more than one choice is given (keep one of "
-       "full, causal, window, s2, duo)"},
+       "full, causal, window, s2, duo, moba)"},
       {"run { steps: }", "c.textproto:1:14: run.steps: has no value (give a whole number)"},
       {"run { steps 4 }", "c.textproto:1:13: Expected \":\", found \"4\""},
       {"run {\n steps: 4\n",

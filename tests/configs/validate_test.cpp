@@ -91,7 +91,7 @@ TEST(ConfigValidateTest, RequiredTextsAreNotEmpty) {
 TEST(ConfigValidateTest, OneofsNeedAChoice) {
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "softmax {}")),
             "c.textproto:14: model.mixer[dense].softmax: no pattern is chosen (give one of full, "
-            "causal, window, s2, duo)");
+            "causal, window, s2, duo, moba)");
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "")),
             "c.textproto:14: model.mixer[dense]: no kind is chosen (give one of softmax)");
   EXPECT_EQ(ErrorOf(SampleWith("adamw { lr: 1e-3 }", "clip_norm: 2")),
@@ -295,6 +295,19 @@ TEST(ConfigValidateTest, CoverageMatchesEnumeration) {
       }
     }
   }
+}
+
+TEST(ConfigValidateTest, Moba) {
+  const std::string moba = "model.mixer[dense].softmax.moba.", one_rank = "parallel.cp=1";
+  ExpectFine({one_rank, moba + "top_k=1"});
+  ExpectFine({one_rank, moba + "block_size=192"});
+  ExpectProblem({one_rank, moba + "block_size=100"},
+                moba + "block_size: 100 is not a multiple of 64 (use 64 or 128)");
+  const std::string routed = "model.mixer[dense].softmax.moba";
+  ExpectProblem({moba + "top_k=3", "parallel.cp=2"},
+                "parallel.cp: 2 does not go with " + routed +
+                    ", which is routed and needs the whole row on one rank (use 1, or another "
+                    "pattern)");
 }
 
 TEST(ConfigValidateTest, Schedules) {

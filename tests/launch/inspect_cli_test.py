@@ -98,6 +98,28 @@ class ConfigTest(CliTest):
             text += "\n"
         return text
 
+    def test_moba(self):
+        """Nominal density: own block, and as many whole blocks as there are, at most 2."""
+        text = TINY.replace("mixer { name: \"both\" softmax { full {} } }",
+                            "mixer { name: \"both\" softmax { moba { block_size: 128 top_k: 3 } } }")
+        with open(os.path.join(self.folder, "moba.textproto"), "w", encoding="utf-8") as file:
+            file.write(text)
+        length = 600
+        report = self.succeed_json("inspect", "moba.textproto", "--length", str(length))
+        mixer = report["mixers"][1]
+        pairs = sum(q % 128 + 1 + 128 * min(2, q // 128) for q in range(length))
+        self.assertTrue(mixer["routed"])
+        self.assertEqual(mixer["visible_pairs"], 2 * pairs)
+        self.assertAlmostEqual(mixer["density"], pairs / (length * (length + 1) / 2))
+        self.assertEqual([head["kv_heads"] for head in mixer["heads"]], [[0, 1]])
+        # '+': may be chosen.
+        expected = self.draw([[k <= q if k // 128 == q // 128 else k < q and (q + k) % 2 == 0
+                               for k in range(length)] for q in range(length)])
+        self.assertEqual(mixer["heads"][0]["picture"], expected)
+        text = self.succeed("inspect", "moba.textproto", "--length", str(length))
+        self.assertIn("mixer both: moba block 128 top 3, routed", text)
+        self.assertIn("its own block and at most 2 of those marked +", text)
+
     def test_text_has_density_coverage_and_picture(self):
         text = self.succeed("inspect", preset("quickstart.textproto"))
         self.assertIn("stride_blocks: 4", text)  # the resolved configuration

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "ops/autograd/moba.h"
 #include "ops/autograd/recompute.h"
 #include "parallel/context/autograd.h"
 
@@ -59,7 +60,8 @@ Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& 
   const auto attend = [&](std::shared_ptr<const parallel::AttentionPlan> plan) {
     return parallel::ContextAttention(tape, cp, std::move(plan), q, k, v, how);
   };
-  Var o = attend(batch.plans[mixer]);
+  Var o = options.mixers[mixer].moba ? autograd::Moba(tape, batch.moba_plans[mixer], q, k, v, how)
+                                     : attend(batch.plans[mixer]);
   if (p.duo != nullptr && gates == GateUse::kMixed) {
     o = autograd::DuoGate(tape, o, attend(batch.stream_plans[mixer]), *p.duo);
   }

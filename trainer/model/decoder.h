@@ -19,6 +19,8 @@ struct LocalBatch {
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> plans;  // one per mixer
   // The same for the streaming branch; null for mixers that have none.
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> stream_plans{};
+  // One per mixer; null unless it is routed, and then plans has null.
+  std::vector<std::shared_ptr<const ops::MobaPlan>> moba_plans{};
 };
 
 // Called once per bucket, in reverse order of the forward pass, when the backward pass of one

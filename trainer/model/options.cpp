@@ -6,6 +6,8 @@ namespace longspan::trainer {
 
 std::string MixerOptions::ToString() const {
   if (duo) return Str("duo sinks ", duo->sinks, " recent ", duo->recent);
+  if (moba) return moba->ToString();
+  return pattern.ToString();
 }
 
 }  // namespace longspan::trainer

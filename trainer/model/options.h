@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/attention/moba.h"
 #include "ops/attention/pattern.h"
 #include "ops/core/dtype.h"
 
@@ -26,6 +27,7 @@ struct MixerOptions {
   ops::AttentionPattern pattern;  // duo: of the full branch
   double scale = 0;               // 0: 1 / sqrt(head_dim)
   std::optional<DuoOptions> duo{};
+  std::optional<ops::MobaOptions> moba{};  // routed: `pattern` is not used
 
   std::string ToString() const;  // "s2 block 64 local 4 stride 4", "duo sinks 128 recent 256"
 };
