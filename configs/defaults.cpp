@@ -1,6 +1,7 @@
 #include "configs/defaults.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <sstream>
 
@@ -35,6 +36,7 @@ void FillStaticDefaults(Message* message) {
   for (int i = 0; i < message->GetDescriptor()->field_count(); ++i) {
     const FieldDescriptor* field = message->GetDescriptor()->field(i);
     if (field->is_repeated()) {
+      if (field->message_type() == nullptr) continue;
       for (int k = 0; k < reflection.FieldSize(*message, field); ++k) {
         FillStaticDefaults(reflection.MutableRepeatedMessage(message, field, k));
       }
@@ -71,16 +73,31 @@ int64_t DecaySteps(const WsdSchedule& wsd, int64_t run_steps) {
   return std::max<int64_t>(1, std::llround(wsd.decay_fraction() * static_cast<double>(run_steps)));
 }
 
+std::vector<LayerRun> LayerRuns(const std::string& layers) {
+  constexpr int64_t kMost = 65536;
+  std::vector<LayerRun> runs;
+  std::istringstream words(layers);
+  for (std::string word; words >> word;) {
+    const size_t star = word.find('*');
+    LayerRun& run = runs.emplace_back(LayerRun{word.substr(0, star), 1});
+    if (star == std::string::npos) continue;
+    const char* end = word.data() + word.size();
+    const auto [stop, error] = std::from_chars(word.data() + star + 1, end, run.count);
+    if (error != std::errc() || stop != end || run.count < 1 || run.count > kMost) run.count = 0;
+  }
+  return runs;
+}
+
 std::vector<int> LayerMixers(const Model& model) {
   std::vector<int> tile;
-  std::istringstream names(model.layers());
-  for (std::string name; names >> name;) {
+  for (const LayerRun& run : LayerRuns(model.layers())) {
     const auto it = std::find_if(model.mixer().begin(), model.mixer().end(),
-                                 [&](const Mixer& mixer) { return mixer.name() == name; });
-    if (it == model.mixer().end()) {
-      throw ConfigError(Str("model.layers names '", name, "', which is no mixer"));
+                                 [&](const Mixer& mixer) { return mixer.name() == run.name; });
+    if (it == model.mixer().end() || run.count < 1) {
+      throw ConfigError(Str("model.layers names '", run.name, "', which is no mixer with a count"));
     }
-    tile.push_back(static_cast<int>(it - model.mixer().begin()));
+    tile.insert(tile.end(), static_cast<size_t>(run.count),
+                static_cast<int>(it - model.mixer().begin()));
   }
   if (tile.empty()) throw ConfigError("model.layers names no mixer");
   std::vector<int> layers(model.num_layers());

@@ -65,6 +65,7 @@ In the tables, a default of *required* means that the file must give the value, 
 
 DECLARATION = re.compile(
     r"(?P<label>optional |repeated |)(?P<type>\w+) (?P<name>\w+) = \d+( ?\[(?P<options>.*)\])?;")
+PLURALS = {"int64": "whole numbers", "double": "numbers"}
 SCALARS = {"int64": "whole number", "double": "number", "bool": "true or false", "string": "text"}
 
 
@@ -148,7 +149,10 @@ def allowed(field, enums):
         words = {"min": "at least", "above": "above", "max": "at most", "below": "below"}
         bounds = [f"{word} {option(field, name)}" for name, word in words.items()
                   if option(field, name)]
-    return " ".join([SCALARS[field["type"]], " and ".join(bounds)]).strip()
+    limits = " and ".join(bounds)
+    if field["label"] == "repeated ":
+        return f"list of {PLURALS[field['type']]}, each {limits}"
+    return " ".join([SCALARS[field["type"]], limits]).strip()
 
 
 def default(field):

@@ -138,6 +138,12 @@ void CopyValue(const Message& from, const FieldDescriptor& field, Message& to, i
     // A repeated field was parsed as one added element.
     target->CopyFrom(index >= 0 ? reflection.GetRepeatedMessage(from, &field, 0)
                                 : reflection.GetMessage(from, &field));
+  } else if (index >= 0) {
+    if (field.cpp_type() != FieldDescriptor::CPPTYPE_INT64) {
+      throw ConfigError(Str("the schema's list ", field.full_name(), " has an unexpected type"));
+    }
+    reflection.SetRepeatedInt64(&to, &field, index,
+                                from.GetReflection()->GetRepeatedInt64(from, &field, 0));
   } else {
     to.MergeFrom(from);  // `from` holds this one value and nothing else
   }

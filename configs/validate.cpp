@@ -10,6 +10,7 @@
 #include "configs/defaults.h"
 #include "configs/fields.h"
 #include "configs/validate_objective.h"
+#include "configs/validate_patterns.h"
 #include "ops/core/error.h"
 
 namespace longspan::configs {
@@ -77,6 +78,23 @@ void CheckSingle(const Message& message, const FieldDescriptor& field, const std
   }
 }
 
+void CheckRules(const Message& message, const std::string& path, Problems& problems);
+
+// Element `index` of the repeated field at `path`.
+void CheckElement(const Message& message, const FieldDescriptor& field, int index,
+                  const std::string& path, Problems& problems) {
+  const auto& reflection = *message.GetReflection();
+  const std::string element = ElementPath(path, index);
+  if (field.message_type() != nullptr) {
+    CheckRules(reflection.GetRepeatedMessage(message, &field, index), element, problems);
+  } else if (field.cpp_type() == FieldDescriptor::CPPTYPE_INT64) {
+    const int64_t value = reflection.GetRepeatedInt64(message, &field, index);
+    CheckNumber(field, element, static_cast<double>(value), Str(value), problems);
+  } else {
+    throw ConfigError(Str("the schema's list ", field.full_name(), " has an unexpected type"));
+  }
+}
+
 // Applies the rules of the schema to every field of `message`. `path` has positions.
 void CheckRules(const Message& message, const std::string& path, Problems& problems) {
   const auto& reflection = *message.GetReflection();
@@ -88,10 +106,7 @@ void CheckRules(const Message& message, const std::string& path, Problems& probl
       if (size == 0 && field.options().GetExtension(configs::rule).required()) {
         problems.push_back({field_path, Str("is missing (give at least one)")});
       }
-      for (int k = 0; k < size; ++k) {
-        CheckRules(reflection.GetRepeatedMessage(message, &field, k), ElementPath(field_path, k),
-                   problems);
-      }
+      for (int k = 0; k < size; ++k) CheckElement(message, field, k, field_path, problems);
     } else if (field.message_type() == nullptr) {
       CheckSingle(message, field, field_path, problems);
     } else if (field.real_containing_oneof() == nullptr || reflection.HasField(message, &field)) {
@@ -235,12 +250,18 @@ void CheckLayers(const Model& model, Problems& problems) {
   const std::string all = JoinNames({known.begin(), known.end()});
   const size_t before = problems.size();
   std::set<std::string> used;
-  std::istringstream names(model.layers());
   int64_t position = 0;
-  for (std::string name; names >> name; ++position) {
-    if (!used.insert(name).second || known.count(name) != 0) continue;
+  for (const LayerRun& run : LayerRuns(model.layers())) {
+    position += std::max<int64_t>(1, run.count);
+    if (run.count < 1) {
+      problems.push_back({"model.layers", Str("'", run.name,
+                                              "*' is not followed by a count (use a "
+                                              "whole number from 1 to 65536, as in ",
+                                              run.name, "*12)")});
+    }
+    if (!used.insert(run.name).second || known.count(run.name) != 0) continue;
     problems.push_back(
-        {"model.layers", Str("'", name, "' is no mixer (use the names of mixers: ", all, ")")});
+        {"model.layers", Str("'", run.name, "' is no mixer (use the names of mixers: ", all, ")")});
   }
   if (position == 0) {
     problems.push_back({"model.layers", Str("names no mixer (use names out of ", all, ")")});
@@ -256,46 +277,6 @@ void CheckLayers(const Model& model, Problems& problems) {
     if (!known.count(name) || used.count(name)) continue;
     problems.push_back({ElementPath("model.mixer", i),
                         Str("is not used by model.layers (name '", name, "' there or remove it)")});
-  }
-}
-
-// A power of two near `value`, at least 16.
-int64_t NearestPowerOfTwo(int64_t value) {
-  return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(16, value))));
-}
-
-void CheckS2(const S2Pattern& s2, int64_t num_kv_heads, const std::string& path,
-             Problems& problems) {
-  if (!std::has_single_bit(static_cast<uint64_t>(s2.block_size()))) {
-    problems.push_back({path + ".block_size", Str(s2.block_size(), " is not a power of two (use ",
-                                                  NearestPowerOfTwo(s2.block_size()), " or ",
-                                                  2 * NearestPowerOfTwo(s2.block_size()), ")")});
-  }
-  if (s2.homogeneous()) {
-    if (s2.dense_heads() > 0) {
-      problems.push_back(
-          {path + ".dense_heads", Str(s2.dense_heads(), " contradicts homogeneous: true (use 0)")});
-    }
-    if (s2.has_head_step()) {
-      problems.push_back(
-          {path + ".head_step", "has no effect with homogeneous: true (remove one of them)"});
-    }
-    return;
-  }
-  if (s2.dense_heads() > num_kv_heads) {
-    problems.push_back({path + ".dense_heads", Str(s2.dense_heads(), " exceeds model.num_kv_heads ",
-                                                   num_kv_heads, " (use at most that)")});
-    return;
-  }
-  const double coverage = S2Coverage(s2, num_kv_heads);
-  if (coverage < 1 && !s2.allow_incomplete_coverage()) {
-    problems.push_back(
-        {path + ".stride_blocks",
-         Str("the ", num_kv_heads, " kv heads together see only ",
-             std::llround(coverage * static_cast<double>(s2.stride_blocks())), " of every ",
-             s2.stride_blocks(), " far blocks, with head_step ", HeadStep(s2, num_kv_heads),
-             " (use stride_blocks of at most ", num_kv_heads,
-             " with head_step 1, or a dense head, or allow_incomplete_coverage: true)")});
   }
 }
 
@@ -365,18 +346,6 @@ void CheckSavingAndEvaluation(const Config& config, Problems& problems) {
 
 }  // namespace
 
-double S2Coverage(const S2Pattern& s2, int64_t num_kv_heads) {
-  if (s2.dense_heads() > 0) return 1;
-  const int64_t stride = s2.stride_blocks();
-  const int64_t step = HeadStep(s2, num_kv_heads);
-  std::set<int64_t> residues;
-  for (int64_t h = 0; h < num_kv_heads; ++h) {
-    // head_offset moves all residues alike and leaves their number as it is.
-    residues.insert((s2.homogeneous() ? 0 : h * step) % stride);
-  }
-  return static_cast<double>(residues.size()) / static_cast<double>(stride);
-}
-
 std::vector<Problem> Validate(const Config& config) {
   Problems problems;
   CheckRules(config, "", problems);
@@ -399,13 +368,13 @@ std::vector<Problem> Validate(const Config& config) {
   }
   if (good({"model.num_layers"})) CheckLayers(model, problems);
   for (int i = 0; i < model.mixer_size(); ++i) {
-    const std::string path = ElementPath("model.mixer", i) + ".softmax.s2";
+    const std::string softmax = ElementPath("model.mixer", i) + ".softmax";
     const bool in_order = good({"model.num_kv_heads"}) &&
                           std::none_of(wrong.begin(), wrong.end(), [&](const std::string& field) {
-                            return field.compare(0, path.size(), path) == 0;
+                            return field.compare(0, softmax.size(), softmax) == 0;
                           });
-    if (model.mixer(i).softmax().has_s2() && in_order) {
-      CheckS2(model.mixer(i).softmax().s2(), model.num_kv_heads(), path, problems);
+    if (in_order) {
+      CheckPattern(model.mixer(i).softmax(), model.num_kv_heads(), softmax, problems);
     }
     const std::string moba = ElementPath("model.mixer", i) + ".softmax.moba";
     if (model.mixer(i).softmax().has_moba() &&

@@ -1,8 +1,6 @@
 #include "trainer/from_config.h"
 
-#include <algorithm>
-#include <cmath>
-#include <sstream>
+#include <utility>
 
 #include "configs/defaults.h"
 #include "ops/core/check.h"
@@ -25,30 +23,90 @@ DType DTypeOf(configs::Precision precision) {
   return DType::kF32;
 }
 
+ops::StridePhase PhaseFrom(configs::BlockPhase phase) {
+  return phase == configs::ROW ? ops::StridePhase::kRow : ops::StridePhase::kDocument;
+}
+
+ops::S2Options S2From(const configs::S2Pattern& p) {
+  return {.block_size = p.block_size(),
+          .local_blocks = p.local_blocks(),
+          .stride_blocks = p.stride_blocks(),
+          .homogeneous = p.homogeneous(),
+          .head_step = p.has_head_step() ? p.head_step() : 0,
+          .head_offset = p.head_offset(),
+          .dense_heads = p.dense_heads(),
+          .allow_incomplete_coverage = p.allow_incomplete_coverage(),
+          .phase = PhaseFrom(p.phase())};
+}
+
+ops::RandomBlocksOptions RandomBlocksFrom(const configs::RandomBlocksPattern& p) {
+  return {.block_size = p.block_size(),
+          .density = p.density(),
+          .seed = p.seed(),
+          .mean_blocks = p.mean_blocks(),
+          .min_blocks = p.min_blocks(),
+          .bidirectional = p.bidirectional(),
+          .per_head = p.per_head(),
+          .own_block = p.own_block(),
+          .phase = PhaseFrom(p.phase())};
+}
+
 ops::AttentionPattern PatternFrom(const configs::Softmax& softmax) {
+  using ops::AttentionPattern;
   switch (softmax.pattern_case()) {
     case configs::Softmax::kFull:
-      return ops::AttentionPattern::Full();
-    case configs::Softmax::kWindow:
-      return ops::AttentionPattern::Window(softmax.window().window(), softmax.window().sinks());
-    case configs::Softmax::kS2: {
-      const configs::S2Pattern& p = softmax.s2();
-      ops::S2Options s2;
-      s2.block_size = p.block_size();
-      s2.local_blocks = p.local_blocks();
-      s2.stride_blocks = p.stride_blocks();
-      s2.homogeneous = p.homogeneous();
-      s2.head_step = p.has_head_step() ? p.head_step() : 0;
-      s2.head_offset = p.head_offset();
-      s2.dense_heads = p.dense_heads();
-      s2.allow_incomplete_coverage = p.allow_incomplete_coverage();
-      s2.phase = p.phase() == configs::S2Pattern::ROW ? ops::StridePhase::kRow
-                                                      : ops::StridePhase::kDocument;
-      return ops::AttentionPattern::S2(s2);
+      return AttentionPattern::Full();
+    case configs::Softmax::kWindow: {
+      const configs::WindowPattern& p = softmax.window();
+      return AttentionPattern::Window(p.window(), p.sinks(), p.bidirectional());
+    }
+    case configs::Softmax::kS2:
+      return AttentionPattern::S2(S2From(softmax.s2()));
+    case configs::Softmax::kGlobalWindow: {
+      const configs::GlobalWindowPattern& p = softmax.global_window();
+      return AttentionPattern::GlobalWindow(p.window(), p.global_tokens(), p.bidirectional());
+    }
+    case configs::Softmax::kPower: {
+      const configs::PowerPattern& p = softmax.power();
+      return AttentionPattern::Power({p.block_size(), p.local_blocks(), p.sink_blocks()});
+    }
+    case configs::Softmax::kDilated: {
+      const configs::DilatedPattern& p = softmax.dilated();
+      return AttentionPattern::Dilated(
+          {p.block_size(), p.neighbours(), p.dilation(), p.bidirectional()});
+    }
+    case configs::Softmax::kPrefixLm:
+      return AttentionPattern::Prefix(softmax.prefix_lm().prefix());
+    case configs::Softmax::kSharedQuestion: {
+      const auto& lengths = softmax.shared_question().segment();
+      return AttentionPattern::SharedQuestion({lengths.begin(), lengths.end()});
+    }
+    case configs::Softmax::kCausalBlockwise: {
+      const auto& lengths = softmax.causal_blockwise().segment();
+      return AttentionPattern::CausalBlockwise({lengths.begin(), lengths.end()});
+    }
+    case configs::Softmax::kBlockCausal:
+      return AttentionPattern::BlockCausal(softmax.block_causal().block_size());
+    case configs::Softmax::kRandomBlocks:
+      return AttentionPattern::RandomBlocks(RandomBlocksFrom(softmax.random_blocks()));
+    case configs::Softmax::kSpans: {
+      std::vector<ops::HeadSpan> spans;
+      for (const configs::HeadSpan& head : softmax.spans().head()) {
+        spans.push_back({head.window(), head.sinks()});  // 0 stands for no window
+      }
+      return AttentionPattern::Spans(std::move(spans));
     }
     default:
-      return ops::AttentionPattern::Causal();
+      return AttentionPattern::Causal();
   }
+}
+
+// Path of the pattern that a mixer has chosen.
+std::string PatternField(const configs::Mixer& mixer) {
+  const configs::Softmax& softmax = mixer.softmax();
+  const auto* chosen = softmax.GetReflection()->GetOneofFieldDescriptor(
+      softmax, configs::Softmax::descriptor()->FindOneofByName("pattern"));
+  return Str("model.mixer[", mixer.name(), "].softmax.", chosen->name());
 }
 
 ScheduleOptions ScheduleFrom(const configs::Schedule& s, int64_t steps) {
@@ -175,18 +233,6 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
                       .top_k = mixer.softmax().moba().top_k()};
     }
     o.mixers.push_back(std::move(options));
-    names.push_back(mixer.name());
-  }
-  std::vector<int> cycle;
-  std::istringstream words(m.layers());
-  for (std::string word; words >> word;) {
-    const auto it = std::find(names.begin(), names.end(), word);
-    LONGSPAN_CHECK(it != names.end()) << "model.layers names the unknown mixer " << word;
-    cycle.push_back(static_cast<int>(it - names.begin()));
-  }
-  LONGSPAN_CHECK(!cycle.empty()) << "model.layers is empty";
-  for (int64_t i = 0; i < m.num_layers(); ++i) {
-    o.layers.push_back(cycle[static_cast<size_t>(i) % cycle.size()]);
   }
   return o;
 }
@@ -195,6 +241,7 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   const configs::Config& c = loaded.config;
   TrainOptions options;
   FillOptions(c, options);
+  o.layers = configs::LayerMixers(m);
   std::vector<configs::Problem> problems;
   std::string why;
   if (options.device == DeviceKind::kCuda && cuda::DeviceCount(&why) == 0) {
@@ -213,13 +260,13 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   const std::string placement =
       parallel::Placement::Problem(options.placement, options.context_length, options.cp);
   if (!placement.empty()) problems.push_back({"run.context_length", placement});
-  for (const configs::Mixer& mixer : c.model().mixer()) {
-    if (mixer.softmax().pattern_case() == configs::Softmax::kFull) {
-      problems.push_back(
-          {Str("model.mixer[", mixer.name(), "].softmax.full"),
-           "a token would see the next one, which it is to predict; use causal (full "
-           "is for inspect and bench)"});
-    }
+  for (int i = 0; i < c.model().mixer_size(); ++i) {
+    const MixerOptions& mixer = options.model.mixers[static_cast<size_t>(i)];
+    if (!mixer.pattern.LooksAhead()) continue;
+    problems.push_back(
+        {PatternField(c.model().mixer(i)),
+         "a token would see the next one, which it is to predict; use causal or "
+         "another pattern that looks back only (this one is for inspect and bench)"});
   }
   for (const MixerOptions& mixer : options.model.mixers) {
     for (const std::string& text : mixer.pattern.Problems(options.model.num_kv_heads)) {

@@ -61,12 +61,39 @@ std::vector<std::vector<int64_t>> HeadsByPattern(const ops::BlockMask& mask) {
   return heads;
 }
 
+namespace {
+
+// What a picture has to show of a pattern: cells of at most `cell` tokens, and more than the last
+// `local` tokens. 0 cells: anything goes.
+struct Detail {
+  int64_t cell = 0, local = 0;
+};
+Detail DetailOf(const ops::AttentionPattern& pattern) {
+  switch (pattern.kind) {
+    case ops::PatternKind::kS2: {
+      const ops::S2Options& s2 = pattern.s2;
+      if (s2.stride_blocks == 1) return {};
+      return {s2.block_size, s2.local_blocks * s2.block_size};
+    }
+    case ops::PatternKind::kPower:
+      return {pattern.power.block_size, pattern.power.local_blocks * pattern.power.block_size};
+    case ops::PatternKind::kDilated:
+      if (pattern.dilated.dilation == 1) return {};
+      return {pattern.dilated.block_size, 0};
+    case ops::PatternKind::kRandomBlocks:
+      return {pattern.random.block_size * pattern.random.mean_blocks, 0};
+    default:
+      return {};
+  }
+}
+
+}  // namespace
+
 int64_t PictureLength(const ops::AttentionPattern& pattern, int64_t length, int64_t cells) {
-  if (pattern.kind != ops::PatternKind::kS2 || pattern.s2.stride_blocks == 1) return length;
-  const ops::S2Options& s2 = pattern.s2;
-  const int64_t fine = cells * std::max(ops::kMaskBlock, s2.block_size);
-  if (fine >= length || s2.local_blocks > fine / s2.block_size / 2) return length;
-  return fine;
+  const Detail detail = DetailOf(pattern);
+  if (detail.cell == 0) return length;
+  const int64_t fine = cells * std::max(ops::kMaskBlock, detail.cell);
+  return fine >= length || detail.local > fine / 2 ? length : fine;
 }
 
 MaskFacts FactsOf(const ops::MobaPlan& plan) {

@@ -46,9 +46,10 @@ int64_t MobaPictureLength(const ops::MobaOptions& options, int64_t length, int64
 std::vector<std::vector<int64_t>> HeadsByPattern(const ops::BlockMask& mask);
 
 // The row length, at most `length`, whose picture with at most `cells` rows and columns shows the
-// pattern best. That is `length` itself, except for S2, where a cell of several strided blocks
-// would always contain a visible one and hide the stride: there a cell is at most one S2 block,
-// unless the local blocks alone would then fill half of the picture.
+// pattern best. That is `length` itself, except for patterns that repeat in blocks (S2, power,
+// dilated and random blocks): a cell of several of them would nearly always contain a visible one
+// and hide the pattern, so there a cell is at most one block, unless the local blocks alone would
+// then fill half of the picture.
 int64_t PictureLength(const ops::AttentionPattern& pattern, int64_t length, int64_t cells);
 
 }  // namespace longspan::launch

@@ -12,33 +12,42 @@ namespace {
 constexpr int64_t FloorBlock(int64_t token) { return token / kMaskBlock; }
 constexpr int64_t CeilBlock(int64_t token) { return (token + kMaskBlock - 1) / kMaskBlock; }
 
-// Adds the borders of a set to an ascending list without doubles. `scratch` keeps memory.
-void AddBorders(const TokenSet& set, std::vector<int64_t>& scratch, std::vector<int64_t>& borders) {
-  const auto add = [](std::vector<int64_t>& list, int64_t block) {
-    size_t i = list.size();  // ranges ascend, so the place is at the end or nearly so
-    while (i > 0 && list[i - 1] > block) --i;
-    if (i == 0 || list[i - 1] != block) list.insert(list.begin() + static_cast<int64_t>(i), block);
-  };
-  const auto add_range = [&](std::vector<int64_t>& list, TokenRange range) {
-    for (const int64_t token : {range.begin, range.end}) {
-      add(list, FloorBlock(token));
-      add(list, CeilBlock(token));
-    }
-  };
-  if (borders.size() <= 16 && set.parts.size() <= 4) {
-    for (const TokenRange& part : set.parts) add_range(borders, part);
-    if (!set.strided.range.empty()) add_range(borders, set.strided.range);
-    return;
+// Adds the blocks in which a range begins and ends, from a place near the end of an ascending list.
+void AddBorders(TokenRange range, std::vector<int64_t>& borders) {
+  for (const int64_t block : {FloorBlock(range.begin), CeilBlock(range.begin),
+                              FloorBlock(range.end), CeilBlock(range.end)}) {
+    size_t i = borders.size();
+    while (i > 0 && borders[i - 1] > block) --i;
+    if (i > 0 && borders[i - 1] == block) continue;
+    borders.insert(borders.begin() + static_cast<int64_t>(i), block);
   }
-  std::vector<int64_t> own;
-  own.reserve(4 * set.parts.size() + 4);
-  if (!set.strided.range.empty()) add_range(own, set.strided.range);
-  for (const TokenRange& part : set.parts) add_range(own, part);
-  scratch.clear();
-  std::set_union(borders.begin(), borders.end(), own.begin(), own.end(),
-                 std::back_inserter(scratch));
-  borders.swap(scratch);
 }
+
+// Adds the borders of a set, except those of the parts that `known` has too. Keeps its memory from
+// call to call.
+class BorderCollector {
+ public:
+  void Add(const TokenSet& set, const TokenSet* known, std::vector<int64_t>& borders) {
+    own_.clear();
+    if (!set.strided.range.empty()) AddBorders(set.strided.range, own_);
+    size_t k = 0;
+    for (const TokenRange& part : set.parts) {
+      if (known != nullptr) {
+        while (k < known->parts.size() && known->parts[k].begin < part.begin) ++k;
+        if (k < known->parts.size() && known->parts[k] == part) continue;
+      }
+      AddBorders(part, own_);
+    }
+    if (own_.empty()) return;
+    scratch_.clear();
+    std::set_union(borders.begin(), borders.end(), own_.begin(), own_.end(),
+                   std::back_inserter(scratch_));
+    borders.swap(scratch_);
+  }
+
+ private:
+  std::vector<int64_t> own_, scratch_;
+};
 
 }  // namespace
 
@@ -302,12 +311,12 @@ void DocumentRule::CollectStrided(TokenRange tokens, TokenRange within, VisibleS
 void DocumentRule::Collect(Axis axis, TokenRange tokens, TokenRange within,
                            VisibleSets& out) const {
   thread_local TokenSet some, every;  // of one unit
-  thread_local std::vector<int64_t> scratch;
+  thread_local BorderCollector borders;
   out.borders.assign({FloorBlock(tokens.begin), FloorBlock(tokens.begin) + 1});
   if (kind_ == PatternKind::kS2 && axis == Axis::kKeys) {
     CollectStrided(tokens, within, out);
-    AddBorders(out.any, scratch, out.borders);
-    AddBorders(out.all, scratch, out.borders);
+    borders.Add(out.any, nullptr, out.borders);
+    borders.Add(out.all, &out.any, out.borders);
     return;
   }
   for (int64_t t = tokens.begin; t < tokens.end;) {
@@ -327,8 +336,8 @@ void DocumentRule::Collect(Axis axis, TokenRange tokens, TokenRange within,
       any.Clip(InOrder(axis, axis == Axis::kKeys ? last : t));
       all.Clip(InOrder(axis, axis == Axis::kKeys ? t : last));
     }
-    AddBorders(any, scratch, out.borders);
-    AddBorders(all, scratch, out.borders);
+    borders.Add(any, nullptr, out.borders);
+    borders.Add(all, &any, out.borders);
     if (!first_unit) {
       out.any.Unite(some.parts);
       out.all.IntersectWith(every.parts);

@@ -1,6 +1,7 @@
 #include "ops/attention/pattern.h"
 
 #include <algorithm>
+#include <charconv>
 #include <set>
 #include <utility>
 
@@ -106,8 +107,9 @@ void CheckSegments(const char* field, const std::vector<int64_t>& ends, Checks& 
 
 void CheckSpans(const std::vector<HeadSpan>& spans, int64_t kv_heads, Checks& checks) {
   if (static_cast<int64_t>(spans.size()) != kv_heads) {
-    checks.problems.push_back(Str("spans.head: ", spans.size(), " entries for ", kv_heads,
-                                  " kv heads; give one for each of them"));
+    checks.problems.push_back(
+        Str("spans.head: ", spans.size(), " entries for ", kv_heads,
+            " kv heads; give one for each kv head, which its query heads share"));
   }
   for (size_t h = 0; h < spans.size(); ++h) {
     const std::string field = Str("spans.head[", h, "].");
@@ -139,7 +141,10 @@ std::string S2Text(const S2Options& s2) {
 }
 
 std::string RandomText(const RandomBlocksOptions& random) {
-  std::string text = Str("random blocks ", random.block_size, " density ", random.density);
+  char density[32];  // the shortest text that reads back as the same number
+  const auto end = std::to_chars(density, density + sizeof density, random.density).ptr;
+  std::string text =
+      Str("random blocks ", random.block_size, " density ", std::string(density, end));
   if (random.mean_blocks > 1) {
     text += Str(" tiles mean ", random.mean_blocks, " min ", random.min_blocks);
   }

@@ -36,6 +36,15 @@ struct VisibleRule {
   const int32_t* doc_end;       // [tokens], of Documents
 };
 
+// Quotients of numbers of tokens and blocks, which are below 2^32: on a GPU, dividing 64 bits takes
+// ten times as long and many registers.
+LONGSPAN_HD inline int64_t Quotient(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+LONGSPAN_HD inline int64_t Remainder(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
+}
+
 // ---- random blocks ---------------------------------------------------------------------------
 
 // A bijection of 32 bits that leaves no visible order (the final step of MurmurHash3).
@@ -74,7 +83,7 @@ LONGSPAN_HD inline int64_t TileBegin(const VisibleRule& r, RandomKey key, uint32
 // The tile that holds block `block`; blocks and tiles count from the phase's origin.
 LONGSPAN_HD inline int64_t TileOf(const VisibleRule& r, RandomKey key, uint32_t side,
                                   int64_t block) {
-  const int64_t tile = block / r.stride;
+  const int64_t tile = Quotient(block, r.stride);
   if (block < TileBegin(r, key, side, tile)) return tile - 1;
   return block < TileBegin(r, key, side, tile + 1) ? tile : tile + 1;
 }
@@ -90,7 +99,7 @@ LONGSPAN_HD inline Segment SegmentAt(const VisibleRule& r, int64_t position) {
   const int64_t last = r.segment_count - 1;
   if (position >= ends[last]) {  // repeats of the last one
     const int64_t length = ends[last] - (last > 0 ? ends[last - 1] : 0);
-    const int64_t begin = ends[last] + (position - ends[last]) / length * length;
+    const int64_t begin = ends[last] + Quotient(position - ends[last], length) * length;
     return {begin, begin + length};
   }
   int64_t low = 0, high = last;  // the first end beyond the position is in [low, high]
@@ -149,8 +158,8 @@ LONGSPAN_HD inline KeyIntervals KeysOf(const VisibleRule& r, int64_t kv_head, in
       return {begin, segment, q + 1};
     }
     case PatternKind::kBlockCausal: {
-      const int64_t row = q / r.row_length * r.row_length;
-      const int64_t block_end = row + ((q - row) / r.block + 1) * r.block;
+      const int64_t row = Quotient(q, r.row_length) * r.row_length;
+      const int64_t block_end = row + (Quotient(q - row, r.block) + 1) * r.block;
       return {block_end < end ? block_end : end, 0, 0};
     }
     default:
@@ -179,7 +188,7 @@ LONGSPAN_HD inline bool SeesBlock(const VisibleRule& r, int64_t kv_head, int64_t
       return distance < r.local || (distance & (distance - 1)) == 0 || j - first < r.sink_blocks;
     case PatternKind::kDilated: {
       const int64_t apart = distance < 0 ? -distance : distance;
-      return apart % r.stride == 0 && apart / r.stride < r.local;
+      return Remainder(apart, r.stride) == 0 && Quotient(apart, r.stride) < r.local;
     }
     default:
       break;
@@ -195,8 +204,9 @@ LONGSPAN_HD inline bool Visible(const VisibleRule& r, int64_t kv_head, int64_t q
   if (begin != r.doc_begin[k]) return false;
   if (IsOfBlocks(r.kind)) {
     if (k > q && !r.bidirectional) return false;
-    const int64_t row = q / r.row_length * r.row_length;
-    return SeesBlock(r, kv_head, (q - row) / r.block, (k - row) / r.block, (begin - row) / r.block);
+    const int64_t row = Quotient(q, r.row_length) * r.row_length;
+    return SeesBlock(r, kv_head, Quotient(q - row, r.block), Quotient(k - row, r.block),
+                     Quotient(begin - row, r.block));
   }
   const KeyIntervals keys = KeysOf(r, kv_head, q);
   return k < keys.first_end || (k >= keys.begin && k < keys.end);

@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "configs/defaults.h"
+#include "configs/fields.h"
 #include "tests/configs/sample.h"
 
 namespace longspan::test {
@@ -155,8 +156,8 @@ TEST(ConfigLoadTest, TextThatDoesNotParseReportsItsFirstPlace) {
       {"run { steps: 1 }\nrun { seed: 2 }",
        "c.textproto:2:1: run: given twice, first on line 1 (remove one of them)"},
       {"model { mixer { softmax { causal {}\n s2 {} } } }",
-       "c.textproto:2:2: model.mixer[0].softmax.s2: more than one choice is given (keep one of "
-       "full, causal, window, s2, duo, moba)"},
+       "c.textproto:2:2: model.mixer[0].softmax.s2: more than one choice is given (keep one of " +
+           configs::MemberNames(*configs::Softmax::descriptor()->FindOneofByName("pattern")) + ")"},
       {"run { steps: }", "c.textproto:1:14: run.steps: has no value (give a whole number)"},
       {"run { steps 4 }", "c.textproto:1:13: Expected \":\", found \"4\""},
       {"run {\n steps: 4\n",

@@ -23,17 +23,34 @@ void ExpectProblem(const std::vector<std::string>& sets, const std::string& prob
 
 void ExpectFine(const std::vector<std::string>& sets) { EXPECT_EQ(ErrorOf(kSample, sets), ""); }
 
-// Visits every scalar field of the schema with a path that --set understands in kSample.
-void ForEachScalar(const Descriptor& message, const std::string& path,
-                   const std::function<void(const FieldDescriptor&, const std::string&)>& visit) {
+// A scalar field in kSample: its path, and how --set gives it a value: set_begin, value, set_end. A
+// list that kSample does not have is set with the group around it.
+struct Place {
+  std::string path, set_begin, set_end;
+};
+
+// Visits every scalar field of the schema.
+void ForEachScalar(const Descriptor& message, const Place& place,
+                   const std::function<void(const FieldDescriptor&, const Place&)>& visit) {
   for (int i = 0; i < message.field_count(); ++i) {
     const FieldDescriptor& field = *message.field(i);
-    std::string field_path = configs::JoinPath(path, field.name());
-    if (field.is_repeated()) field_path += field.name() == "mixer" ? "[s2]" : "[0]";
-    if (field.message_type() == nullptr) {
-      visit(field, field_path);
+    Place below = place;
+    below.path = configs::JoinPath(place.path, field.name());
+    const bool in_sample = field.name() == "mixer" || place.path == "data";
+    if (field.is_repeated()) below.path += field.name() == "mixer" ? "[s2]" : "[0]";
+    if (place.set_end.empty() && (!field.is_repeated() || in_sample)) {
+      below.set_begin = below.path + "=";
+    } else if (field.message_type() == nullptr) {
+      below.set_begin = place.set_begin + (place.set_end.empty() ? "{" : "") + field.name() + ":";
+      below.set_end = (place.set_end.empty() ? "}" : "") + place.set_end;
     } else {
-      ForEachScalar(*field.message_type(), field_path, visit);
+      below.set_begin = place.set_begin + "{" + field.name() + "{";
+      below.set_end = "}}" + place.set_end;
+    }
+    if (field.message_type() == nullptr) {
+      visit(field, below);
+    } else {
+      ForEachScalar(*field.message_type(), below, visit);
     }
   }
 }
@@ -47,38 +64,38 @@ std::string Print(double value) {
 
 TEST(ConfigValidateTest, EveryBoundOfTheSchemaIsEnforced) {
   int bounds = 0, numbers = 0;
-  ForEachScalar(
-      *Config::descriptor(), "", [&](const FieldDescriptor& field, const std::string& path) {
-        const bool whole = field.cpp_type() == FieldDescriptor::CPPTYPE_INT64;
-        if (!whole && field.cpp_type() != FieldDescriptor::CPPTYPE_DOUBLE) return;
-        ++numbers;
-        const Rule& rule = field.options().GetExtension(configs::rule);
-        EXPECT_TRUE(rule.has_min() || rule.has_above()) << path << " has no lower bound";
-        const auto out_of_range = [&](double value) {
-          const std::string set = path + "=" + Print(value);
-          const std::string expected = Str("--set ", set, ": ", path, ": ");
-          const std::string error = ErrorOf(kSample, {set});
-          const size_t at = error.find(expected);
-          return at != std::string::npos &&
-                 error.substr(at, error.find('\n', at) - at).find("is out of range (use a ") !=
-                     std::string::npos;
-        };
-        const double step = whole ? 1 : 1e-9;
-        const auto check = [&](bool present, double inside, double outside) {
-          if (!present) return;
-          ++bounds;
-          EXPECT_FALSE(out_of_range(inside)) << path << " = " << inside;
-          EXPECT_TRUE(out_of_range(outside)) << path << " = " << outside;
-        };
-        check(rule.has_min(), rule.min(), rule.min() - step);
-        check(rule.has_above(), rule.above() + step, rule.above());
-        check(rule.has_max(), rule.max(), rule.max() + (whole ? 1 : rule.max() * 1e-9));
-        check(rule.has_below(), rule.below() - step, rule.below());
-        if (!whole) {
-          EXPECT_TRUE(out_of_range(std::nan(""))) << path;
-          EXPECT_TRUE(out_of_range(INFINITY)) << path;
-        }
-      });
+  ForEachScalar(*Config::descriptor(), {}, [&](const FieldDescriptor& field, const Place& place) {
+    const std::string& path = place.path;
+    const bool whole = field.cpp_type() == FieldDescriptor::CPPTYPE_INT64;
+    if (!whole && field.cpp_type() != FieldDescriptor::CPPTYPE_DOUBLE) return;
+    ++numbers;
+    const Rule& rule = field.options().GetExtension(configs::rule);
+    EXPECT_TRUE(rule.has_min() || rule.has_above()) << path << " has no lower bound";
+    const auto out_of_range = [&](double value) {
+      const std::string set = place.set_begin + Print(value) + place.set_end;
+      const std::string expected = Str("--set ", set, ": ", path, ": ");
+      const std::string error = ErrorOf(kSample, {set});
+      const size_t at = error.find(expected);
+      return at != std::string::npos &&
+             error.substr(at, error.find('\n', at) - at).find("is out of range (use a ") !=
+                 std::string::npos;
+    };
+    const double step = whole ? 1 : 1e-9;
+    const auto check = [&](bool present, double inside, double outside) {
+      if (!present) return;
+      ++bounds;
+      EXPECT_FALSE(out_of_range(inside)) << path << " = " << inside;
+      EXPECT_TRUE(out_of_range(outside)) << path << " = " << outside;
+    };
+    check(rule.has_min(), rule.min(), rule.min() - step);
+    check(rule.has_above(), rule.above() + step, rule.above());
+    check(rule.has_max(), rule.max(), rule.max() + (whole ? 1 : rule.max() * 1e-9));
+    check(rule.has_below(), rule.below() - step, rule.below());
+    if (!whole) {
+      EXPECT_TRUE(out_of_range(std::nan(""))) << path;
+      EXPECT_TRUE(out_of_range(INFINITY)) << path;
+    }
+  });
   EXPECT_GE(numbers, 40);  // the walk has reached the leaves
   EXPECT_GE(bounds, 70);
 }
@@ -90,8 +107,9 @@ TEST(ConfigValidateTest, RequiredTextsAreNotEmpty) {
 
 TEST(ConfigValidateTest, OneofsNeedAChoice) {
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "softmax {}")),
-            "c.textproto:14: model.mixer[dense].softmax: no pattern is chosen (give one of full, "
-            "causal, window, s2, duo, moba)");
+            "c.textproto:14: model.mixer[dense].softmax: no pattern is chosen (give one of " +
+                configs::MemberNames(*configs::Softmax::descriptor()->FindOneofByName("pattern")) +
+                ")");
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "")),
             "c.textproto:14: model.mixer[dense]: no kind is chosen (give one of softmax)");
   EXPECT_EQ(ErrorOf(SampleWith("adamw { lr: 1e-3 }", "clip_norm: 2")),

@@ -1,6 +1,8 @@
 """`longspan inspect` on each kind of target. usage: inspect_cli_test.py PROGRAM REPOSITORY"""
 
 import os
+import re
+import shlex
 import struct
 
 import cli_support
@@ -89,6 +91,52 @@ class ConfigTest(CliTest):
             self.assertEqual(mixer["visible_pairs"], pairs, kind)
             self.assertEqual(mixer["coverage"], 1.0 if kind == "s2" else None, kind)
 
+    def static_patterns(self):
+        """Each pattern's configuration, and its formula: head, query, key, in tokens."""
+        def near(a, b):
+            return abs(a // 16 - b // 16)
+        segment = [0] * 90 + [1 + t // 40 for t in range(110)]
+        return {
+            "global_window { window: 30 global_tokens: 5 bidirectional: true }":
+                lambda h, q, k: abs(q - k) < 30 or min(q, k) < 5,
+            "power { block_size: 16 local_blocks: 2 sink_blocks: 1 }":
+                lambda h, q, k: k <= q and (near(q, k) in (0, 1, 2, 4, 8) or k < 16),
+            "dilated { block_size: 16 neighbours: 3 dilation: 2 bidirectional: true }":
+                lambda h, q, k: near(q, k) in (0, 2, 4),
+            "prefix_lm { prefix: 70 }": lambda h, q, k: k <= q or k < 70,
+            "shared_question { segment: 90 segment: 40 }":
+                lambda h, q, k: k <= q and segment[k] in (0, segment[q]),
+            "causal_blockwise { segment: 90 segment: 40 }":
+                lambda h, q, k: k <= q and segment[q] in (3, segment[k]),
+            "block_causal { block_size: 32 }": lambda h, q, k: k // 32 <= q // 32,
+            "random_blocks { density: 1 }": lambda h, q, k: k <= q,
+            "spans { head { window: 50 sinks: 3 } head {} }":
+                lambda h, q, k: k <= q and (h == 1 or q - k < 50 or k < 3),
+        }
+
+    def test_every_static_pattern_against_every_pair(self):
+        patterns, length = self.static_patterns(), 200
+        mixers = "".join(f'  mixer {{ name: "m{i}" softmax {{ {pattern} }} }}\n'
+                         for i, pattern in enumerate(patterns))
+        text = re.sub(r'  mixer \{ name: "dense".*layers: "[^"]*"\n',
+                      mixers + f'  layers: "{" ".join(f"m{i}" for i in range(len(patterns)))}"\n',
+                      TINY, flags=re.DOTALL).replace("num_layers: 4", f"num_layers: {len(patterns)}")
+        with open(os.path.join(self.folder, "all.textproto"), "w", encoding="utf-8") as file:
+            file.write(text)
+        report = self.succeed_json("inspect", "all.textproto", "--length", str(length))
+        self.assertEqual(len(report["mixers"]), len(patterns))
+        for mixer, (pattern, visible) in zip(report["mixers"], patterns.items()):
+            pairs, ahead = 0, False
+            for head in (0, 1):
+                seen = [[visible(head, q, k) for k in range(length)] for q in range(length)]
+                pairs += sum(map(sum, seen))
+                ahead = ahead or any(any(row[q + 1:]) for q, row in enumerate(seen))
+                picture = next(h["picture"] for h in mixer["heads"] if head in h["kv_heads"])
+                self.assertEqual(picture, self.draw(seen), f"{pattern} {head}")
+            self.assertEqual(mixer["visible_pairs"], pairs, pattern)
+            whole = length**2 if ahead else length * (length + 1) // 2
+            self.assertAlmostEqual(mixer["density"], pairs / 2 / whole, msg=pattern)
+
     def draw(self, seen):
         text, n = "", len(seen)
         for q in range(0, n, 64):
@@ -146,33 +194,52 @@ class ConfigTest(CliTest):
             if set(line) <= set(" #+.") and line.strip():
                 self.assertLessEqual(len(line.strip()), 48)
 
-    def test_documented_pictures_and_densities(self):
+    def documentation(self):
         with open(os.path.join(cli_support.REPOSITORY, "docs", "attention.md"),
                   encoding="utf-8") as file:
-            text = file.read()
-        window = ["--set", "model.mixer[dense].softmax.window.window=200",
-                  "--set", "model.mixer[dense].softmax.window.sinks=70"]
-        local = ["--set", "model.mixer[s2].softmax.s2.local_blocks=3"]
-        for sets, mixer in (([], 0), (window, 0), (local, 1)):
+            return file.read()
+
+    def test_documented_pictures(self):
+        """Every picture is what its command line draws."""
+        text, checked = self.documentation(), set()
+        for match in re.finditer(r"- Picture: (?:`([^`]*)`|the mixer `dense`)[^\n]*\n"
+                                 r"(?:  [^\n]*\n)*\n```\n(.*?)\n```", text, re.DOTALL):
+            sets, drawn = shlex.split(match[1] or ""), match[2].splitlines()
+            mixer = 1 if "model.mixer[s2]" in (match[1] or "") else 0
             report = self.succeed_json("inspect", preset("quickstart.textproto"), "--length",
                                        "1024", *sets)
+            panels = len(drawn[0].split())
             pictures = [h["picture"].splitlines() for h in report["mixers"][mixer]["heads"]]
-            rows = ["    ".join(row) for row in zip(*pictures[:2])]
-            self.assertIn("```\n" + "\n".join(rows) + "\n```", text, report["mixers"][mixer])
-            for argument in sets[1::2]:
-                self.assertIn(argument, text)
-        columns = {8192: ("0.758", "0.324"), 131072: ("0.0625", "0.138")}
-        for length, cells in columns.items():
-            report = self.succeed_json(
-                "inspect", preset("quickstart.textproto"), "--length", str(length),
-                "--set", "model.num_kv_heads=8",
-                "--set", "model.mixer[dense].softmax.window.window=4096",
-                "--set", "model.mixer[dense].softmax.window.sinks=64",
-                "--set", "model.mixer[s2].softmax.s2.local_blocks=16",
-                "--set", "model.mixer[s2].softmax.s2.stride_blocks=8")
-            for mixer, cell in zip(report["mixers"], cells):
-                self.assertIn(f"| {cell} |", text)
-                self.assertAlmostEqual(mixer["density"], float(cell), delta=6e-4)
+            rows = ["    ".join(row) for row in zip(*pictures[:panels])]
+            self.assertEqual(drawn, rows[:len(drawn)], match[1])
+            self.assertIn(len(drawn), (4, 16))
+            checked.add(re.search(r"softmax\.(\w+)", match[1])[1] if match[1] else "causal")
+        self.assertEqual(text.count("- Picture:"), len(checked))
+        kinds = {"full", "causal", "window", "global_window", "s2", "power", "dilated", "prefix_lm",
+                 "shared_question", "causal_blockwise", "block_causal", "random_blocks", "spans"}
+        self.assertLessEqual(kinds, checked)
+
+    def test_documented_densities(self):
+        cases = {"window 4096, 64 sinks": "dense window={window: 4096 sinks: 64}",
+                 "S2, block 64, 16 local blocks, stride 8": "s2 s2={local_blocks: 16 stride_blocks: 8}",
+                 "power, block 256, 5 local blocks, 1 sink": "dense power={block_size: 256 local_blocks: 5}",
+                 "dilated, block 64, 16 neighbours, dilation 4": "dense dilated={neighbours: 16 dilation: 4}",
+                 "shared question 1024, answers of 256": "dense shared_question={segment: [1024, 256]}",
+                 "causal blockwise, segments of 1024": "dense causal_blockwise={segment: 1024}",
+                 "random blocks 64, density 0.05": "dense random_blocks={density: 0.05}"}
+        text = self.documentation()
+        for name, case in cases.items():
+            cells = re.search(rf"^\| {name} \| (.*) \|$", text, re.MULTILINE)[1].split(" | ")
+            mixer, value = case.split(" ", 1)
+            for length, cell in ((8192, cells[0]), (131072, cells[2])):
+                report = self.succeed_json(
+                    "inspect", preset("quickstart.textproto"), "--length", str(length),
+                    "--set", "model.num_kv_heads=8",
+                    "--set", "model.mixer[s2].softmax.s2.stride_blocks=8",
+                    "--set", f"model.mixer[{mixer}].softmax.{value}")
+                density = report["mixers"][0 if mixer == "dense" else 1]["density"]
+                digits = len(cell.split(".")[1])
+                self.assertAlmostEqual(density, float(cell), delta=0.6 * 10**-digits, msg=name)
 
     def test_png(self):
         self.succeed("inspect", preset("quickstart.textproto"), "--png", "p.png")

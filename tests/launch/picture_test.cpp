@@ -46,10 +46,18 @@ Counted Count(const AttentionPattern& pattern, int64_t kv_heads, const ops::Docu
 
 TEST(MaskFactsTest, MatchCountingEveryPair) {
   const AttentionPattern patterns[] = {
-      AttentionPattern::Full(), AttentionPattern::Causal(), AttentionPattern::Window(70, 5),
+      AttentionPattern::Full(),
+      AttentionPattern::Causal(),
+      AttentionPattern::Window(70, 5),
       AttentionPattern::S2({.block_size = 16, .local_blocks = 2, .stride_blocks = 3}),
       AttentionPattern::S2(
-          {.block_size = 64, .local_blocks = 1, .stride_blocks = 5, .dense_heads = 1})};
+          {.block_size = 64, .local_blocks = 1, .stride_blocks = 5, .dense_heads = 1}),
+      AttentionPattern::Window(70, 5, true),
+      AttentionPattern::Prefix(90),
+      AttentionPattern::BlockCausal(128),
+      AttentionPattern::Power({16, 2, 1}),
+      AttentionPattern::Spans({{}, {30, 2}, {70, 0}}),
+      AttentionPattern::RandomBlocks({.block_size = 32, .density = 0.3, .per_head = true})};
   const ops::Documents documents = ops::Documents::FromEnds(401, {{401}, {100, 110, 401}});
   const auto shared = std::make_shared<const ops::Documents>(documents);
   const ops::BlockList all = ops::BlockList::All(documents);
@@ -90,6 +98,12 @@ TEST(MaskFactsTest, LongS2RowsAreShownUpToOneBlockPerCell) {
   EXPECT_EQ(PictureLength(s2(16, 4), 8192, 48), 48 * 64);
   EXPECT_EQ(PictureLength(s2(64, 64), 8192, 48), 8192);  // 48 blocks would show the local part only
   EXPECT_EQ(PictureLength(AttentionPattern::Causal(), 1 << 20, 48), 1 << 20);
+  EXPECT_EQ(PictureLength(AttentionPattern::Power({128, 3, 1}), 1 << 20, 48), 48 * 128);
+  EXPECT_EQ(PictureLength(AttentionPattern::Dilated({32, 3, 2}), 1 << 20, 48), 48 * 64);
+  EXPECT_EQ(PictureLength(AttentionPattern::Dilated({32, 3, 1}), 1 << 20, 48), 1 << 20);
+  EXPECT_EQ(PictureLength(AttentionPattern::RandomBlocks({.mean_blocks = 4}), 1 << 20, 48),
+            48 * 256);
+  EXPECT_EQ(PictureLength(AttentionPattern::SharedQuestion({100}), 4096, 48), 4096);
   EXPECT_EQ(PictureLength(AttentionPattern::Window(4096), 32768, 48), 32768);
   // The reason: at its full length the stride is invisible.
   const std::string far = WholeRowMask(s2(64, 4), 4, 1 << 15)->Ascii(0, 48);

@@ -24,14 +24,14 @@ LONGSPAN_HD inline uint32_t VisibleKeys(const VisibleRule& r, int64_t kv_head, i
     return IntervalBits(begin, seen.first_end < end ? seen.first_end : end, first_key) |
            IntervalBits(seen.begin, seen.end < end ? seen.end : end, first_key);
   }
-  const int64_t row = q / r.row_length * r.row_length;
-  const int64_t query_block = (q - row) / r.block, first = (begin - row) / r.block;
+  const int64_t row = Quotient(q, r.row_length) * r.row_length;
+  const int64_t query_block = Quotient(q - row, r.block), first = Quotient(begin - row, r.block);
   const int64_t last_key = r.bidirectional ? r.doc_end[q] : q + 1;
   const int64_t from = begin > first_key ? begin : first_key;
   const int64_t to = last_key < end ? last_key : end;
   uint32_t bits = 0;
   for (int64_t at = from; at < to;) {
-    const int64_t block = (at - row) / r.block, block_end = row + (block + 1) * r.block;
+    const int64_t block = Quotient(at - row, r.block), block_end = row + (block + 1) * r.block;
     const int64_t stop = block_end < to ? block_end : to;
     if (SeesBlock(r, kv_head, query_block, block, first)) bits |= IntervalBits(at, stop, first_key);
     at = block_end;

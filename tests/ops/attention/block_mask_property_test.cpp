@@ -2,11 +2,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <iterator>
 #include <map>
 #include <set>
 
 #include "ops/attention/block_mask.h"
 #include "ops/attention/token_sets.h"
+#include "ops/core/error.h"
+#include "ops/core/rng.h"
 #include "tests/ops/attention/mask_cases.h"
 
 namespace longspan::test {
@@ -139,6 +143,23 @@ void Check(const MaskCase& c) {
   EXPECT_EQ(mask->empty(), total == 0);
 }
 
+// As many cases as the ci label allows hold every pair of a kind, documents and a shard.
+TEST(BlockMaskPropertyTest, TheSampleHoldsAllPairs) {
+  std::set<std::string> want, got;
+  const auto pairs = [](const MaskCase& c, std::set<std::string>& out) {
+    const std::string kind = Str(static_cast<int>(c.pattern.pattern.kind));
+    out.insert({kind + " & " + c.documents.name, kind + " & " + c.shard.name,
+                c.documents.name + " & " + c.shard.name, c.pattern.name});
+  };
+  for (const MaskCase& c : AllMaskCases()) pairs(c, want);
+  for (const MaskCase& c : SampleMaskCases(300, 11)) pairs(c, got);
+  std::vector<std::string> missing;
+  std::set_difference(want.begin(), want.end(), got.begin(), got.end(),
+                      std::back_inserter(missing));
+  EXPECT_EQ(missing, std::vector<std::string>{});
+  EXPECT_GT(want.size(), 400u);
+}
+
 void CheckAll(const std::vector<MaskCase>& cases) {
   for (const MaskCase& c : cases) {
     Check(c);
@@ -147,6 +168,127 @@ void CheckAll(const std::vector<MaskCase>& cases) {
 }
 
 TEST(BlockMaskPropertyTest, SampledCases) { CheckAll(SampleMaskCases(300, 11)); }
+
+// Draws for a case of its own.
+class Dice {
+ public:
+  explicit Dice(uint64_t seed) : rng_(seed, StreamOf("random patterns")) {}
+  int64_t Between(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(rng_.Below(next_++, static_cast<uint64_t>(high - low + 1)));
+  }
+  bool Coin() { return Between(0, 1) == 1; }
+  int64_t BlockSize() { return int64_t{16} << Between(0, 4); }
+
+ private:
+  Philox rng_;
+  uint64_t next_ = 0;
+};
+
+ops::AttentionPattern RandomPattern(Dice& dice, int64_t kv_heads) {
+  using ops::AttentionPattern;
+  const auto lengths = [&] {
+    std::vector<int64_t> list;
+    for (int64_t n = dice.Between(1, 5); n > 0; --n) list.push_back(dice.Between(1, 150));
+    return list;
+  };
+  const auto phase = [&] {
+    return dice.Coin() ? ops::StridePhase::kRow : ops::StridePhase::kDocument;
+  };
+  switch (dice.Between(0, 11)) {
+    case 0:
+      return AttentionPattern::Window(dice.Between(1, 300), dice.Between(0, 150), dice.Coin());
+    case 1:
+      return AttentionPattern::GlobalWindow(dice.Between(1, 300), dice.Between(0, 150),
+                                            dice.Coin());
+    case 2:
+      return AttentionPattern::S2({.block_size = dice.BlockSize(),
+                                   .local_blocks = dice.Between(1, 6),
+                                   .stride_blocks = dice.Between(1, 12),
+                                   .head_step = dice.Between(0, 5),
+                                   .head_offset = dice.Between(0, 20),
+                                   .dense_heads = dice.Between(0, 1),
+                                   .allow_incomplete_coverage = true,
+                                   .phase = phase()});
+    case 3:
+      return AttentionPattern::Power({dice.BlockSize(), dice.Between(1, 9), dice.Between(0, 3)});
+    case 4:
+      return AttentionPattern::Dilated(
+          {dice.BlockSize(), dice.Between(1, 9), dice.Between(1, 9), dice.Coin()});
+    case 5:
+      return AttentionPattern::Prefix(dice.Between(0, 400));
+    case 6:
+      return AttentionPattern::SharedQuestion(lengths());
+    case 7:
+      return AttentionPattern::CausalBlockwise(lengths());
+    case 8:
+      return AttentionPattern::BlockCausal(dice.BlockSize());
+    case 9: {
+      std::vector<ops::HeadSpan> spans;
+      for (int64_t h = 0; h < kv_heads; ++h) {
+        if (dice.Coin()) {
+          spans.push_back({});
+        } else {
+          spans.push_back({dice.Between(1, 200), dice.Between(0, 100)});
+        }
+      }
+      return AttentionPattern::Spans(spans);
+    }
+    default: {
+      const int64_t mean = dice.Between(1, 9);
+      return AttentionPattern::RandomBlocks(
+          {.block_size = dice.BlockSize(),
+           .density = static_cast<double>(dice.Between(1, 100)) / 100,
+           .seed = dice.Between(0, 1000000),
+           .mean_blocks = mean,
+           .min_blocks = dice.Between(1, mean),
+           .bidirectional = dice.Coin(),
+           .per_head = dice.Coin(),
+           .own_block = dice.Coin(),
+           .phase = phase()});
+    }
+  }
+}
+
+MaskCase RandomCase(Dice& dice) {
+  const int64_t length = dice.Between(1, 700), rows = dice.Between(1, 2);
+  const int64_t longest = dice.Coin() ? length : dice.Between(1, 300);
+  std::vector<std::vector<int64_t>> ends(static_cast<size_t>(rows));
+  for (auto& row : ends) {
+    for (int64_t at = 0; at < length;) {
+      at = std::min(length, at + dice.Between(1, longest));
+      row.push_back(at);
+    }
+  }
+  const auto documents = std::make_shared<ops::Documents>(ops::Documents::FromEnds(length, ends));
+  const auto some_blocks = [&] {
+    std::vector<int32_t> ids;
+    const bool all = dice.Coin();
+    for (const int32_t id : BlockList::All(*documents).ids) {
+      if (all || dice.Coin()) ids.push_back(id);
+    }
+    for (size_t i = ids.size(); i > 1; --i) {
+      std::swap(ids[i - 1], ids[static_cast<size_t>(dice.Between(0, static_cast<int64_t>(i) - 1))]);
+    }
+    return BlockList::FromIds(*documents, ids);
+  };
+  const ops::AttentionPattern pattern = RandomPattern(dice, 3);
+  const BlockList queries = some_blocks(), keys = some_blocks();
+  return {.pattern = {pattern.ToString(), pattern},
+          .documents = {Str("rows of ", length), documents},
+          .shard = {Str(queries.size(), " against ", keys.size(), " blocks"), queries, keys},
+          .kv_heads = 3};
+}
+
+// Other cases in every run; --gtest_random_seed=N repeats one.
+TEST(BlockMaskPropertyTest, RandomCases) {
+  const auto seed = static_cast<uint64_t>(testing::UnitTest::GetInstance()->random_seed());
+  std::printf("--gtest_random_seed=%d\n", static_cast<int>(seed));
+  for (uint64_t i = 0; i < 200; ++i) {
+    Dice dice(seed * 1000 + i);
+    Check(RandomCase(dice));
+    ASSERT_FALSE(testing::Test::HasFailure()) << "case " << i << " of seed " << seed;
+  }
+}
 
 TEST(BlockMaskPropertyTest, ExhaustiveCases) {
   const std::vector<MaskCase> cases = AllMaskCases();

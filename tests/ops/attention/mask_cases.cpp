@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
+#include <map>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -211,22 +213,29 @@ std::vector<MaskCase> AllMaskCases() {
 
 std::vector<MaskCase> SampleMaskCases(size_t count, uint64_t seed) {
   const std::vector<MaskCase> all = AllMaskCases();
-  const Philox rng(seed, StreamOf("mask cases"));
-  constexpr size_t kCandidates = 40;
+  const std::vector<NamedPattern> patterns = Patterns();
+  std::map<ops::PatternKind, std::vector<size_t>> of_kind;
+  for (size_t p = 0; p < patterns.size(); ++p) of_kind[patterns[p].pattern.kind].push_back(p);
   using Pair = std::pair<std::string, std::string>;
-  std::set<Pair> seen;
   const auto pairs_of = [](const MaskCase& c) {
     const std::string kind = Str(static_cast<int>(c.pattern.pattern.kind));
     return std::array<Pair, 4>{Pair{c.pattern.name, ""}, Pair{kind, c.documents.name},
                                Pair{kind, c.shard.name}, Pair{c.documents.name, c.shard.name}};
   };
-  std::vector<MaskCase> cases;
+  // Of some candidates, each of a kind drawn evenly, the one with most pairs not yet seen.
+  const Philox rng(seed, StreamOf("mask cases"));
+  uint64_t draws = 0;
+  const auto draw = [&](size_t below) { return rng.Below(draws++, below); };
+  std::set<Pair> seen;
   std::set<size_t> taken;
-  for (uint64_t i = 0; cases.size() < std::min(count, all.size()); ++i) {
+  std::vector<MaskCase> cases;
+  while (cases.size() < std::min(count, all.size())) {
     size_t best = all.size();
     int most = -1;
-    for (uint64_t n = 0; n < kCandidates; ++n) {
-      const size_t candidate = rng.Below(i * kCandidates + n, all.size());
+    for (int n = 0; n < 60; ++n) {
+      const auto& [kind, members] = *std::next(of_kind.begin(), draw(of_kind.size()));
+      const size_t setting = draw(all.size() / patterns.size());  // documents and shard
+      const size_t candidate = setting * patterns.size() + members[draw(members.size())];
       if (taken.count(candidate) != 0) continue;
       int fresh = 0;
       for (const Pair& pair : pairs_of(all[candidate])) fresh += seen.count(pair) == 0;

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "ops/attention/documents.h"
 #include "ops/core/error.h"
 #include "tests/ops/attention/mask_cases.h"
@@ -43,6 +45,52 @@ TEST(PatternTest, ProblemsNameTheField) {
   ExpectProblem(AttentionPattern::S2({.homogeneous = true, .dense_heads = 1}), 4, "s2.dense_heads");
   ExpectProblem(AttentionPattern::S2({.homogeneous = true, .head_step = 1}), 4, "s2.head_step");
   EXPECT_EQ(AttentionPattern::Window(0, -1).Problems(4).size(), 2u);
+  ExpectProblem(AttentionPattern::GlobalWindow(0, 1), 4, "window");
+  ExpectProblem(AttentionPattern::GlobalWindow(1, -1), 4, "global_tokens");
+  ExpectProblem(AttentionPattern::Power({48, 1, 0}), 4, "power.block_size");
+  ExpectProblem(AttentionPattern::Power({64, 0, 0}), 4, "power.local_blocks");
+  ExpectProblem(AttentionPattern::Power({64, 1, -1}), 4, "power.sink_blocks");
+  ExpectProblem(AttentionPattern::Dilated({8, 1, 1}), 4, "dilated.block_size");
+  ExpectProblem(AttentionPattern::Dilated({64, 0, 1}), 4, "dilated.neighbours");
+  ExpectProblem(AttentionPattern::Dilated({64, 1, 0}), 4, "dilated.dilation");
+  ExpectProblem(AttentionPattern::Prefix(-1), 4, "prefix");
+  ExpectProblem(AttentionPattern::BlockCausal(100), 4, "block_causal.block_size");
+  for (const auto& lengths : {std::vector<int64_t>{}, {5, 0}, {0}, {5, -3}, {int64_t{1} << 32}}) {
+    ExpectProblem(AttentionPattern::SharedQuestion(lengths), 4, "shared_question.segment");
+    ExpectProblem(AttentionPattern::CausalBlockwise(lengths), 4, "causal_blockwise.segment");
+  }
+  const auto random = [](const ops::RandomBlocksOptions& options, const std::string& field) {
+    ExpectProblem(AttentionPattern::RandomBlocks(options), 4, "random_blocks." + field);
+  };
+  random({.block_size = 24}, "block_size");
+  random({.density = 0}, "density");
+  random({.density = 1.01}, "density");
+  random({.density = std::nan("")}, "density");
+  random({.seed = -1}, "seed");
+  random({.mean_blocks = 0}, "mean_blocks");
+  random({.mean_blocks = 3, .min_blocks = 4}, "min_blocks");
+  random({.mean_blocks = 3, .min_blocks = 0}, "min_blocks");
+  ExpectProblem(AttentionPattern::Spans({{}, {}, {}}), 4, "spans.head");
+  ExpectProblem(AttentionPattern::Spans({{}, {}, {}, {}, {}}), 4, "spans.head");
+  ExpectProblem(AttentionPattern::Spans({{}, {-1, 0}, {}, {}}), 4, "spans.head[1].window");
+  ExpectProblem(AttentionPattern::Spans({{}, {}, {5, -1}, {}}), 4, "spans.head[2].sinks");
+  ExpectProblem(AttentionPattern::Spans({{0, 5}, {}, {}, {}}), 4, "spans.head[0].sinks");
+}
+
+// Asked of many pairs of one document; the answer decides whether a pattern may be trained with.
+TEST(PatternTest, LooksAheadWhereALaterKeyIsSeen) {
+  const Documents d = Documents::OnePerRow(1, 500);
+  for (const NamedPattern& p : Patterns()) {
+    bool ahead = false;
+    for (int64_t head = 0; head < 4; ++head) {
+      for (int64_t q = 0; q < 500; q += 5) {
+        for (int64_t k = q + 1; k < 500; k += 3) ahead = ahead || Sees(p.pattern, 4, d, head, q, k);
+      }
+    }
+    // A window of one token looks ahead by its name only.
+    if (p.name == "window 1 bidirectional") continue;
+    EXPECT_EQ(p.pattern.LooksAhead(), ahead) << p.name;
+  }
 }
 
 // Cases of the published pattern whose heads leave parts of the context out.
@@ -82,6 +130,14 @@ TEST(PatternTest, ToStringTellsPatternsApart) {
   for (size_t i = 0; i < patterns.size(); ++i) {
     for (size_t j = 0; j < i; ++j) EXPECT_NE(patterns[i].name, patterns[j].name);
   }
+  // A resumed run compares these texts, so they tell everything.
+  const auto density = [](double value) {
+    return AttentionPattern::RandomBlocks({.density = value}).ToString();
+  };
+  EXPECT_EQ(density(0.1), "random blocks 64 density 0.1 seed 0");
+  EXPECT_NE(density(0.1), density(0.1000000001));
+  EXPECT_EQ(AttentionPattern::SharedQuestion({100, 20}).ToString(), "shared question 100 20");
+  EXPECT_EQ(AttentionPattern::Spans({{}, {9, 4}}).ToString(), "spans causal, window 9 sinks 4");
 }
 
 TEST(VisibleTest, AgreesWithTheWordsOfThePattern) {

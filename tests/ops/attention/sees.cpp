@@ -1,7 +1,8 @@
 // Who sees whom, once more: the formulas of docs/attention.md by plain counting, slow and without a
 // line in common with ops/attention.
-#include <cmath>
+#include <cstdlib>
 
+#include "tests/ops/attention/random_draws.h"
 #include "tests/ops/attention/reference.h"
 
 namespace longspan::test {
@@ -73,53 +74,6 @@ Walk SegmentOf(const std::vector<int64_t>& ends, int64_t position) {
   }
   return walk;
 }
-
-uint32_t Scramble(uint32_t x) {
-  x ^= x >> 16;
-  x *= 2246822507u;
-  x ^= x >> 13;
-  x *= 3266489909u;
-  x ^= x >> 16;
-  return x;
-}
-
-// The draws of random blocks, by the words of docs/attention.md.
-class RandomDraws {
- public:
-  RandomDraws(const ops::RandomBlocksOptions& random, int64_t kv_head) : random_(random) {
-    uint64_t x = static_cast<uint64_t>(random.seed);
-    if (random.per_head) x += static_cast<uint64_t>(kv_head + 1) * 11400714819323198485u;
-    x ^= x >> 30;
-    x *= 13787848793156543929u;
-    x ^= x >> 27;
-    x *= 10723151780598845931u;
-    x ^= x >> 31;
-    low_ = static_cast<uint32_t>(x & 0xffffffffu);
-    high_ = static_cast<uint32_t>(x >> 32);
-  }
-  static uint32_t Hash(uint32_t low, uint32_t high, int64_t row, int64_t column) {
-    const uint32_t scrambled_row = Scramble(static_cast<uint32_t>(row) ^ low);
-    return Scramble(scrambled_row ^ (static_cast<uint32_t>(column) * 2654435761u + high));
-  }
-  int64_t TileOf(int64_t block, int side) const {
-    int64_t tile = 0;
-    while (Begin(tile + 1, side) <= block) ++tile;
-    return tile;
-  }
-  bool Drawn(int64_t row, int64_t column) const {
-    return Hash(low_, high_, row, column) < random_.density * std::pow(2.0, 32);
-  }
-
- private:
-  int64_t Begin(int64_t tile, int side) const {
-    const int64_t slack = (random_.mean_blocks - random_.min_blocks) / 2;
-    if (tile == 0) return 0;
-    const int64_t moved = Hash(high_, low_, tile, side) % (2 * slack + 1);
-    return tile * random_.mean_blocks + moved - slack;
-  }
-  const ops::RandomBlocksOptions& random_;
-  uint32_t low_, high_;
-};
 
 bool SeesRandom(const ops::RandomBlocksOptions& random, int64_t kv_head, const Pair& p) {
   const auto [i, j, first] = BlocksOf(p, random.block_size);

@@ -96,7 +96,13 @@ std::vector<std::pair<std::string, ops::AttentionPattern>> Patterns() {
           {"full", ops::AttentionPattern::Full()},
           {"window", ops::AttentionPattern::Window(100, 5)},
           {"s2", ops::AttentionPattern::S2(s2)},
-          {"s2_wide", ops::AttentionPattern::S2(wide)}};
+          {"s2_wide", ops::AttentionPattern::S2(wide)},
+          {"global", ops::AttentionPattern::GlobalWindow(70, 5, true)},
+          {"power", ops::AttentionPattern::Power({16, 2, 1})},
+          {"prefix", ops::AttentionPattern::Prefix(90)},
+          {"question", ops::AttentionPattern::SharedQuestion({100, 40})},
+          {"random", ops::AttentionPattern::RandomBlocks({.density = 0.3, .per_head = true})},
+          {"spans", ops::AttentionPattern::Spans({{}, {50, 3}})}};
 }
 
 }  // namespace longspan::test

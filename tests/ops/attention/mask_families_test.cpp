@@ -1,0 +1,240 @@
+// The 14 mask families of LongCA-bench (arXiv 2510.17896): each as a pattern with documents,
+// against the slices of tokens that the benchmark describes it by.
+#include <gtest/gtest.h>
+
+#include "ops/attention/block_mask.h"
+#include "ops/attention/token_sets.h"
+#include "ops/core/error.h"
+#include "tests/ops/attention/random_draws.h"
+
+namespace longspan::test {
+namespace {
+
+using ops::AttentionPattern;
+using ops::Documents;
+
+// Queries [q0, q1) against keys [k0, k1): all pairs; those up to the diagonal that ends in the last
+// query and key (causal); those from the diagonal that begins in the first ones on (inverse); both.
+enum class SliceType { kFull, kCausal, kInverse, kBoth };
+struct Slice {
+  int64_t q0, q1, k0, k1;
+  SliceType type = SliceType::kFull;
+};
+
+class Oracle {
+ public:
+  explicit Oracle(int64_t tokens) : tokens_(tokens), seen_(static_cast<size_t>(tokens * tokens)) {}
+  void Add(const Slice& s) {
+    const bool causal = s.type == SliceType::kCausal || s.type == SliceType::kBoth;
+    const bool inverse = s.type == SliceType::kInverse || s.type == SliceType::kBoth;
+    for (int64_t q = s.q0; q < s.q1; ++q) {
+      for (int64_t k = s.k0; k < s.k1; ++k) {
+        if (causal && s.k1 - k < s.q1 - q) continue;
+        if (inverse && k - s.k0 < q - s.q0) continue;
+        ASSERT_FALSE(seen_[Index(q, k)]) << "slices overlap at " << q << " " << k;
+        seen_[Index(q, k)] = true;
+      }
+    }
+  }
+  // |q - k| <= reach among tokens [begin, end).
+  void AddBand(int64_t begin, int64_t end, int64_t reach) {
+    Add({begin, begin + reach, begin, begin + 2 * reach, SliceType::kCausal});
+    Add({begin + reach, end - reach, begin, end, SliceType::kBoth});
+    Add({end - reach, end, end - 2 * reach, end, SliceType::kInverse});
+  }
+  bool Sees(int64_t q, int64_t k) const { return seen_[Index(q, k)]; }
+  int64_t tokens() const { return tokens_; }
+
+ private:
+  size_t Index(int64_t q, int64_t k) const { return static_cast<size_t>(q * tokens_ + k); }
+  int64_t tokens_;
+  std::vector<bool> seen_;
+};
+
+void ExpectSame(const AttentionPattern& pattern, const std::vector<int64_t>& ends,
+                const Oracle& oracle) {
+  SCOPED_TRACE(pattern.ToString());
+  const int64_t tokens = oracle.tokens();
+  const auto documents = std::make_shared<Documents>(Documents::FromEnds(tokens, {ends}));
+  const auto all = ops::BlockList::All(*documents);
+  const auto mask = ops::BlockMask::Build(pattern, 1, documents, all, all);
+  std::string picture;
+  int64_t pairs = 0;
+  for (int32_t i = 0; i < all.size(); ++i) {
+    for (int32_t j = 0; j < all.size(); ++j) {
+      uint64_t bits[64];
+      ops::VisibleBitsOfQueries(mask->rule(), *documents, 0, i, j, bits);
+      int64_t seen = 0, possible = 0;
+      for (int64_t q = i * 64; q < std::min<int64_t>(tokens, i * 64 + 64); ++q) {
+        for (int64_t k = j * 64; k < std::min<int64_t>(tokens, j * 64 + 64); ++k, ++possible) {
+          const bool want = oracle.Sees(q, k);
+          ASSERT_EQ(Visible(mask->rule(), 0, q, k), want) << q << " " << k;
+          ASSERT_EQ(bits[q % 64] >> k % 64 & 1, want) << q << " " << k;
+          seen += want;
+        }
+      }
+      pairs += seen;
+      picture += seen == 0 ? '.' : seen == possible ? '#' : '+';
+    }
+    picture += '\n';
+  }
+  EXPECT_EQ(mask->Ascii(0), picture);
+  EXPECT_EQ(mask->VisiblePairs(0), pairs);
+}
+
+constexpr int64_t kTokens = 1000;  // ends inside a block
+const std::vector<int64_t> kOne = {kTokens};
+const std::vector<int64_t> kEnds = {100, 228, 650, kTokens};  // of packed documents
+
+std::vector<std::pair<int64_t, int64_t>> Pieces(const std::vector<int64_t>& ends) {
+  std::vector<std::pair<int64_t, int64_t>> pieces;
+  int64_t begin = 0;
+  for (const int64_t end : ends) pieces.emplace_back(std::exchange(begin, end), end);
+  return pieces;
+}
+
+TEST(MaskFamiliesTest, FullAndCausalWithAndWithoutDocuments) {
+  for (const auto& ends : {kOne, kEnds}) {
+    Oracle full(kTokens), causal(kTokens);
+    for (const auto& [begin, end] : Pieces(ends)) {
+      full.Add({begin, end, begin, end});
+      causal.Add({begin, end, begin, end, SliceType::kCausal});
+    }
+    ExpectSame(AttentionPattern::Full(), ends, full);
+    ExpectSame(AttentionPattern::Causal(), ends, causal);
+  }
+}
+
+TEST(MaskFamiliesTest, SlidingWindows) {
+  for (const int64_t window : {2, 64, 130}) {
+    Oracle both(kTokens), causal(kTokens);
+    both.AddBand(0, kTokens, window - 1);
+    causal.Add({0, window, 0, window, SliceType::kCausal});
+    causal.Add({window, kTokens, 1, kTokens, SliceType::kBoth});
+    ExpectSame(AttentionPattern::Window(window, 0, true), kOne, both);
+    ExpectSame(AttentionPattern::Window(window), kOne, causal);
+  }
+}
+
+TEST(MaskFamiliesTest, SharedQuestion) {
+  const std::vector<int64_t> lengths = {150, 64, 7, 279, 500};
+  Oracle oracle(kTokens);
+  int64_t begin = 0;
+  for (const int64_t length : lengths) {
+    oracle.Add({begin, begin + length, begin, begin + length, SliceType::kCausal});
+    if (begin > 0) oracle.Add({begin, begin + length, 0, lengths[0]});
+    begin += length;
+  }
+  ExpectSame(AttentionPattern::SharedQuestion(lengths), kOne, oracle);
+}
+
+TEST(MaskFamiliesTest, CausalBlockwise) {
+  const std::vector<int64_t> lengths = {150, 64, 7, 579, 200};
+  Oracle oracle(kTokens);
+  int64_t begin = 0;
+  for (const int64_t length : lengths) {
+    const bool last = begin + length == kTokens;
+    oracle.Add({begin, begin + length, last ? 0 : begin, begin + length, SliceType::kCausal});
+    begin += length;
+  }
+  ExpectSame(AttentionPattern::CausalBlockwise(lengths), kOne, oracle);
+}
+
+TEST(MaskFamiliesTest, PrefixWithAndWithoutDocuments) {
+  for (const auto& ends : {kOne, kEnds}) {
+    for (const int64_t prefix : {1, 77, 192}) {
+      Oracle oracle(kTokens);
+      for (const auto& [begin, end] : Pieces(ends)) {
+        const int64_t middle = std::min(end, begin + prefix);
+        oracle.Add({begin, middle, begin, middle});
+        oracle.Add({middle, end, begin, end, SliceType::kCausal});
+      }
+      ExpectSame(AttentionPattern::Prefix(prefix), ends, oracle);
+    }
+  }
+}
+
+TEST(MaskFamiliesTest, GlobalSlidingWindow) {
+  for (const int64_t window : {2, 64, 130}) {
+    Oracle oracle(kTokens);
+    oracle.Add({0, window, 0, kTokens});
+    oracle.Add({window, kTokens, 0, window});
+    oracle.AddBand(window, kTokens, window - 1);
+    ExpectSame(AttentionPattern::GlobalWindow(window, window, true), kOne, oracle);
+  }
+}
+
+TEST(MaskFamiliesTest, BlockCausalDocuments) {
+  constexpr int64_t kBlock = 128;
+  const std::vector<int64_t> ends = {kBlock, 4 * kBlock, 6 * kBlock, kTokens};
+  Oracle oracle(kTokens);
+  for (const auto& [begin, end] : Pieces(ends)) {
+    for (int64_t block = begin; block < end; block += kBlock) {
+      const int64_t stop = std::min(end, block + kBlock);
+      oracle.Add({block, stop, begin, stop});
+    }
+  }
+  ExpectSame(AttentionPattern::BlockCausal(kBlock), ends, oracle);
+}
+
+void ExpectRandomBlocks(ops::RandomBlocksOptions random) {
+  random.bidirectional = true;
+  random.own_block = false;
+  const RandomDraws draws(random, 0);
+  const auto token = [&](int64_t tile, int side) {
+    return std::min(kTokens, draws.Begin(tile, side) * random.block_size);
+  };
+  Oracle oracle(kTokens);
+  int64_t tiles = 0, drawn = 0;
+  for (int64_t i = 0; token(i, 0) < kTokens; ++i) {
+    for (int64_t j = 0; token(j, 1) < kTokens; ++j, ++tiles) {
+      if (!draws.Drawn(i, j)) continue;
+      oracle.Add({token(i, 0), token(i + 1, 0), token(j, 1), token(j + 1, 1)});
+      ++drawn;
+    }
+  }
+  ExpectSame(AttentionPattern::RandomBlocks(random), kOne, oracle);
+  const double share = static_cast<double>(drawn) / static_cast<double>(tiles);
+  EXPECT_NEAR(share, random.density, 4 * std::sqrt(0.25 / static_cast<double>(tiles)));
+}
+
+TEST(MaskFamiliesTest, UniformBlockSparse) {
+  for (const double density : {0.1, 0.5, 1.0}) {
+    ExpectRandomBlocks({.block_size = 64, .density = density, .seed = 3});
+    ExpectRandomBlocks({.block_size = 128, .density = density, .seed = 4});
+  }
+}
+
+TEST(MaskFamiliesTest, VariableBlockSparse) {
+  for (const double density : {0.2, 0.5}) {
+    ExpectRandomBlocks(
+        {.block_size = 64, .density = density, .seed = 5, .mean_blocks = 4, .min_blocks = 2});
+    ExpectRandomBlocks(
+        {.block_size = 16, .density = density, .seed = 6, .mean_blocks = 9, .min_blocks = 3});
+  }
+}
+
+// Tiles have the sizes that the pattern promises, and the borders of queries are not those of keys.
+TEST(MaskFamiliesTest, VariableTilesKeepTheirSizes) {
+  const ops::RandomBlocksOptions random{.mean_blocks = 8, .min_blocks = 3};
+  const RandomDraws draws(random, 0);
+  int64_t smallest = 100, largest = 0, equal = 0;
+  constexpr int64_t kTiles = 2000;
+  for (int64_t i = 0; i < kTiles; ++i) {
+    for (const int side : {0, 1}) {
+      const int64_t size = draws.Begin(i + 1, side) - draws.Begin(i, side);
+      smallest = std::min(smallest, size);
+      largest = std::max(largest, size);
+    }
+    equal += draws.Begin(i, 0) == draws.Begin(i, 1);
+  }
+  EXPECT_GE(smallest, 3);
+  EXPECT_LE(smallest, 5);
+  EXPECT_LE(largest, 13);
+  EXPECT_GE(largest, 11);
+  EXPECT_LT(equal, kTiles / 3);
+  EXPECT_NEAR(static_cast<double>(draws.Begin(kTiles, 0)), 8.0 * kTiles, 3);
+}
+
+}  // namespace
+}  // namespace longspan::test
