@@ -222,7 +222,6 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
   o.residual = m.has_residual_dtype() ? DTypeOf(m.residual_dtype()) : o.compute;
   o.recompute_layers = c.run().recompute() == configs::Run::LAYER;
   o.gates_only = c.objective().has_duo_gates();
-  std::vector<std::string> names;
   for (const configs::Mixer& mixer : m.mixer()) {
     MixerOptions options{mixer.name(), PatternFrom(mixer.softmax())};
     if (mixer.softmax().has_duo()) {
@@ -234,6 +233,7 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
     }
     o.mixers.push_back(std::move(options));
   }
+  o.layers = configs::LayerMixers(m);
   return o;
 }
 
@@ -241,7 +241,6 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   const configs::Config& c = loaded.config;
   TrainOptions options;
   FillOptions(c, options);
-  o.layers = configs::LayerMixers(m);
   std::vector<configs::Problem> problems;
   std::string why;
   if (options.device == DeviceKind::kCuda && cuda::DeviceCount(&why) == 0) {
