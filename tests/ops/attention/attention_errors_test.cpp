@@ -105,14 +105,15 @@ TEST(AttentionErrorsTest, InputsOfBothDirections) {
                   [](Problem& p) { p.options.scale = std::numeric_limits<double>::quiet_NaN(); });
     ExpectRefusal(
         backward,
-        Str("use one of ", OnCuda() ? "mma_bf16, reference_cuda" : "avx512, portable, reference"),
+        Str("use one of ", OnCuda() ? "mma_bf16, reference_cuda"
+                                    : "amx_bf16, avx512_bf16, avx512, portable, reference"),
         [](Problem& p) { p.options.implementation = "amx"; });
     ExpectRefusal(
         backward,
         OnCuda() ? "implementation reference cannot run this: it runs on a CPU and the "
                    "device is cuda:0; use one of mma_bf16, reference_cuda"
                  : "implementation mma_bf16 cannot run this: it runs on a GPU and the "
-                   "device is cpu:0; use one of avx512, portable, reference",
+                   "device is cpu:0; use one of amx_bf16, avx512_bf16, avx512, portable, reference",
         [](Problem& p) { p.options.implementation = OnCuda() ? "reference" : "mma_bf16"; });
   }
 }
@@ -245,18 +246,20 @@ TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
 
 TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
   const auto& table = AttentionImplementations();
-  ASSERT_EQ(table.size(), 5u);
-  EXPECT_STREQ(table[0].name, "avx512");
-  EXPECT_STREQ(table[1].name, "portable");
-  EXPECT_STREQ(table[2].name, "reference");
-  EXPECT_STREQ(table[3].name, "mma_bf16");
-  EXPECT_STREQ(table[4].name, "reference_cuda");
+  ASSERT_EQ(table.size(), 7u);
+  EXPECT_STREQ(table[0].name, "amx_bf16");
+  EXPECT_STREQ(table[1].name, "avx512_bf16");
+  EXPECT_STREQ(table[2].name, "avx512");
+  EXPECT_STREQ(table[3].name, "portable");
+  EXPECT_STREQ(table[4].name, "reference");
+  EXPECT_STREQ(table[5].name, "mma_bf16");
+  EXPECT_STREQ(table[6].name, "reference_cuda");
   for (const AttentionProblem& problem :
        {AttentionProblem{DType::kF32, 4, 2, 16}, AttentionProblem{DType::kF32, 4, 2, 12},
         AttentionProblem{DType::kBF16, 4, 2, 16}, AttentionProblem{DType::kBF16, 4, 2, 12},
         AttentionProblem{DType::kF64, 4, 2, 16}, AttentionProblem{DType::kBF16, 4, 2, 512}}) {
     if (OnCuda() && (problem.dtype == DType::kF64 || problem.head_dim > 256)) continue;
-    EXPECT_TRUE(table[2].rejects(problem).empty());
+    EXPECT_TRUE(table[4].rejects(problem).empty());
     std::string first;
     for (const auto& entry : table) {
       if (entry.device == TestDevice().kind && first.empty() && entry.rejects(problem).empty())
@@ -268,8 +271,9 @@ TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
     p.kv = ops::MakeKvView(k, k, p.all);
     EXPECT_EQ(ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask).implementation, first);
   }
-  EXPECT_FALSE(table[1].rejects({DType::kF64, 4, 2, 16}).empty());
-  EXPECT_TRUE(table[1].rejects({DType::kF32, 4, 2, 12}).empty());
+  EXPECT_FALSE(table[3].rejects({DType::kF64, 4, 2, 16}).empty());
+  EXPECT_TRUE(table[3].rejects({DType::kF32, 4, 2, 12}).empty());
+  EXPECT_EQ(table[1].rejects({DType::kF32, 4, 2, 16}), "it takes bf16 and the problem is f32");
 }
 
 // A NaN in a query must reach its row of the result and the gradients of its row and of the keys

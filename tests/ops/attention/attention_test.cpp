@@ -42,7 +42,8 @@ Context OneThread() { return OpContext(1); }
 // more error than for f32. Those named after bf16 also take probabilities and score gradients in
 // it.
 double Tolerance(const std::string& name, DType dtype) {
-  if (name.ends_with("_bf16")) return 5e-3;
+  if (name == "mma_bf16") return 5e-3;
+  if (name.ends_with("_bf16")) return 1e-2;  // bf16_attention_test holds them to less
   return dtype == DType::kF64 ? 1e-12 : 1e-5;
 }
 
