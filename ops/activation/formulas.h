@@ -8,7 +8,7 @@ namespace longspan::ops::internal {
 // y = silu(gate) up
 struct SwiGluValue {
   template <class Real>
-  LONGSPAN_HD Real operator()(Real gate, Real up) const {
+  LONGSPAN_HD_INLINE Real operator()(Real gate, Real up) const {
     return gate * Sigmoid(gate) * up;
   }
 };
@@ -16,7 +16,7 @@ struct SwiGluValue {
 // dup = dy silu(g),  dgate = dy up silu'(g) with silu'(g) = s + g s (1 - s), s = sigmoid(g).
 struct SwiGluSlopes {
   template <class Real>
-  LONGSPAN_HD void operator()(Real& dgate, Real& dup, Real dy, Real gate, Real up) const {
+  LONGSPAN_HD_INLINE void operator()(Real& dgate, Real& dup, Real dy, Real gate, Real up) const {
     const Real s = Sigmoid(gate), silu = gate * s;
     dgate = dy * up * (s + silu * (Real(1) - s));
     dup = dy * silu;
@@ -32,24 +32,23 @@ struct GeluValue {
   // The gate is 0 or 1 in every dtype long before +-20; without the limit x^2 would overflow in f32
   // and 0 * infinity make a NaN. NaN passes.
   template <class Real>
-  static LONGSPAN_HD Real Limited(Real x) {
-    x = x < Real(-20) ? Real(-20) : x;
-    return x > Real(20) ? Real(20) : x;
+  static LONGSPAN_HD_INLINE Real Limited(Real x) {
+    return Min(Real(20), Max(Real(-20), x));
   }
   template <class Real>
-  static LONGSPAN_HD Real Gate(Real limited) {
+  static LONGSPAN_HD_INLINE Real Gate(Real limited) {
     const Real square = limited * limited;
     return Sigmoid(limited * (Real(kTwoSqrt) + Real(kTwoSqrt * kCubic) * square));
   }
   template <class Real>
-  LONGSPAN_HD Real operator()(Real x) const {
+  LONGSPAN_HD_INLINE Real operator()(Real x) const {
     return x * Gate(Limited(x));
   }
 };
 
 struct GeluSlope {
   template <class Real>
-  LONGSPAN_HD Real operator()(Real dy, Real value) const {
+  LONGSPAN_HD_INLINE Real operator()(Real dy, Real value) const {
     const Real x = GeluValue::Limited(value), s = GeluValue::Gate(x);
     const Real slope =
         Real(GeluValue::kTwoSqrt) + Real(3 * GeluValue::kTwoSqrt * GeluValue::kCubic) * x * x;

@@ -1,8 +1,9 @@
 #include "ops/activation/gelu.h"
 
 #include "ops/activation/activation_cuda.h"
-#include "ops/activation/formulas.h"
 #include "ops/core/dispatch.h"
+#include "ops/core/parallel_for.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/elementwise/rows.h"
 
 namespace longspan::ops {
@@ -10,9 +11,11 @@ Tensor GeluForward(Context& ctx, const Tensor& x) {
   Tensor y = ctx.Empty(x.shape(), x.dtype());
   LONGSPAN_ON_CUDA(ctx, internal::GeluForwardCuda(ctx, x, y));
   DispatchFloat(x.dtype(), "GeluForward", [&]<class T>() {
-    using Acc = Accumulator<T>;
-    internal::Map(
-        ctx, x.numel(), y.data<T>(), [](Acc v) { return internal::GeluValue()(v); }, x.data<T>());
+    const T* in = x.data<T>();
+    T* out = y.data<T>();
+    ParallelRanges(ctx, x.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+      internal::Rows<T>().gelu(end - begin, in + begin, out + begin);
+    });
   });
   return y;
 }
@@ -23,10 +26,11 @@ Tensor GeluBackward(Context& ctx, const Tensor& dy, const Tensor& x) {
   Tensor dx = ctx.Empty(x.shape(), x.dtype());
   LONGSPAN_ON_CUDA(ctx, internal::GeluBackwardCuda(ctx, dy, x, dx));
   DispatchFloat(x.dtype(), "GeluBackward", [&]<class T>() {
-    using Acc = Accumulator<T>;
-    internal::Map(
-        ctx, x.numel(), dx.data<T>(), [](Acc d, Acc v) { return internal::GeluSlope()(d, v); },
-        dy.data<T>(), x.data<T>());
+    const T *slope = dy.data<T>(), *in = x.data<T>();
+    T* out = dx.data<T>();
+    ParallelRanges(ctx, x.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+      internal::Rows<T>().gelu_backward(end - begin, slope + begin, in + begin, out + begin);
+    });
   });
   return dx;
 }

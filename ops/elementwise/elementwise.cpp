@@ -4,6 +4,7 @@
 
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/elementwise/elementwise_cuda.h"
 #include "ops/elementwise/rows.h"
 
@@ -28,6 +29,23 @@ void DispatchPair(const char* op, DType a, DType b, F f) {
   });
 }
 
+// out = a + b; `out` may be `a`.
+void Sum(Context& ctx, const char* op, const Tensor& a, const Tensor& b, Tensor& out) {
+  DispatchPair(op, a.dtype(), b.dtype(), [&]<class A, class B>() {
+    const A* left = a.data<A>();
+    const B* right = b.data<B>();
+    A* to = out.data<A>();
+    ParallelRanges(ctx, a.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
+      const RowKernels<A>& rows = internal::Rows<A>();
+      if constexpr (std::is_same_v<A, B>) {
+        rows.add(end - begin, left + begin, right + begin, to + begin);
+      } else {
+        rows.add_other(end - begin, left + begin, right + begin, to + begin);
+      }
+    });
+  });
+}
+
 template <class To, class From>
 To Convert(From value) {
   if constexpr (std::is_same_v<To, BF16>) {
@@ -42,21 +60,14 @@ To Convert(From value) {
 void AddInto(Context& ctx, Tensor& dst, const Tensor& src) {
   CheckOperands("AddInto", dst, src);
   LONGSPAN_ON_CUDA(ctx, internal::AddIntoCuda(ctx, dst, src));
-  DispatchPair("AddInto", dst.dtype(), src.dtype(), [&]<class A, class B>() {
-    internal::Update(
-        ctx, dst.numel(), dst.data<A>(), [](auto x, auto y) { return x + y; }, src.data<B>());
-  });
+  Sum(ctx, "AddInto", dst, src, dst);
 }
 
 Tensor Add(Context& ctx, const Tensor& a, const Tensor& b) {
   CheckOperands("Add", a, b);
   Tensor sum = ctx.Empty(a.shape(), a.dtype());
   LONGSPAN_ON_CUDA(ctx, internal::AddCuda(ctx, a, b, sum));
-  DispatchPair("Add", a.dtype(), b.dtype(), [&]<class A, class B>() {
-    internal::Map(
-        ctx, a.numel(), sum.data<A>(), [](auto x, auto y) { return x + y; }, a.data<A>(),
-        b.data<B>());
-  });
+  Sum(ctx, "Add", a, b, sum);
   return sum;
 }
 
@@ -107,7 +118,13 @@ void CastInto(Context& ctx, const Tensor& src, Tensor& dst) {
       const From* in = src.data<From>();
       To* out = dst.data<To>();
       ParallelRanges(ctx, src.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) out[i] = Convert<To>(in[i]);
+        if constexpr (std::is_same_v<From, To>) {
+          std::copy(in + begin, in + end, out + begin);
+        } else if constexpr (std::is_same_v<Accumulator<From>, Accumulator<To>>) {
+          internal::Rows<From>().to_other(end - begin, in + begin, out + begin);
+        } else {
+          for (int64_t i = begin; i < end; ++i) out[i] = Convert<To>(in[i]);
+        }
       });
     });
   });

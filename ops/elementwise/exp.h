@@ -6,6 +6,10 @@
 
 #include "ops/core/device_code.h"
 
+// Functions of host and device that files compiled for an instruction set use too. Always inlined:
+// of a copy the linker could give one for a newer processor to code that runs on an older one.
+#define LONGSPAN_HD_INLINE LONGSPAN_HD __attribute__((always_inline)) inline
+
 namespace longspan::ops::internal {
 
 // e^x for loops that the compiler should vectorise (the library's expf is one call an element on a
@@ -13,7 +17,7 @@ namespace longspan::ops::internal {
 // f32: relative error below 2.4e-7 on [-87, 88]; below -87.33 the result is 0 (on a GPU less than
 // 2^-126), above 88.37 it stays at 2.4e38 instead of becoming infinite; NaN gives NaN.
 // f64: std::exp.
-LONGSPAN_HD inline float Exp(float x) {
+LONGSPAN_HD_INLINE float Exp(float x) {
   constexpr float kHigh = 88.37f;  // 2^127
 #ifdef __CUDA_ARCH__
   return expf(x > kHigh ? kHigh : x);
@@ -38,11 +42,21 @@ LONGSPAN_HD inline float Exp(float x) {
   return x < kLow ? 0.0f : p * scale;
 #endif
 }
-LONGSPAN_HD inline double Exp(double x) { return std::exp(x); }
+LONGSPAN_HD_INLINE double Exp(double x) { return std::exp(x); }
+
+// The one of two that is smaller or larger; b where one is NaN.
+template <class Real>
+LONGSPAN_HD_INLINE Real Min(Real a, Real b) {
+  return a < b ? a : b;
+}
+template <class Real>
+LONGSPAN_HD_INLINE Real Max(Real a, Real b) {
+  return a > b ? a : b;
+}
 
 // 1 / (1 + e^-x). On a GPU in f32 by the division of 2 ulp, which makes 0 of what is below 2^-126.
 template <class Real>
-LONGSPAN_HD Real Sigmoid(Real x) {
+LONGSPAN_HD_INLINE Real Sigmoid(Real x) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<Real, float>) return __fdividef(1.0f, 1.0f + Exp(-x));
 #endif

@@ -4,8 +4,9 @@
 
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/elementwise/rows.h"
-#include "ops/optim/formulas.h"
+#include "ops/optim/adamw_rule.h"
 #include "ops/optim/optim_cuda.h"
 
 namespace longspan::ops {
@@ -38,16 +39,9 @@ void Step(Context& ctx, const AdamWOptions& o, const Tensor& record, Tensor& mas
        *second = v_tensor.data<Real>();
   BF16* rounded = copy.defined() ? copy.data<BF16>() : nullptr;
   ParallelRanges(ctx, master.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-    const Real* __restrict g_run = gradient + begin;
-    Real* __restrict p_run = param + begin;
-    Real* __restrict m_run = first + begin;
-    Real* __restrict v_run = second + begin;
-    for (int64_t i = 0; i < end - begin; ++i) {
-      rule(g_run[i] * scale, p_run[i], m_run[i], v_run[i]);
-    }
-    if (rounded != nullptr) {
-      for (int64_t i = begin; i < end; ++i) rounded[i] = BF16(static_cast<float>(param[i]));
-    }
+    internal::Rows<Real>().adamw(end - begin, rule, scale, gradient + begin, param + begin,
+                                 first + begin, second + begin,
+                                 rounded != nullptr ? rounded + begin : nullptr);
   });
 }
 

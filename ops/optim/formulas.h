@@ -5,7 +5,7 @@
 #include "ops/core/device_code.h"
 #include "ops/optim/step_control.h"
 
-// The optimizer per element and per step, for host and device.
+// The optimizer per step, for host and device.
 namespace longspan::ops::internal {
 
 // By magnitude: x - x == 0 is true only where the compiler has not fused the product behind x into
@@ -17,20 +17,6 @@ struct Square {
 };
 struct NotFinite {
   LONGSPAN_HD double operator()(double x) const { return Finite(x) ? 0 : 1; }
-};
-
-// AdamW (adamw.h) with what does not depend on the element computed once.
-template <class Real>
-struct AdamWRule {
-  Real beta1, rest1, beta2, rest2, correct1, correct2, eps, lr, decay;
-
-  LONGSPAN_HD void operator()(Real g, Real& p, Real& first, Real& second) const {
-    const Real m = beta1 * first + rest1 * g;
-    const Real v = beta2 * second + rest2 * (g * g);
-    first = m;
-    second = v;
-    p -= lr * (m * correct1 / (std::sqrt(v * correct2) + eps) + decay * p);
-  }
 };
 
 // step_control.h. `record` holds the last step's and receives this one's.

@@ -4,23 +4,25 @@
 
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/elementwise/rows.h"
+#include "ops/optim/formulas.h"
 #include "ops/optim/optim_cuda.h"
 
 namespace longspan::ops {
 namespace {
 
-// term(element) in f64, summed over fixed runs and then over the runs in order.
-template <class Term>
-void AddSumOf(Context& ctx, const char* op, const Tensor& t, Term term, Tensor& out) {
+// sum_of(n, elements) in f64 of fixed runs, and these in order.
+template <class SumOf>
+void AddSumOf(Context& ctx, const char* op, const Tensor& t, SumOf sum_of, Tensor& out) {
   const int64_t n = t.numel();
   std::vector<double> sums(
       static_cast<size_t>((n + internal::kTaskElements - 1) / internal::kTaskElements));
   DispatchFloat(t.dtype(), op, [&]<class T>() {
     const T* data = t.data<T>();
     ParallelRanges(ctx, n, internal::kTaskElements, [&](int64_t begin, int64_t end) {
-      sums[static_cast<size_t>(begin / internal::kTaskElements)] = internal::RunSum<double>(
-          end - begin, [&](int64_t i) { return term(static_cast<double>(data[begin + i])); });
+      sums[static_cast<size_t>(begin / internal::kTaskElements)] =
+          sum_of(end - begin, data + begin);
     });
   });
   double total = 0;
@@ -38,13 +40,22 @@ void CheckTotal(const char* op, const Tensor& total) {
 void AddSumOfSquares(Context& ctx, const Tensor& t, Tensor& total) {
   CheckTotal("AddSumOfSquares", total);
   LONGSPAN_ON_CUDA(ctx, internal::AddSumOfSquaresCuda(ctx, t, total));
-  AddSumOf(ctx, "AddSumOfSquares", t, internal::Square(), total);
+  AddSumOf(
+      ctx, "AddSumOfSquares", t,
+      []<class T>(int64_t n, const T* x) { return internal::Rows<T>().sum_of_squares(n, x); },
+      total);
 }
 
 void AddNotFinite(Context& ctx, const Tensor& t, Tensor& total) {
   CheckTotal("AddNotFinite", total);
   LONGSPAN_ON_CUDA(ctx, internal::AddNotFiniteCuda(ctx, t, total));
-  AddSumOf(ctx, "AddNotFinite", t, internal::NotFinite(), total);
+  AddSumOf(
+      ctx, "AddNotFinite", t,
+      []<class T>(int64_t n, const T* x) {
+        return internal::RunSum<double>(
+            n, [x](int64_t i) { return internal::NotFinite()(static_cast<double>(x[i])); });
+      },
+      total);
 }
 
 }  // namespace longspan::ops

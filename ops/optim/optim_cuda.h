@@ -1,5 +1,6 @@
 #pragma once
 #include "ops/optim/adamw.h"
+#include "ops/optim/adamw_rule.h"
 #include "ops/optim/formulas.h"
 #include "ops/optim/step_control.h"
 

@@ -4,41 +4,26 @@
 
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
-#include "ops/elementwise/rows.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/rope/rope_cuda.h"
 
 namespace longspan::ops {
 namespace {
 
 constexpr int64_t kTokensPerTask = 32;
-constexpr int64_t kMaxHeadDim = internal::kRunElements;
+constexpr int64_t kMaxHeadDim = 1024;
 
 template <class T>
 void Rotate(Context& ctx, const Tensor& x, const RopeTable& table, Accumulator<T> direction,
             Tensor& y) {
   using Acc = Accumulator<T>;
-  const int64_t heads = x.dim(1), dim = x.dim(2), half = dim / 2;
+  const int64_t heads = x.dim(1), half = x.dim(2) / 2, token = heads * x.dim(2);
   const T* in = x.data<T>();
   T* out = y.data<T>();
   const Acc *cosines = table.cos.data<Acc>(), *sines = table.sin.data<Acc>();
   ParallelRanges(ctx, x.dim(0), kTokensPerTask, [&](int64_t begin, int64_t end) {
-    alignas(64) Acc wide[kMaxHeadDim];
-    alignas(64) Acc staged[kMaxHeadDim];
-    alignas(64) Acc signed_sin[kMaxHeadDim];
-    for (int64_t t = begin; t < end; ++t) {
-      const Acc* c = cosines + t * half;
-      for (int64_t i = 0; i < half; ++i) signed_sin[i] = direction * sines[t * half + i];
-      for (int64_t h = 0; h < heads; ++h) {
-        const int64_t offset = (t * heads + h) * dim;
-        const Acc* from = internal::Widen(in + offset, dim, wide);
-        Acc* __restrict to = internal::Staging(out + offset, staged);
-        for (int64_t i = 0; i < half; ++i) {
-          to[i] = from[i] * c[i] - from[i + half] * signed_sin[i];
-          to[i + half] = from[i + half] * c[i] + from[i] * signed_sin[i];
-        }
-        internal::Narrow(to, dim, out + offset);
-      }
-    }
+    internal::Rows<T>().rope(end - begin, heads, half, in + begin * token, cosines + begin * half,
+                             sines + begin * half, direction, out + begin * token);
   });
 }
 
