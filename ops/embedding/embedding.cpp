@@ -1,18 +1,17 @@
 #include "ops/embedding/embedding.h"
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/elementwise/rows.h"
 #include "ops/embedding/embedding_cuda.h"
 
 namespace longspan::ops {
 namespace {
-
-// A backward task owns these many columns of the table for all tokens: no two tasks meet, and
-// repeated ids add up in token order.
-constexpr int64_t kColumnsPerTask = 64;
 
 void CheckIds(const char* op, const Tensor& ids, const char* name, const Tensor& table) {
   LONGSPAN_CHECK(ids.rank() == 1 && ids.dtype() == DType::kI32)
@@ -31,6 +30,20 @@ void CheckOrder(const EmbeddingOrder& order, const Tensor& ids, const Tensor& dt
   LONGSPAN_CHECK(order.tokens.shape() == ids.shape() && order.vocab == dtable.dim(0))
       << "EmbeddingBackward: the order of " << order.tokens.Describe() << " ids of " << order.vocab
       << " rows does not belong to ids " << ids.Describe() << " and dtable " << dtable.Describe();
+}
+
+// A backward task adds the gradients of about this many tokens, in the order of their rows of the
+// table, to so many columns. Each row is one task's, and repeated ids add up in token order.
+constexpr int64_t kTokensPerTask = 512, kColumnsPerTask = 512;
+
+// The tokens ordered by id, those of one id in their own order.
+std::vector<int64_t> SortedTokens(const Tensor& ids) {
+  const int32_t* id = ids.data<int32_t>();
+  std::vector<int64_t> sorted(static_cast<size_t>(ids.dim(0)));
+  std::iota(sorted.begin(), sorted.end(), 0);
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [id](int64_t a, int64_t b) { return id[a] < id[b]; });
+  return sorted;
 }
 
 }  // namespace
@@ -72,9 +85,7 @@ Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DT
             if constexpr (std::is_same_v<From, To>) {
               std::copy(row, row + width, to + t * width);
             } else {
-              for (int64_t d = 0; d < width; ++d) {
-                to[t * width + d] = To(static_cast<Accumulator<From>>(row[d]));
-              }
+              internal::Rows<From>().to_other(width, row, to + t * width);
             }
           }
         });
@@ -92,17 +103,28 @@ void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor
       << "EmbeddingBackward: dy " << dy.Describe() << " into dtable " << dtable.Describe();
   if (ctx.device().kind == DeviceKind::kCuda) CheckOrder(order, ids, dtable);
   LONGSPAN_ON_CUDA(ctx, internal::EmbeddingBackwardCuda(ctx, order, dy, dtable));
-  const int64_t tokens = ids.dim(0), width = dtable.dim(1);
+  const int64_t width = dtable.dim(1);
   const int32_t* id = ids.data<int32_t>();
+  const std::vector<int64_t> sorted = SortedTokens(ids);
+  const auto tokens = static_cast<int64_t>(sorted.size());
   DispatchFloat(dy.dtype(), "EmbeddingBackward", [&]<class T>() {
     using Acc = Accumulator<T>;
     const T* from = dy.data<T>();
     Acc* sums = dtable.data<Acc>();
-    ParallelRanges(ctx, width, kColumnsPerTask, [&](int64_t begin, int64_t end) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        Acc* __restrict row = sums + int64_t{id[t]} * width;
-        const T* gradient = from + t * width;
-        for (int64_t d = begin; d < end; ++d) row[d] += static_cast<Acc>(gradient[d]);
+    const int64_t pieces = (width + kColumnsPerTask - 1) / kColumnsPerTask;
+    const int64_t groups = (tokens + kTokensPerTask - 1) / kTokensPerTask;
+    ParallelFor(ctx, groups * pieces, [&](int64_t task, int) {
+      const int64_t column = task % pieces * kColumnsPerTask;
+      const int64_t columns = std::min(kColumnsPerTask, width - column);
+      const auto row_of = [&](int64_t i) { return id[sorted[static_cast<size_t>(i)]]; };
+      // A row of the table belongs to the group in which its first token is.
+      int64_t i = task / pieces * kTokensPerTask;
+      while (i > 0 && i < tokens && row_of(i) == row_of(i - 1)) ++i;
+      const int64_t end = (task / pieces + 1) * kTokensPerTask;
+      for (; i < tokens && (i < end || row_of(i) == row_of(i - 1)); ++i) {
+        internal::Rows<T>().accumulate(columns,
+                                       from + sorted[static_cast<size_t>(i)] * width + column,
+                                       sums + int64_t{row_of(i)} * width + column);
       }
     });
   });

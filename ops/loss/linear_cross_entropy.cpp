@@ -7,6 +7,7 @@
 
 #include "ops/core/dispatch.h"
 #include "ops/core/parallel_for.h"
+#include "ops/elementwise/cpu/row_kernels.h"
 #include "ops/elementwise/elementwise.h"
 #include "ops/elementwise/exp.h"
 #include "ops/elementwise/rows.h"
@@ -42,10 +43,8 @@ void CheckOperands(const char* op, const Tensor& x, const Tensor& w, const Tenso
 
 // Calls body(begin, end) for every chunk of tokens in which at least one has a label.
 template <class Body>
-void ForChunks(const Context& ctx, const Tensor& labels, int64_t vocab,
-               const LinearCrossEntropyOptions& options, Body body) {
+void ForChunks(const Tensor& labels, int64_t chunk, Body body) {
   const int64_t tokens = labels.dim(0);
-  const int64_t chunk = internal::ChunkTokens(ctx, vocab, options);
   const int32_t* label = labels.data<int32_t>();
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
     const int64_t end = std::min(tokens, begin + chunk);
@@ -58,49 +57,6 @@ void ForChunks(const Context& ctx, const Tensor& labels, int64_t vocab,
 int64_t RowsPerTask(int64_t vocab) { return std::max<int64_t>(1, internal::kTaskElements / vocab); }
 
 template <class Acc>
-struct Range {
-  Acc min, max;
-};
-
-// Of the elements that are not NaN, unless the first one is.
-template <class Acc>
-Range<Acc> RowRange(const Acc* row, int64_t n) {
-  Acc low[internal::kSumLanes], high[internal::kSumLanes];
-  std::fill(std::begin(low), std::end(low), row[0]);
-  std::fill(std::begin(high), std::end(high), row[0]);
-  int64_t i = 0;
-  for (; i + internal::kSumLanes <= n; i += internal::kSumLanes) {
-    for (int64_t l = 0; l < internal::kSumLanes; ++l) {
-      low[l] = row[i + l] < low[l] ? row[i + l] : low[l];
-      high[l] = row[i + l] > high[l] ? row[i + l] : high[l];
-    }
-  }
-  for (; i < n; ++i) {
-    low[0] = row[i] < low[0] ? row[i] : low[0];
-    high[0] = row[i] > high[0] ? row[i] : high[0];
-  }
-  return {*std::min_element(std::begin(low), std::end(low)),
-          *std::max_element(std::begin(high), std::end(high))};
-}
-
-// Log of the sum of exp over a row. Runs are summed in the row's dtype, their sums in f64, so that
-// a large vocabulary costs no accuracy. NaN for a row that holds a NaN or an infinity; -inf needs
-// asking, since it would add a harmless zero.
-template <class Acc>
-Acc LogSumExp(const Acc* row, int64_t n) {
-  const auto [min, max] = RowRange(row, n);
-  if (min == -std::numeric_limits<Acc>::infinity()) return std::numeric_limits<Acc>::quiet_NaN();
-  double sum = 0;
-  alignas(64) Acc e[internal::kRunElements];
-  for (int64_t i = 0; i < n; i += internal::kRunElements) {
-    const int64_t count = std::min(internal::kRunElements, n - i);
-    for (int64_t j = 0; j < count; ++j) e[j] = internal::Exp(row[i + j] - max);
-    sum += static_cast<double>(internal::RunSum<Acc>(count, [&e](int64_t j) { return e[j]; }));
-  }
-  return static_cast<Acc>(static_cast<double>(max) + std::log(sum));
-}
-
-template <class Acc>
 void Forward(Context& ctx, const Tensor& x, const Tensor& w, const Tensor& labels,
              const LinearCrossEntropyOptions& options, Tensor& losses,
              LinearCrossEntropyResult& result) {
@@ -108,7 +64,7 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& w, const Tensor& label
   const int32_t* label = labels.data<int32_t>();
   Acc *lse = result.lse.data<Acc>(), *loss = losses.data<Acc>();
   const Tensor buffer = ChunkBuffer(ctx, x.dim(0), vocab, options, DTypeOf<Acc>());
-  ForChunks(ctx, labels, vocab, options, [&](int64_t begin, int64_t end) {
+  ForChunks(labels, internal::ChunkTokens(ctx, vocab, options), [&](int64_t begin, int64_t end) {
     Tensor logits = buffer.Rows(0, end - begin);
     Gemm(ctx, x.Rows(begin, end), false, w, true, logits);
     const Acc* rows = logits.data<Acc>();
@@ -116,7 +72,7 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& w, const Tensor& label
       for (int64_t r = first; r < last; ++r) {
         const int64_t t = begin + r;
         if (label[t] == kNoLabel) continue;
-        lse[t] = LogSumExp(rows + r * vocab, vocab);
+        lse[t] = internal::Rows<Acc>().log_sum_exp(vocab, rows + r * vocab);
         loss[t] = lse[t] - rows[r * vocab + label[t]];
       }
     });
@@ -130,20 +86,40 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& w, const Tensor& label
   }
 }
 
-// One row: logits become scale * (p (1 + 2 z_loss lse) - [v == label]), rounded into `out`.
+// One row of a block of words: out = scale * (p (1 + 2 z_loss lse) - [v == own]) of the logits,
+// which `out` may be. `own` is the label counted from the block's first word.
 template <class T>
-void LogitGradient(Accumulator<T>* logits, int64_t vocab, int32_t label, Accumulator<T> lse,
-                   double z_loss, double scale, T* out) {
+void LogitGradient(const Accumulator<T>* logits, int64_t words, int32_t label, int64_t own,
+                   Accumulator<T> lse, double z_loss, double scale, T* out) {
   using Acc = Accumulator<T>;
   if (label == kNoLabel) {
-    std::fill(out, out + vocab, T(Acc(0)));
+    std::fill(out, out + words, T(Acc(0)));
     return;
   }
   const auto factor = static_cast<Acc>(scale * (1 + 2 * z_loss * static_cast<double>(lse)));
-  for (int64_t v = 0; v < vocab; ++v) logits[v] = internal::Exp(logits[v] - lse) * factor;
-  logits[label] -= static_cast<Acc>(scale);
-  internal::Narrow(logits, vocab, out);
+  const bool here = own >= 0 && own < words;
+  const Acc at_label =
+      here ? internal::Exp(logits[own] - lse) * factor - static_cast<Acc>(scale) : Acc(0);
+  internal::Rows<T>().softmax_gradient(words, logits, lse, factor, out);
+  if (here) out[own] = T(at_label);
 }
+
+// As many logits as one chunk of the forward pass has, over more tokens and fewer words: then fewer
+// passes read all of w and read and write all of dw. dx is summed over the blocks of words.
+struct BackwardBlocks {
+  BackwardBlocks(const Context& ctx, int64_t all_tokens, int64_t vocab,
+                 const LinearCrossEntropyOptions& options) {
+    constexpr int64_t kWords = 4096;
+    const auto even = [](int64_t size, int64_t most) {
+      const int64_t pieces = std::max<int64_t>(1, (size + most - 1) / most);
+      return std::max<int64_t>(1, (size + pieces - 1) / pieces);
+    };
+    words = even(vocab, kWords);
+    const int64_t logits = internal::ChunkTokens(ctx, vocab, options) * vocab;
+    tokens = even(all_tokens, logits / words);
+  }
+  int64_t words, tokens;
+};
 
 template <class T>
 void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor& x, const Tensor& w,
@@ -153,23 +129,41 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
   const int64_t vocab = w.dim(0);
   const int32_t* label = labels.data<int32_t>();
   const Acc* lse = saved.lse.data<Acc>();
-  const Tensor logit_buffer = ChunkBuffer(ctx, x.dim(0), vocab, options, DTypeOf<Acc>());
+  const BackwardBlocks blocks(ctx, x.dim(0), vocab, options);
+  const int64_t most = std::min(blocks.tokens, x.dim(0));
+  const Tensor logit_buffer = ctx.Empty({most * blocks.words}, DTypeOf<Acc>());
   const Tensor gradient_buffer =
-      std::is_same_v<T, Acc> ? logit_buffer : ChunkBuffer(ctx, x.dim(0), vocab, options, x.dtype());
-  ForChunks(ctx, labels, vocab, options, [&](int64_t begin, int64_t end) {
-    const Tensor x_chunk = x.Rows(begin, end), gradient = gradient_buffer.Rows(0, end - begin);
-    Tensor logits = logit_buffer.Rows(0, end - begin), dx_chunk = dx.Rows(begin, end);
-    Gemm(ctx, x_chunk, false, w, true, logits);
-    Acc* rows = logits.data<Acc>();
-    T* out = gradient.data<T>();
-    ParallelRanges(ctx, end - begin, RowsPerTask(vocab), [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r) {
-        LogitGradient<T>(rows + r * vocab, vocab, label[begin + r], lse[begin + r], options.z_loss,
-                         scale, out + r * vocab);
-      }
-    });
-    Gemm(ctx, gradient, false, w, false, dx_chunk);
-    if (dw.defined()) Gemm(ctx, gradient, true, x_chunk, false, dw, {.accumulate = true});
+      std::is_same_v<T, Acc> ? logit_buffer : ctx.Empty({most * blocks.words}, x.dtype());
+  const Tensor sum_buffer =
+      std::is_same_v<T, Acc> ? dx : ctx.Empty({most, x.dim(1)}, DTypeOf<Acc>());
+  ForChunks(labels, blocks.tokens, [&](int64_t begin, int64_t end) {
+    const int64_t tokens = end - begin;
+    const Tensor x_chunk = x.Rows(begin, end);
+    Tensor sums = std::is_same_v<T, Acc> ? dx.Rows(begin, end) : sum_buffer.Rows(0, tokens);
+    for (int64_t first = 0; first < vocab; first += blocks.words) {
+      const int64_t words = std::min(blocks.words, vocab - first);
+      const Tensor w_block = w.Rows(first, first + words);
+      Tensor logits = logit_buffer.Rows(0, tokens * words).Reshape({tokens, words});
+      const Tensor gradient = gradient_buffer.Rows(0, tokens * words).Reshape({tokens, words});
+      Gemm(ctx, x_chunk, false, w_block, true, logits);
+      const Acc* rows = logits.data<Acc>();
+      T* out = gradient.data<T>();
+      ParallelRanges(ctx, tokens, RowsPerTask(words), [&](int64_t low, int64_t high) {
+        for (int64_t r = low; r < high; ++r) {
+          const int64_t t = begin + r;
+          LogitGradient<T>(rows + r * words, words, label[t], label[t] - first, lse[t],
+                           options.z_loss, scale, out + r * words);
+        }
+      });
+      Gemm(ctx, gradient, false, w_block, false, sums, {.accumulate = first > 0});
+      if (!dw.defined()) continue;
+      Tensor dw_block = dw.Rows(first, first + words);
+      Gemm(ctx, gradient, true, x_chunk, false, dw_block, {.accumulate = true});
+    }
+    if constexpr (!std::is_same_v<T, Acc>) {
+      Tensor dx_chunk = dx.Rows(begin, end);
+      CastInto(ctx, sums, dx_chunk);
+    }
   });
 }
 

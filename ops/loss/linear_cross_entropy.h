@@ -9,8 +9,8 @@ namespace longspan::ops {
 // Cross-entropy of next-token labels, fused with the output projection and chunked over tokens:
 //   logits_t = w x_t,  lse_t = log sum_v exp(logits_tv),
 //   loss_t = lse_t - logits_t[label_t]  (nats),  z_t = z_loss * lse_t^2,
-// summed over the tokens that have a label. The logits of at most `chunk_tokens` tokens exist at a
-// time; the backward pass computes them again.
+// summed over the tokens that have a label. At most `chunk_tokens` x V logits exist at a time; the
+// backward pass computes them again, on a CPU as more tokens of fewer words.
 //
 // Shapes    x, dx [T, D]; w, dw [V, D]; labels [T]; lse, token_losses [T]
 // Dtypes    x, w, dx: all f32, all bf16, or all f64; labels i32, -1 = no label; lse, token_losses

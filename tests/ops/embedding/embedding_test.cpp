@@ -7,7 +7,7 @@
 namespace longspan::test {
 namespace {
 
-constexpr int64_t kV = 11, kD = 133;  // D: two tasks of 64 columns and a rest
+constexpr int64_t kV = 11, kD = 133;
 const std::vector<int32_t> kIds = {3, 0, 10, 3, 3, 7, 0};
 
 // The order of ids as a training step has it: made on the host, on the device of `ctx`.
@@ -50,7 +50,8 @@ TEST(EmbeddingTest, LooksUpAndAddsBack) {
                                          {DType::kBF16, DType::kF32},
                                          {DType::kF64, DType::kF64}}) {
     if (OnCuda() && out == DType::kF64) continue;
-    for (const int64_t width : {kD, int64_t{136}}) {  // 136: whole packs of 16 bytes
+    // 136: whole packs of 16 bytes; 1025: two tasks of 512 columns and a rest.
+    for (const int64_t width : {kD, int64_t{136}, int64_t{1025}}) {
       for (const MakeTensor make : kAlignments) CheckLookup(table_dtype, out, width, make);
     }
   }

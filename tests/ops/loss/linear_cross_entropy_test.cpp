@@ -92,6 +92,54 @@ TEST(LinearCrossEntropyTest, MatchesReferenceAndFiniteDifferences) {
   }
 }
 
+// Gradients by their formula, over several blocks of words and several chunks of tokens, with
+// labels at the ends of blocks, and tokens and a whole chunk without a label.
+TEST(LinearCrossEntropyTest, GradientsOverBlocksOfWords) {
+  constexpr int64_t kVocab = 2 * 4096 + 77, kTokens = 11;
+  const std::vector<int32_t> labels = {0, 8268, 2756, 2757, -1, 5513, 5514, -1, -1, 4096, -1};
+  for (const DType dtype : FloatDtypes()) {
+    Context ctx = OpContext();
+    const Vec x = Normal(kTokens * kD, 1, dtype);
+    Vec w = Normal(kVocab * kD, 2, dtype);
+    for (double& v : w) v *= 0.25;
+    Vec dx(x.size()), dw = Normal(kVocab * kD, 3);
+    const Tensor tx = FromVec(ctx, {kTokens, kD}, dtype, x), t = IntTensor(ctx, labels);
+    const Tensor tw = FromVec(ctx, {kVocab, kD}, dtype, w);
+    for (double& v : dw) v /= 1024;  // as small as what is added, whose rounding would show
+    const Vec before = dw;
+    for (size_t i = 0; i < labels.size(); ++i) {
+      if (labels[i] < 0) continue;
+      Vec logits(kVocab);
+      double sum = 0;
+      for (size_t v = 0; v < kVocab; ++v) {
+        for (size_t d = 0; d < kD; ++d) logits[v] += x[i * kD + d] * w[v * kD + d];
+        sum += std::exp(logits[v]);
+      }
+      const double lse = std::log(sum);
+      for (size_t v = 0; v < kVocab; ++v) {
+        const double p = std::exp(logits[v] - lse), label = v == static_cast<size_t>(labels[i]);
+        const double g = kScale * (p * (1 + 2 * kZLoss * lse) - label);
+        for (size_t d = 0; d < kD; ++d) {
+          dx[i * kD + d] += g * w[v * kD + d];
+          dw[v * kD + d] += g * x[i * kD + d];
+        }
+      }
+    }
+    for (const int64_t chunk : {0, 1}) {
+      const ops::LinearCrossEntropyOptions options{.chunk_tokens = chunk, .z_loss = kZLoss};
+      const auto saved = ops::LinearCrossEntropyForward(ctx, tx, tw, t, options);
+      Tensor sums = FromVec(ctx, {kVocab, kD}, AccumulatorOf(dtype), before);
+      const Vec got =
+          ToVec(ops::LinearCrossEntropyBackward(ctx, saved, tx, tw, t, options, kScale, sums));
+      EXPECT_LE(RelRms(got, dx), std::max(2e-6, 1.5 * Bound(dtype, dx))) << ToString(dtype);
+      Vec change = ToVec(sums), expected = dw;
+      for (size_t j = 0; j < change.size(); ++j) change[j] -= before[j], expected[j] -= before[j];
+      EXPECT_LE(RelRms(change, expected), std::max(2e-6, Bound(dtype, expected)))
+          << ToString(dtype);
+    }
+  }
+}
+
 TEST(LinearCrossEntropyTest, SameBitsForAnyThreads) {
   for (const DType dtype : FloatDtypes()) {
     ExpectSameBitsForAnyThreads([&](Context& ctx) -> std::vector<Tensor> {
