@@ -116,15 +116,18 @@ namespace internal {
 GemmTiling ChooseTiling(int64_t m, int64_t n, int64_t k, int64_t max_rows, int64_t max_columns) {
   constexpr int64_t kSmallest = 64, kTiles = 16, kWorthATask = int64_t{1} << 20;
   const auto ceil = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
-  // An even cut in multiples of 16, so that no tile is a sliver.
+  // An even cut in multiples of 16, so that no tile is a sliver; wide ones in multiples of 64,
+  // which libraries compute with.
   const auto even = [&](int64_t size, int64_t tile) {
     return ceil(ceil(size, ceil(size, tile)), 16) * 16;
   };
   GemmTiling t{even(m, max_rows), even(n, max_columns)};
+  if (t.columns > 256) t.columns = std::min(max_columns, ceil(t.columns, 64) * 64);
+  // Rows first: wide tiles are faster than high ones.
   while (ceil(m, t.rows) * ceil(n, t.columns) < kTiles &&
          t.rows * t.columns * k > 2 * kWorthATask && std::max(t.rows, t.columns) > kSmallest) {
-    int64_t& larger = t.columns >= t.rows ? t.columns : t.rows;
-    larger = even(larger, (larger + 1) / 2);
+    int64_t& cut = t.rows > kSmallest ? t.rows : t.columns;
+    cut = even(cut, (cut + 1) / 2);
   }
   return t;
 }

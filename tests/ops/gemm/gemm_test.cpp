@@ -83,7 +83,8 @@ TEST(GemmTest, EveryImplementationMatchesTheDefinition) {
         continue;
       }
       ran.insert(Str(entry.name, " ", ToString(operands)));
-      // Odd sizes below and above the tiles of 64, 128 and 256.
+      // Odd sizes below and above the tiles of 64, 128 and 256; so many rows of tiles that B is
+      // packed once for all; sums of several slices of 512.
       for (const Case& s : {Case{1, 1, 1},
                             {1, 130, 7},
                             {129, 1, 33},
@@ -92,7 +93,9 @@ TEST(GemmTest, EveryImplementationMatchesTheDefinition) {
                             {65, 127, 63},
                             {130, 129, 128},
                             {300, 70, 17},
-                            {66, 530, 129}}) {
+                            {66, 530, 129},
+                            {1100, 530, 17},
+                            {70, 90, 1290}}) {
         CheckProduct(entry.name, s, operands, result);
       }
     }
@@ -133,7 +136,11 @@ TEST(GemmTest, SameBitsForAnyThreads) {
           const Tensor b = FromVec(ctx, {s.k, s.n}, dtype, Normal(s.n * s.k, 2, dtype));
           Tensor c = FromVec(ctx, {s.m, s.n}, AccumulatorOf(dtype), Normal(s.m * s.n, 3));
           ops::Gemm(ctx, a, true, b, false, c, {.accumulate = true, .implementation = entry.name});
-          return {c};
+          const Tensor x = FromVec(ctx, {1100, s.m}, dtype, Normal(1100 * s.m, 4, dtype));
+          const Tensor w = FromVec(ctx, {s.n, s.m}, dtype, Normal(s.n * s.m, 5, dtype));
+          Tensor y = ctx.Empty({1100, s.n}, dtype);
+          ops::Gemm(ctx, x, false, w, true, y, {.implementation = entry.name});
+          return {c, y};
         });
       }
     }
