@@ -17,7 +17,8 @@ constexpr const char* kGemmForm =
     "gemm_DTYPE_M1024_N1024_K1024, with forward, dx or dw after the dtype for a linear layer";
 
 constexpr const char* kMemoryForm =
-    "rmsnorm, swiglu or add_DTYPE_T4096_D1024, rope_DTYPE_T4096_H8_D64, adamw_DTYPE_N1000000, "
+    "rmsnorm, swiglu, gelu, cast or add_DTYPE_T4096_D1024, rope_DTYPE_T4096_H8_D64, "
+    "adamw_DTYPE_N1000000, "
     "crossentropy_DTYPE_T1024_V32000 or embedding_DTYPE_T4096_V32000_D1024";
 
 }  // namespace
@@ -92,6 +93,8 @@ MemoryCase ParseMemoryCase(const std::string& name) {
   const std::map<std::string, MemoryOp> ops = {
       {"rmsnorm", MemoryOp::kRmsNorm},
       {"swiglu", MemoryOp::kSwiGlu},
+      {"gelu", MemoryOp::kGelu},
+      {"cast", MemoryOp::kCast},
       {"add", MemoryOp::kAdd},
       {"rope", MemoryOp::kRope},
       {"adamw", MemoryOp::kAdamW},

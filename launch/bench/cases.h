@@ -51,11 +51,22 @@ struct GemmCase {
 // Memory      OP_DTYPE_sizes: an op whose time is that of moving its operands
 //   rmsnorm       T rows of D
 //   swiglu, add   T rows of D: gate, up and result; two operands and their sum
+//   gelu, cast    T rows of D; cast from f32 to bf16 for bf16, the other way for f32
 //   rope          T tokens of H heads of D
 //   adamw         N parameters; state in f32, bf16: with a copy in bf16
 //   crossentropy  logits of T tokens over V words; the product that makes them is not counted
 //   embedding     T tokens, a table of V rows of D
-enum class MemoryOp { kRmsNorm, kSwiGlu, kAdd, kRope, kAdamW, kCrossEntropy, kEmbedding };
+enum class MemoryOp {
+  kRmsNorm,
+  kSwiGlu,
+  kGelu,
+  kCast,
+  kAdd,
+  kRope,
+  kAdamW,
+  kCrossEntropy,
+  kEmbedding
+};
 struct MemoryCase {
   std::string name;
   DType dtype = DType::kF32;

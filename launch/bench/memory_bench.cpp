@@ -5,6 +5,7 @@
 #include <set>
 
 #include "launch/bench/operands.h"
+#include "ops/activation/gelu.h"
 #include "ops/activation/swiglu.h"
 #include "ops/core/rng.h"
 #include "ops/elementwise/elementwise.h"
@@ -82,6 +83,27 @@ Program SwiGlu(Context& ctx, const MemoryCase& c) {
     return std::vector<Tensor>{g.dgate, g.dup};
   };
   p.backward.bytes = BytesOf({gate, up, dy, gate, up});
+  return p;
+}
+
+Program Gelu(Context& ctx, const MemoryCase& c) {
+  const Shape shape{c.tokens, c.width};
+  const Tensor x = RandomTensor(ctx, shape, c.dtype, 1), dy = RandomTensor(ctx, shape, c.dtype, 2);
+  Program p;
+  p.forward.run = [&ctx, x] { return std::vector<Tensor>{ops::GeluForward(ctx, x)}; };
+  p.forward.bytes = BytesOf({x, x});
+  p.backward.run = [&ctx, x, dy] { return std::vector<Tensor>{ops::GeluBackward(ctx, dy, x)}; };
+  p.backward.bytes = BytesOf({x, dy, x});
+  return p;
+}
+
+Program Cast(Context& ctx, const MemoryCase& c) {
+  const DType from = c.dtype == DType::kBF16 ? DType::kF32 : DType::kBF16;
+  const Tensor x = RandomTensor(ctx, {c.tokens, c.width}, from, 1);
+  const Tensor y = ctx.Empty(x.shape(), c.dtype);
+  Program p;
+  p.forward.run = [&ctx, x, to = c.dtype] { return std::vector<Tensor>{ops::Cast(ctx, x, to)}; };
+  p.forward.bytes = BytesOf({x, y});
   return p;
 }
 
@@ -196,6 +218,10 @@ Program Make(Context& ctx, const MemoryCase& c) {
       return RmsNorm(ctx, c);
     case MemoryOp::kSwiGlu:
       return SwiGlu(ctx, c);
+    case MemoryOp::kGelu:
+      return Gelu(ctx, c);
+    case MemoryOp::kCast:
+      return Cast(ctx, c);
     case MemoryOp::kAdd:
       return Sum(ctx, c);
     case MemoryOp::kRope:
