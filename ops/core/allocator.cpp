@@ -1,5 +1,7 @@
 #include "ops/core/allocator.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
@@ -12,7 +14,18 @@ namespace {
 
 class HostMemorySource : public MemorySource {
  public:
-  void* Get(size_t bytes) override { return std::aligned_alloc(64, bytes); }
+  // Large blocks are of huge pages where the system has them: fewer page faults when a block is
+  // first written, and fewer misses of the address translation afterwards.
+  void* Get(size_t bytes) override {
+    constexpr size_t kHugePage = size_t{2} << 20;
+    const bool large = bytes >= 2 * kHugePage;
+    void* block = nullptr;
+    if (posix_memalign(&block, large ? kHugePage : 64, bytes) != 0) return nullptr;
+#ifdef MADV_HUGEPAGE
+    if (large) madvise(block, bytes, MADV_HUGEPAGE);
+#endif
+    return block;
+  }
   void Return(void* block) noexcept override { std::free(block); }
   void Fill(void* block, int byte, size_t bytes) override { std::memset(block, byte, bytes); }
   void ToHost(void* host, const void* block, size_t bytes) override {
