@@ -1,5 +1,7 @@
 #include "configs/validate_objective.h"
 
+#include <set>
+
 #include "configs/fields.h"
 #include "ops/core/error.h"
 
@@ -25,26 +27,83 @@ void CheckDuo(const Config& config, const std::string& mixer, const DuoPattern& 
   }
 }
 
+void CheckSeer(const Config& config, const std::string& mixer, const SeerPattern& seer,
+               std::vector<Problem>& problems) {
+  const std::string path = mixer + ".softmax.seer";
+  if (seer.block_size() % 64 != 0) {
+    const int64_t below = seer.block_size() / 64 * 64;
+    problems.push_back(
+        {path + ".block_size",
+         Str(seer.block_size(), " is not a multiple of 64 (use ", below, " or ", below + 64, ")")});
+  }
+  if (seer.gate_dim() % 2 != 0) {
+    problems.push_back(
+        {path + ".gate_dim",
+         Str(seer.gate_dim(), " is odd (RoPE needs an even one: use ", seer.gate_dim() + 1, ")")});
+  }
+  if (config.parallel().cp() > 1) {
+    problems.push_back(
+        {"parallel.cp", Str(config.parallel().cp(), " does not go with ", DisplayPath(config, path),
+                            ", which needs the whole row on one rank (use 1, or "
+                            "another pattern)")});
+  }
+  if (config.run().device() == Run::CUDA) {
+    problems.push_back({"run.device", Str("CUDA has no kernels for ", DisplayPath(config, path),
+                                          " (use CPU, or another pattern)")});
+  }
+  if (config.objective().has_duo_gates()) {
+    problems.push_back({path,
+                        "has gates that objective.duo_gates does not train (train one kind "
+                        "of gate at a time)"});
+  }
+}
+
+// What objectives for gates have in common.
+void CheckGateObjective(const Config& config, const char* objective, const char* pattern,
+                        bool gates, std::vector<Problem>& problems) {
+  const std::string path = Str("objective.", objective);
+  if (!gates) {
+    problems.push_back({path, Str("has no gates to train (give a mixer softmax { ", pattern,
+                                  " } and name it in model.layers, or use next_token)")});
+  }
+  if (config.model().z_loss() > 0) {
+    problems.push_back(
+        {"model.z_loss", Str("has no effect with ", path, ", which computes no logits (use 0)")});
+  }
+}
+
+void CheckSeerBlocks(const std::set<int64_t>& block_sizes, std::vector<Problem>& problems) {
+  if (block_sizes.size() < 2) return;
+  problems.push_back(
+      {"objective.seer_gates",
+       Str("counts rows of blocks, and the mixers have blocks of ", *block_sizes.begin(),
+           " and of ", *block_sizes.rbegin(), " tokens (give all of them one block_size)")});
+}
+
 }  // namespace
 
 void CheckObjective(const Config& config, std::vector<Problem>& problems) {
   const Model& model = config.model();
   bool duo = false;
+  std::set<int64_t> seer;  // block sizes
   for (int i = 0; i < model.mixer_size(); ++i) {
-    if (!model.mixer(i).softmax().has_duo()) continue;
-    duo = true;
-    CheckDuo(config, ElementPath("model.mixer", i), model.mixer(i).softmax().duo(), problems);
+    const Softmax& softmax = model.mixer(i).softmax();
+    const std::string path = ElementPath("model.mixer", i);
+    if (softmax.has_duo()) {
+      duo = true;
+      CheckDuo(config, path, softmax.duo(), problems);
+    }
+    if (softmax.has_seer()) {
+      seer.insert(softmax.seer().block_size());
+      CheckSeer(config, path, softmax.seer(), problems);
+    }
   }
-  if (!config.objective().has_duo_gates()) return;
-  if (!duo) {
-    problems.push_back({"objective.duo_gates",
-                        "has no gates to train (give a mixer softmax { duo {} } and name it in "
-                        "model.layers, or use next_token)"});
+  if (config.objective().has_duo_gates()) {
+    CheckGateObjective(config, "duo_gates", "duo {}", duo, problems);
   }
-  if (model.z_loss() > 0) {
-    problems.push_back(
-        {"model.z_loss",
-         "has no effect with objective.duo_gates, which computes no logits (use 0)"});
+  if (config.objective().has_seer_gates()) {
+    CheckGateObjective(config, "seer_gates", "seer { top_k: 16 }", !seer.empty(), problems);
+    CheckSeerBlocks(seer, problems);
   }
 }
 

@@ -64,7 +64,7 @@ BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placem
       cp_rank_(cp_rank),
       ctx_(ContextOptions{.threads = 1}) {
   for (const MixerOptions& mixer : model_.mixers) {
-    LONGSPAN_CHECK(!mixer.moba || placement_.ranks() == 1)
+    LONGSPAN_CHECK(!(mixer.moba || mixer.seer) || placement_.ranks() == 1)
         << "mixer " << mixer.name << " is routed, which is not built for context parallelism";
   }
 }
@@ -86,6 +86,7 @@ std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch
       ops::Documents::FromEnds(batch.row_length, batch.doc_ends)));
   local.plans = plans.per_mixer;
   local.stream_plans = plans.stream_per_mixer;
+  local.seer_plans = plans.seer_per_mixer;
   local.moba_plans = plans.moba_per_mixer;
   prepared->attention_pairs = plans.attention_pairs;
   prepared->open_pairs = plans.open_pairs;
@@ -96,8 +97,8 @@ BatchBuilder::Plans BatchBuilder::PlansFor(std::shared_ptr<const ops::Documents>
   for (const Plans& plans : cache_) {
     if (*plans.documents == *documents) return plans;
   }
-  Plans plans{documents, {}, {}, {}, 0, 0};
-  std::vector<double> open_pairs, stream_pairs;
+  Plans plans{documents, {}, {}, {}, {}, 0, 0};
+  std::vector<double> open_pairs, stream_pairs, kept;
   const double group = static_cast<double>(model_.num_heads / model_.num_kv_heads);
   const auto plan = [&](const ops::AttentionPattern& pattern) {
     return parallel::MakePlan(pattern, model_.num_kv_heads, documents, placement_, strategy_,
@@ -116,11 +117,15 @@ BatchBuilder::Plans BatchBuilder::PlansFor(std::shared_ptr<const ops::Documents>
             ? static_cast<double>(model_.num_heads * plans.moba_per_mixer.back()->NominalPairs())
             : pairs_of(plans.per_mixer.back()));
     stream_pairs.push_back(pairs_of(plans.stream_per_mixer.back()));
+    plans.seer_per_mixer.push_back(mixer.seer ? MakeSeerPlan(ctx_, model_, *mixer.seer, *documents)
+                                              : nullptr);
+    kept.push_back(mixer.seer ? plans.seer_per_mixer.back()->KeptShare(mixer.seer->selection)
+                              : 1.0);
   }
   for (int layer : model_.layers) {
     const auto mixer = static_cast<size_t>(layer);
     plans.open_pairs += open_pairs[mixer];
-    plans.attention_pairs += open_pairs[mixer] + stream_pairs[mixer];
+    plans.attention_pairs += kept[mixer] * open_pairs[mixer] + stream_pairs[mixer];
   }
   cache_.push_front(plans);
   if (cache_.size() > kCachedLayouts) cache_.pop_back();

@@ -15,7 +15,7 @@ struct PreparedBatch {
   // (query, key, query head) triples that attention evaluates on this rank, summed over layers: the
   // attention share of the MFU formula. Routed layers count with MobaPlan::NominalPairs.
   double attention_pairs = 0;
-  // Those of the branches alone that run when gates are open (GateUse::kOpen).
+  // Those that are left when gates are open (GateUse::kOpen): of full branches, of dense attention.
   double open_pairs = 0;
 };
 
@@ -45,6 +45,7 @@ class BatchBuilder {
     std::vector<std::shared_ptr<const parallel::AttentionPlan>> per_mixer;
     std::vector<std::shared_ptr<const parallel::AttentionPlan>> stream_per_mixer;
     std::vector<std::shared_ptr<const ops::MobaPlan>> moba_per_mixer;
+    std::vector<std::shared_ptr<const SeerPlan>> seer_per_mixer;
     double attention_pairs, open_pairs;
   };
   Plans PlansFor(std::shared_ptr<const ops::Documents> documents);

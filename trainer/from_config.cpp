@@ -153,6 +153,10 @@ CommBackend BackendFrom(configs::Parallel::Backend backend) {
 }
 
 ObjectiveOptions ObjectiveFrom(const configs::Objective& objective) {
+  if (objective.has_seer_gates()) {
+    return {.kind = ObjectiveKind::kSeerGates,
+            .drop_first_quarter = objective.seer_gates().drop_first_quarter()};
+  }
   if (!objective.has_duo_gates()) return {};
   return {.kind = ObjectiveKind::kDuoGates,
           .regularization = objective.duo_gates().regularization()};
@@ -221,11 +225,15 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
   o.compute = DTypeOf(c.run().precision());
   o.residual = m.has_residual_dtype() ? DTypeOf(m.residual_dtype()) : o.compute;
   o.recompute_layers = c.run().recompute() == configs::Run::LAYER;
-  o.gates_only = c.objective().has_duo_gates();
+  o.gates_only = c.objective().has_duo_gates() || c.objective().has_seer_gates();
   for (const configs::Mixer& mixer : m.mixer()) {
     MixerOptions options{mixer.name(), PatternFrom(mixer.softmax())};
     if (mixer.softmax().has_duo()) {
       options.duo = {mixer.softmax().duo().sinks(), mixer.softmax().duo().recent()};
+    }
+    if (mixer.softmax().has_seer()) {
+      const configs::SeerPattern& seer = mixer.softmax().seer();
+      options.seer = {seer.block_size(), seer.gate_dim(), {seer.top_k(), seer.threshold()}};
     }
     if (mixer.softmax().has_moba()) {
       options.moba = {.block_size = mixer.softmax().moba().block_size(),

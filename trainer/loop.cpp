@@ -150,6 +150,11 @@ class Run {
     return parallel::BroadcastString(world_, checkpoint, 0);
   }
 
+  bool HasUntrainedGates() const {
+    return std::any_of(options_.model.mixers.begin(), options_.model.mixers.end(),
+                       [](const MixerOptions& mixer) { return mixer.seer.has_value(); });
+  }
+
   void Restore(const std::string& checkpoint) {
     if (!checkpoint.empty()) {
       std::unique_ptr<CheckpointReader> reader;
@@ -168,6 +173,10 @@ class Run {
       throw ConfigError(Str("objective.", options_.objective.name(),
                             " trains the gates of a finished model and leaves all other weights as "
                             "they are: give that model with --init-from"));
+    } else if (settings_.init_from.empty() && HasUntrainedGates()) {
+      throw ConfigError(
+          "the gates of softmax.seer choose what is seen and this objective does not train them: "
+          "give a model whose gates objective.seer_gates has taught with --init-from");
     } else if (!settings_.init_from.empty()) {
       const auto source = AgreeOnCheckpoint(world_, settings_.init_from);
       std::unique_ptr<CheckpointReader> reader;

@@ -31,15 +31,52 @@ Tensor DuoGatesForward(autograd::Tape& tape, parallel::Communicator& cp, double 
   return sums;
 }
 
+// Mixers with gates have one block size (configs/validate_objective.cpp), so that rows of blocks
+// are worth the same in all layers.
+Tensor SeerGatesForward(autograd::Tape& tape, parallel::Communicator& cp, bool drop_first_quarter,
+                        const ModelOptions& options, ParameterStore& store, const LocalBatch& batch,
+                        const BucketHook& bucket_ready) {
+  SeerLesson lesson{.drop_first_quarter = drop_first_quarter};
+  double gates = 0;
+  const SeerPlan* plan = nullptr;
+  for (const int layer : options.layers) {
+    const auto mixer = static_cast<size_t>(layer);
+    if (!options.mixers[mixer].seer.has_value()) continue;
+    gates += static_cast<double>(options.num_kv_heads);
+    plan = batch.seer_plans[mixer].get();
+  }
+  LONGSPAN_CHECK(plan != nullptr) << "no layer has a gate that chooses blocks";
+  lesson.weight = 1 / gates;
+  DecoderHidden(tape, cp, options, store, batch, bucket_ready, GateUse::kTaught, &lesson);
+  const Tensor sums = tape.context().Zeros({ops::kLossSums}, DType::kF64);
+  sums.data<double>()[ops::kLossSum] = lesson.loss;
+  sums.data<double>()[ops::kValidSum] =
+      static_cast<double>(ops::SeerCountedRows(plan->blocks, lesson.Skip(plan->blocks)));
+  return sums;
+}
+
 }  // namespace
 
 const char* ObjectiveOptions::name() const {
-  return kind == ObjectiveKind::kDuoGates ? "duo_gates" : "next_token";
+  switch (kind) {
+    case ObjectiveKind::kDuoGates:
+      return "duo_gates";
+    case ObjectiveKind::kSeerGates:
+      return "seer_gates";
+    default:
+      return "next_token";
+  }
 }
 
 std::string ObjectiveOptions::ToString() const {
-  return kind == ObjectiveKind::kDuoGates ? Str(name(), " regularization ", regularization)
-                                          : name();
+  switch (kind) {
+    case ObjectiveKind::kDuoGates:
+      return Str(name(), " regularization ", regularization);
+    case ObjectiveKind::kSeerGates:
+      return Str(name(), drop_first_quarter ? " without the first quarter" : "");
+    default:
+      return name();
+  }
 }
 
 Tensor ObjectiveForward(autograd::Tape& tape, parallel::Communicator& cp,
@@ -52,6 +89,9 @@ Tensor ObjectiveForward(autograd::Tape& tape, parallel::Communicator& cp,
     case ObjectiveKind::kDuoGates:
       return DuoGatesForward(tape, cp, objective.regularization, options, store, batch,
                              bucket_ready);
+    case ObjectiveKind::kSeerGates:
+      return SeerGatesForward(tape, cp, objective.drop_first_quarter, options, store, batch,
+                              bucket_ready);
   }
   throw InvalidArgument("ObjectiveForward: unknown objective");
 }
@@ -60,8 +100,9 @@ ObjectiveFlops FlopsOf(const ObjectiveOptions& objective, const ModelOptions& op
   const double matmul = static_cast<double>(CountMatmulParameters(options));
   const double pair = 4.0 * static_cast<double>(options.head_dim);
   if (objective.kind == ObjectiveKind::kNextToken) return {6 * matmul, 3 * pair, 0};
-  // Two forward passes and the gradient of the activations, none of them with the output matrix.
   const double output = static_cast<double>(options.vocab_size * options.hidden_size);
+  if (objective.kind == ObjectiveKind::kSeerGates) return {2 * (matmul - output), 0, pair};
+  // Two forward passes and the gradient of the activations, none of them with the output matrix.
   return {6 * (matmul - output), 3 * pair, pair};
 }
 

@@ -12,12 +12,18 @@ namespace longspan::trainer {
 //                with x the hidden states after the last norm, y those of the same model with open
 //                gates (dense attention), C the hidden size, and t over tokens with a label
 //
+//   seer gates   the gates of SeerAttention layers (arXiv 2410.13276), every other weight frozen:
+//   the
+//                mean over layers, kv heads and rows of query blocks of KL(target || gate) with the
+//                dense map's block maxima as target (ops/attention/seer_gate.h). Per row of query
+//                blocks where the others are per token with a label; no collective, so cp = 1
+//
 // The forward pass over one micro-batch, recorded on `tape` with its root, so that tape.Backward()
 // gives the gradient of the first of the sums. Returns the sums over this rank's tokens, f64
 // [kLossSums] on the device, to be added over micro-batches and ranks and divided by the last:
 //   kLossSum   the objective (without the z-loss)
-//   kZLossSum  next token: the z-loss; duo gates: the mean of all alpha, once a token
-//   kValidSum  tokens with a label
+//   kZLossSum  next token: the z-loss; duo gates: the mean of all alpha, once a token; seer gates:
+//   0 kValidSum  tokens with a label; seer gates: rows of query blocks that count
 Tensor ObjectiveForward(autograd::Tape& tape, parallel::Communicator& cp,
                         const ObjectiveOptions& objective, const ModelOptions& options,
                         ParameterStore& store, const LocalBatch& batch,

@@ -25,12 +25,14 @@ enum class NonFinitePolicy { kStop, kSkip };
 enum class CommBackend { kAuto, kNccl, kMpi };
 
 // What a step minimises (objective.h).
-enum class ObjectiveKind { kNextToken, kDuoGates };
+enum class ObjectiveKind { kNextToken, kDuoGates, kSeerGates };
 struct ObjectiveOptions {
   ObjectiveKind kind = ObjectiveKind::kNextToken;
-  double regularization = 0;  // kDuoGates: price of open gates, per unit of their mean
+  double regularization = 0;        // kDuoGates: price of open gates, per unit of their mean
+  bool drop_first_quarter = false;  // kSeerGates: of each row's query blocks
 
-  const char* name() const;      // "next_token", "duo_gates": as configurations and metrics say
+  const char* name()
+      const;  // "next_token", "duo_gates", "seer_gates": as configurations and metrics say
   std::string ToString() const;  // "duo_gates regularization 0.05"
 };
 

@@ -227,12 +227,18 @@ std::string Trainer::InitFrom(const CheckpointReader& reader) {
   int64_t fresh = 0;
   for (const Bucket& b : store_.buckets()) {
     for (const ParameterSpec& p : b.specs) {
-      if (p.gate && saved.erase(kWeights + p.name) == 0) ++fresh;
+      if (!p.gate || saved.erase(kWeights + p.name) > 0) continue;
+      ++fresh;
+      if (p.routes && !options_.model.gates_only) {
+        throw CheckpointError(Str("checkpoint ", reader.path().string(), " lacks ", p.name,
+                                  ", which this objective does not train: first teach the gates "
+                                  "with objective.seer_gates"));
+      }
     }
   }
   std::string note = Str("weights from ", reader.path().string());
-  if (fresh > 0) note += Str("; it lacks the gates of ", fresh, " layers, which start anew");
-  if (!saved.empty()) note += Str("; its gates of ", saved.size(), " layers have no place here");
+  if (fresh > 0) note += Str("; it lacks ", fresh, " tensors of gates, which start anew");
+  if (!saved.empty()) note += Str("; its ", saved.size(), " tensors of gates have no place here");
   return note;
 }
 

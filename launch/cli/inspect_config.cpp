@@ -221,6 +221,15 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
     text += ReportLine("coverage",
                        Fraction(coverage) + " of the distant blocks, all kv heads together");
   }
+  if (mixer.duo) {
+    text += ReportLine("gates", Str("mix this with ", mixer.duo->Stream().ToString(),
+                                    ", one a kv head; both branches run"));
+  }
+  if (mixer.seer) {
+    text +=
+        ReportLine("gates", Str("choose among these blocks by ", mixer.seer->selection.ToString(),
+                                "; what they choose depends on the text"));
+  }
   text += ReportLine("mask", FormatBytes(static_cast<int64_t>(mask->bytes())));
   DescribeHeads(*mask, mixer.pattern, length, json, text);
   report.json["mixers"].push_back(std::move(json));

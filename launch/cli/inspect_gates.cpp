@@ -94,7 +94,7 @@ void DescribeTable(const std::vector<LayerGates>& layers, InspectReport& report)
 }
 
 std::string Span(const configs::DuoPattern* stream) {
-  if (stream == nullptr) return "head { full {} }";
+  if (stream == nullptr) return "head {}";
   return Str("head { window: ", stream->recent(), " sinks: ", stream->sinks(), " }");
 }
 

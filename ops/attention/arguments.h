@@ -14,6 +14,7 @@ struct ForwardArgs {
   double scale;
   Tensor& o;
   Tensor& lse;
+  Tensor block_maxima{};  // zeroed; undefined: not wanted
 };
 struct BackwardArgs {
   const Tensor& d_out;

@@ -91,6 +91,13 @@ struct Implementation {
   void (*backward)(Context&, const BackwardArgs&);
 };
 
+// As `rejects` of an entry whose kernels know nothing of block maxima.
+template <std::string (*kRejects)(const AttentionProblem&)>
+std::string WithoutMaxima(const AttentionProblem& problem) {
+  return problem.block_maxima ? "it does not find the largest probabilities of blocks"
+                              : kRejects(problem);
+}
+
 #if defined(LONGSPAN_HAVE_AVX512)
 const Bf16Kernels& AmxKernels() {
   static const Bf16Kernels kernels = [] {
@@ -138,13 +145,15 @@ void PortableBackward(Context& ctx, const BackwardArgs& args) {
 constexpr DeviceKind kCpu = DeviceKind::kCpu, kCuda = DeviceKind::kCuda;
 
 constexpr Implementation kTable[] = {
-    {{"amx_bf16", kCpu, AmxRejects}, AmxForward, AmxBackward},
-    {{"avx512_bf16", kCpu, Avx512Bf16Rejects}, Avx512Bf16Forward, Avx512Bf16Backward},
+    {{"amx_bf16", kCpu, WithoutMaxima<AmxRejects>}, AmxForward, AmxBackward},
+    {{"avx512_bf16", kCpu, WithoutMaxima<Avx512Bf16Rejects>},
+     Avx512Bf16Forward,
+     Avx512Bf16Backward},
     {{"avx512", kCpu, Avx512Rejects}, Avx512Forward, Avx512Backward},
     {{"portable", kCpu, BlockedRejects}, PortableForward, PortableBackward},
     {{"reference", kCpu, ReferenceRejects}, cpu::ReferenceForward, cpu::ReferenceBackward},
-    {{"mma_bf16", kCuda, MmaRejects}, internal::MmaForward, internal::MmaBackward},
-    {{"reference_cuda", kCuda, ReferenceCudaRejects},
+    {{"mma_bf16", kCuda, WithoutMaxima<MmaRejects>}, internal::MmaForward, internal::MmaBackward},
+    {{"reference_cuda", kCuda, WithoutMaxima<ReferenceCudaRejects>},
      internal::ReferenceCudaForward,
      internal::ReferenceCudaBackward},
 };
@@ -310,15 +319,25 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
                                  const BlockMask& mask, const AttentionOptions& options) {
   constexpr const char* kOp = "AttentionForward";
   const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
-  const Implementation& chosen = Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, {}, {}));
+  AttentionProblem problem = ProblemOf(ctx, q, kv, {}, {});
+  problem.block_maxima = options.want_block_maxima;
+  const Implementation& chosen = Choose(kOp, options, ctx.device(), problem);
   const TraceScope trace(ctx.trace(), "attention");
   const DType wide = AccumulatorOf(q.dtype());
   AttentionResult result{.o = ctx.Empty(q.shape(), options.round_output ? q.dtype() : wide),
                          .lse = ctx.Empty({sizes.tokens, sizes.heads}, wide),
                          .implementation = chosen.info.name};
-  chosen.forward(
-      ctx,
-      {.q = q, .kv = kv, .mask = mask, .scale = sizes.scale, .o = result.o, .lse = result.lse});
+  if (options.want_block_maxima) {
+    result.block_maxima =
+        ctx.Zeros({mask.kv_heads(), mask.queries().size(), mask.keys().size()}, wide);
+  }
+  chosen.forward(ctx, {.q = q,
+                       .kv = kv,
+                       .mask = mask,
+                       .scale = sizes.scale,
+                       .o = result.o,
+                       .lse = result.lse,
+                       .block_maxima = result.block_maxima});
   return result;
 }
 

@@ -31,12 +31,19 @@ struct AttentionOptions {
   double scale = 0;            // 0: 1 / sqrt(D)
   std::string implementation;  // empty: the first that accepts; else this one or InvalidArgument
   bool round_output = false;   // o in the dtype of q (one rounding, for unsplit attention)
+  // Forward only: also the largest probability of every block, over its query rows and keys and the
+  // query heads of the kv head, without a tensor of tokens x tokens. On a CPU, f32 or f64
+  // arithmetic.
+  bool want_block_maxima = false;
 };
 
 struct AttentionResult {
   Tensor o;                    // [Tq, Hq, D]
   Tensor lse;                  // [Tq, Hq]
   const char* implementation;  // which entry ran
+  // [Hkv, query blocks, key blocks] of the mask in the dtype of lse, 0 where it has no entry;
+  // undefined unless asked for.
+  Tensor block_maxima{};
 };
 
 AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv,
@@ -75,7 +82,8 @@ void MergePartial(Context& ctx, Tensor& o, Tensor& lse, const Tensor& o2, const 
 struct AttentionProblem {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
-  bool aligned = true;  // the rows of q, k, v (and d_out, dq) start at 16 bytes
+  bool block_maxima = false;  // AttentionOptions::want_block_maxima
+  bool aligned = true;        // the rows of q, k, v (and d_out, dq) start at 16 bytes
   // GPU: shared memory that a block of threads can have (AttentionSharedBytes).
   int64_t shared_bytes = std::numeric_limits<int64_t>::max();
 };

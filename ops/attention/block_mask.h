@@ -62,6 +62,13 @@ struct BlockRuns {
   }
 };
 
+// Key blocks that a choice leaves to each query block of each kv head: row h * queries + i owns
+// blocks [offsets[row], offsets[row + 1]), global ids in ascending order.
+struct KeptBlocks {
+  std::vector<int64_t> offsets{0};
+  std::vector<int32_t> blocks;
+};
+
 // The form of a mask that kernels, balancing and communication read, for one layer kind and one
 // micro-batch: queries of `queries()` against keys of `keys()` (any two block lists: a whole row, a
 // shard, one ring step).
@@ -85,6 +92,12 @@ class BlockMask {
   static std::shared_ptr<const BlockMask> Build(const AttentionPattern& pattern, int64_t kv_heads,
                                                 std::shared_ptr<const Documents> documents,
                                                 const BlockList& queries, const BlockList& keys);
+
+  // The entries of this mask that `kept` names, one pattern a kv head: a choice made from the data.
+  // Kinds stay, and so does who sees whom inside an entry; blocks that this mask lacks are passed
+  // over. Time and memory O(entries). Throws InvalidArgument unless `kept` has one row for each kv
+  // head and query block.
+  std::shared_ptr<const BlockMask> Restrict(const KeptBlocks& kept) const;
 
   int64_t kv_heads() const { return static_cast<int64_t>(pattern_of_head_.size()); }
   int64_t patterns() const { return patterns_; }

@@ -6,6 +6,7 @@
 #include "ops/activation/gelu.h"
 #include "ops/activation/swiglu.h"
 #include "ops/elementwise/elementwise.h"
+#include "ops/gemm/gemm.h"
 #include "ops/gemm/linear.h"
 #include "ops/loss/hidden_distance.h"
 #include "ops/norm/rms_norm.h"
@@ -138,6 +139,42 @@ ops::LinearCrossEntropyResult LinearCrossEntropy(Tape& tape, const Var& x, const
                                                    scale, dw));
   });
   return result;
+}
+
+Var HeadLinear(Tape& tape, const Var& x, const Parameter& w) {
+  Context& ctx = tape.context();
+  const Tensor &in = x.value(), &weight = w.value;
+  LONGSPAN_CHECK(in.rank() == 3 && weight.rank() == 3 && in.dim(0) == weight.dim(0) &&
+                 in.dim(2) == weight.dim(2))
+      << "HeadLinear: x " << in.Describe() << " and w " << weight.Describe()
+      << " do not fit (y = x w^T for each head)";
+  const auto head = [](const Tensor& t, int64_t h) {
+    return t.Rows(h, h + 1).Reshape({t.dim(1), t.dim(2)});
+  };
+  Var y(ctx.Empty({in.dim(0), in.dim(1), weight.dim(1)}, in.dtype()),
+        Differentiated(tape, {&x}, w.grad));
+  for (int64_t h = 0; h < in.dim(0); ++h) {
+    Tensor out = head(y.value(), h);
+    ops::Gemm(ctx, head(in, h), false, head(weight, h), true, out);
+  }
+  if (!y.requires_grad()) return y;
+  tape.Record([&ctx, head, x, w = weight, dw = w.grad, y] {
+    if (!y.grad().defined()) return;
+    const bool want_dx = x.requires_grad();
+    const Tensor dx = want_dx ? ctx.Empty(x.value().shape(), x.value().dtype()) : Tensor();
+    for (int64_t h = 0; h < w.dim(0); ++h) {
+      const Tensor dy = head(y.grad(), h);
+      if (dw.defined()) {
+        Tensor sum = head(dw, h);
+        ops::Gemm(ctx, dy, true, head(x.value(), h), false, sum, {.accumulate = true});
+      }
+      if (!want_dx) continue;
+      Tensor out = head(dx, h);
+      ops::Gemm(ctx, dy, false, head(w, h), false, out);
+    }
+    if (want_dx) x.AddGrad(ctx, dx);
+  });
+  return y;
 }
 
 Var DuoGate(Tape& tape, const Var& full, const Var& stream, const Parameter& alpha) {

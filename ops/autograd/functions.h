@@ -34,6 +34,8 @@ ops::LinearCrossEntropyResult LinearCrossEntropy(Tape& tape, const Var& x, const
                                                  const ops::LinearCrossEntropyOptions& options,
                                                  double scale = 1.0);
 
+// As Linear for each head h on its own: y_h = x_h w_h^T with x [H, N, K], w [H, M, K], y [H, N, M].
+Var HeadLinear(Tape& tape, const Var& x, const Parameter& w);
 // The gate between two attention branches (ops/gate/duo_gate.h).
 Var DuoGate(Tape& tape, const Var& full, const Var& stream, const Parameter& alpha);
 // Adds the price of open gates to `sums` and records its gradient.

@@ -56,5 +56,47 @@ TEST(ConfigObjectiveTest, TheLossOfLogitsHasNoPlace) {
       << error;
 }
 
+std::string WithSeer(const std::string& seer, const std::string& objective) {
+  std::string text = WithDuo("", "parallel { dp: 2 cp: 1 } " + objective);
+  const size_t other = text.find("parallel { dp: 2 cp: 2 }");
+  text.erase(other, std::string("parallel { dp: 2 cp: 2 }").size());
+  const size_t at = text.find("duo {  }");
+  return text.replace(at, 8, "seer { " + seer + " }");
+}
+
+TEST(ConfigObjectiveTest, GatesThatChooseBlocks) {
+  const auto loaded =
+      configs::LoadText(WithSeer("top_k: 16", "objective { seer_gates {} }"), "c.textproto");
+  EXPECT_TRUE(loaded.config.objective().seer_gates().drop_first_quarter());
+  EXPECT_EQ(loaded.config.model().mixer(1).softmax().seer().block_size(), 64);
+  EXPECT_EQ(loaded.config.model().mixer(1).softmax().seer().gate_dim(), 64);
+  EXPECT_EQ(ErrorOf(WithSeer("threshold: 0.002", "")), "");  // taught gates are used as they are
+
+  const auto expect = [](const std::string& text, const std::string& part,
+                         const std::vector<std::string>& sets = {}) {
+    const std::string error = ErrorOf(text, sets);
+    EXPECT_NE(error.find(part), std::string::npos) << error;
+  };
+  const std::string path = "model.mixer[s2].softmax.seer";
+  expect(WithSeer("", ""), path + ": no selection is chosen (give one of top_k, threshold)");
+  expect(WithSeer("top_k: 1", ""), path + ".top_k: 1 is out of range");
+  expect(WithSeer("threshold: 1.5", ""), path + ".threshold: 1.5 is out of range");
+  expect(WithSeer("top_k: 4 block_size: 100", ""),
+         path + ".block_size: 100 is not a multiple of 64 (use 64 or 128)");
+  expect(WithSeer("top_k: 4 gate_dim: 7", ""), path + ".gate_dim: 7 is odd");
+  expect(WithSeer("top_k: 4", ""), "parallel.cp: 2 does not go with " + path, {"parallel.cp=2"});
+  expect(WithSeer("top_k: 4", ""), "run.device: CUDA has no kernels for " + path,
+         {"run.device=CUDA"});
+  expect(WithSeer("top_k: 4", "objective { duo_gates {} }"),
+         path + ": has gates that objective.duo_gates does not train");
+  expect(WithDuo("", "objective { seer_gates {} }"), "objective.seer_gates: has no gates to train");
+  expect(WithSeer("top_k: 4", "objective { seer_gates {} }"),
+         "model.z_loss: has no effect with objective.seer_gates", {"model.z_loss=0.001"});
+  expect(WithSeer("top_k: 4", "objective { seer_gates {} }"),
+         "objective.seer_gates: counts rows of blocks, and the mixers have blocks of 64 and of 128",
+         {"model.mixer[dense].softmax.seer.top_k=4",
+          "model.mixer[dense].softmax.seer.block_size=128"});
+}
+
 }  // namespace
 }  // namespace longspan::test

@@ -228,7 +228,8 @@ class Metrics:
                 assert self.steps and entry["step"] == self.steps[-1]["step"], f"out of order: {line}"
                 self.evaluations[key] = entry["value"]
                 continue
-            assert list(entry) == self.KEYS, f"keys of {line}"
+            gates = [key for key in ("objective", "mean_gate") if key in entry]
+            assert list(entry) == self.KEYS + gates, f"keys of {line}"
             assert list(entry["peak_device_memory"]) == self.MEMORY, f"categories of {line}"
             assert sum(entry["peak_device_memory"].values()) == entry["peak_device_bytes"], line
             assert entry["step"] == len(self.steps) + 1, f"step out of order: {line}"

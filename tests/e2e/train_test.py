@@ -199,18 +199,18 @@ class CommandsTest(e2e.TestCase):
     def test_gates(self):
         """Gates of a finished model: trained alone, read by inspect, left out by the next run."""
         gated = ["model.mixer[s2].softmax.duo.sinks=16", "model.mixer[s2].softmax.duo.recent=64",
-                 "objective.duo_gates={}", "optimizer.adamw.lr=0.02", "run.steps=3",
+                 "objective.duo_gates.regularization=100", "optimizer.adamw.lr=0.4", "run.steps=3",
                  "run.recompute=LAYER"]
         alone = self.start(self.train_arguments("none", ["parallel.cp=1", *gated])).wait()
         self.assertEqual(alone.code, 2, alone.describe())
         self.assertIn("give that model with --init-from", alone.err)
         result = self.train("gates", sets=gated, ranks=2,
                             extra=["--init-from", self.run_directory])
-        self.assertIn("it lacks the gates of 1 layers", result.out)
+        self.assertIn("it lacks 1 tensors of gates", result.out)
         self.assertIn("duo_gates loss", result.out)
         steps = e2e.Metrics(self.folder / "gates").steps
         self.assertEqual([step["objective"] for step in steps], ["duo_gates"] * 3)
-        self.assertAlmostEqual(steps[0]["loss"], 0.05, places=6)
+        self.assertAlmostEqual(steps[0]["loss"], 100, places=6)
         self.assertEqual(steps[0]["mean_gate"], 1)
         self.assertLess(steps[2]["mean_gate"], 1)
         saved = self.folder / "gates" / "checkpoints" / "step_00000003"
@@ -218,8 +218,17 @@ class CommandsTest(e2e.TestCase):
             self.assertEqual(tensor["max_difference"], 0, tensor)
         report = self.json_of(["inspect", saved])
         (layer,) = report["gates"]["layers"]
-        self.assertEqual((layer["layer"], len(layer["alpha"]), layer["streaming"]), (1, 2, []))
-        self.assertTrue(all(0.9 < alpha < 1 for alpha in layer["alpha"]), layer)
+        self.assertEqual((layer["layer"], layer["streaming"]), (1, [0, 1]))
+        self.assertTrue(all(0 <= alpha < 0.5 for alpha in layer["alpha"]), layer)
+        # What inspect prints is a configuration that lets these heads stream.
+        lines = [line for line in e2e.CONFIG.splitlines()
+                 if '"s2"' not in line and "layers:" not in line]
+        lines.insert(lines.index("model {") + 1, report["gates"]["config"])
+        spans = self.write("spans.textproto", "\n".join(lines))
+        result = self.run_ok([*self.train_arguments("spans", ["run.steps=1"], config=spans),
+                              "--init-from", "gates"], 2)
+        self.assertIn("its 1 tensors of gates have no place here", result.out)
+        self.assertIn("spans", self.run_ok(["inspect", spans]).out)
 
 
 class ResumeTest(e2e.TestCase):

@@ -16,10 +16,11 @@ using autograd::Var;
 
 struct LayerParameters {
   const Parameter *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *mlp_norm;
-  const Parameter* duo;  // nullptr: this layer has no gates
+  const Parameter* duo;  // nullptr: this layer has no such gates
+  SeerWeights seer;      // nullptr, the same
   bool Trained() const {
     const std::initializer_list<const Parameter*> all = {
-        q, k, v, o, gate, up, down, attention_norm, mlp_norm, duo};
+        q, k, v, o, gate, up, down, attention_norm, mlp_norm, duo, seer.q, seer.k};
     return std::any_of(all.begin(), all.end(),
                        [](const Parameter* p) { return p != nullptr && p->grad.defined(); });
   }
@@ -38,7 +39,9 @@ LayerParameters LayerOf(const ModelOptions& options, const ParameterStore& store
           find("mlp.down_proj.weight"),
           find("input_layernorm.weight"),
           find("post_attention_layernorm.weight"),
-          mixer.duo.has_value() ? find(kDuoGate) : nullptr};
+          mixer.duo.has_value() ? find(kDuoGate) : nullptr,
+          {mixer.seer.has_value() ? find(kSeerQueryGate) : nullptr,
+           mixer.seer.has_value() ? find(kSeerKeyGate) : nullptr}};
 }
 
 Var Norm(Tape& tape, const ModelOptions& options, const Var& x, const Parameter& w) {
@@ -47,21 +50,33 @@ Var Norm(Tape& tape, const ModelOptions& options, const Var& x, const Parameter&
 
 Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
                     const LayerParameters& p, size_t mixer, const LocalBatch& batch, GateUse gates,
-                    const Var& x) {
+                    SeerLesson* lesson, const Var& x) {
   const int64_t t = x.value().dim(0), d = options.head_dim;
   const Var h = Norm(tape, options, x, *p.attention_norm);
   auto heads = [&](const Parameter& w, int64_t n) {
     return autograd::Reshape(tape, autograd::Linear(tape, h, w), {t, n, d});
   };
-  const Var q = autograd::Rope(tape, heads(*p.q, options.num_heads), batch.rope);
-  const Var k = autograd::Rope(tape, heads(*p.k, options.num_kv_heads), batch.rope);
+  const Var plain_q = heads(*p.q, options.num_heads), plain_k = heads(*p.k, options.num_kv_heads);
+  const Var q = autograd::Rope(tape, plain_q, batch.rope);
+  const Var k = autograd::Rope(tape, plain_k, batch.rope);
   const Var v = heads(*p.v, options.num_kv_heads);
   const ops::AttentionOptions how{.scale = options.mixers[mixer].scale, .implementation = {}};
   const auto attend = [&](std::shared_ptr<const parallel::AttentionPlan> plan) {
     return parallel::ContextAttention(tape, cp, std::move(plan), q, k, v, how);
   };
-  Var o = options.mixers[mixer].moba ? autograd::Moba(tape, batch.moba_plans[mixer], q, k, v, how)
-                                     : attend(batch.plans[mixer]);
+  Var o;
+  if (options.mixers[mixer].moba) {
+    o = autograd::Moba(tape, batch.moba_plans[mixer], q, k, v, how);
+  } else if (p.seer.q != nullptr && gates == GateUse::kTaught) {
+    o = SeerTeach(tape, *batch.seer_plans[mixer], *batch.plans[mixer], p.seer, plain_q, plain_k, q,
+                  k, v, how, *lesson);
+  } else if (p.seer.q != nullptr && gates == GateUse::kMixed) {
+    o = SeerAttention(tape, cp, *batch.seer_plans[mixer], *batch.plans[mixer],
+                      options.mixers[mixer].seer->selection, p.seer, plain_q, plain_k, q, k, v,
+                      how);
+  } else {
+    o = attend(batch.plans[mixer]);
+  }
   if (p.duo != nullptr && gates == GateUse::kMixed) {
     o = autograd::DuoGate(tape, o, attend(batch.stream_plans[mixer]), *p.duo);
   }
@@ -81,7 +96,7 @@ Var MlpBranch(Tape& tape, const ModelOptions& options, const LayerParameters& p,
 
 Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
                   ParameterStore& store, const LocalBatch& batch, const BucketHook& bucket_ready,
-                  GateUse gates) {
+                  GateUse gates, SeerLesson* lesson) {
   const size_t layers = static_cast<size_t>(options.num_layers());
   // An entry recorded before a bucket's first use runs after its last gradient has been added.
   auto mark = [&](size_t bucket) {
@@ -95,13 +110,16 @@ Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& op
     mark(i + 1);
     const LayerParameters p = LayerOf(options, store, i);
     const size_t mixer = static_cast<size_t>(options.layers[i]);
-    auto layer = [&cp, &options, &batch, p, mixer, gates](Tape& t, const std::vector<Var>& in) {
+    auto layer = [&cp, &options, &batch, p, mixer, gates, lesson](Tape& t,
+                                                                  const std::vector<Var>& in) {
       const Var mixed = autograd::ResidualAdd(
-          t, in[0], AttentionBranch(t, cp, options, p, mixer, batch, gates, in[0]));
+          t, in[0], AttentionBranch(t, cp, options, p, mixer, batch, gates, lesson, in[0]));
       return autograd::ResidualAdd(t, mixed, MlpBranch(t, options, p, mixed));
     };
-    // A layer that leads to nothing trained keeps nothing, so there is nothing to run again.
-    const bool again = options.recompute_layers && (x.requires_grad() || p.Trained());
+    // A layer that leads to nothing trained keeps nothing, so there is nothing to run again; what a
+    // lesson keeps is small, and it is to be learnt once.
+    const bool again =
+        options.recompute_layers && gates != GateUse::kTaught && (x.requires_grad() || p.Trained());
     x = again ? autograd::Recompute(tape, {x}, layer) : layer(tape, {x});
   }
   mark(layers + 1);

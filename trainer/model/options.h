@@ -6,6 +6,7 @@
 
 #include "ops/attention/moba.h"
 #include "ops/attention/pattern.h"
+#include "ops/attention/seer_gate.h"
 #include "ops/core/dtype.h"
 
 namespace longspan::trainer {
@@ -21,12 +22,21 @@ struct DuoOptions {
   ops::AttentionPattern Stream() const { return ops::AttentionPattern::Window(recent, sinks); }
 };
 
+// A layer whose query blocks see the key blocks that a learned gate chooses (SeerAttention, arXiv
+// 2410.13276; ops/attention/seer_gate.h).
+struct SeerOptions {
+  int64_t block_size = 64;  // tokens, a multiple of 64
+  int64_t gate_dim = 64;    // elements of the gate's queries and keys, even
+  ops::SeerSelection selection;
+};
+
 // How a layer mixes tokens. Softmax attention over a pattern; further kinds join here.
 struct MixerOptions {
   std::string name;
   ops::AttentionPattern pattern;  // duo: of the full branch
   double scale = 0;               // 0: 1 / sqrt(head_dim)
   std::optional<DuoOptions> duo{};
+  std::optional<SeerOptions> seer{};       // `pattern` is causal
   std::optional<ops::MobaOptions> moba{};  // routed: `pattern` is not used
 
   std::string ToString() const;  // "s2 block 64 local 4 stride 4", "duo sinks 128 recent 256"

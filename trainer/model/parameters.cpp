@@ -12,13 +12,15 @@ namespace {
 
 // Places in a bucket: what is trained with weight decay, what is trained without, what is frozen.
 int OrderOf(const ParameterSpec& p, const ModelOptions& options) {
-  if (options.gates_only && !p.gate) return 2;
+  if (options.gates_only ? !p.gate : p.routes) return 2;
   return p.decay ? 0 : 1;
 }
 
 }  // namespace
 
-bool IsGateName(std::string_view name) { return name.ends_with(kDuoGate); }
+bool IsGateName(std::string_view name) {
+  return name.ends_with(kDuoGate) || name.ends_with(kSeerQueryGate) || name.ends_with(kSeerKeyGate);
+}
 
 std::vector<BucketSpec> ListParameters(const ModelOptions& o) {
   const int64_t c = o.hidden_size, f = o.ffn_hidden_size;
@@ -41,7 +43,20 @@ std::vector<BucketSpec> ListParameters(const ModelOptions& o) {
     }
     b.parameters.push_back({layer + "mlp.up_proj.weight", {f, c}, o.init_std, true});
     b.parameters.push_back({layer + "mlp.down_proj.weight", {c, f}, narrow, true});
-    if (o.mixers[static_cast<size_t>(o.layers[static_cast<size_t>(i)])].duo.has_value()) {
+    const MixerOptions& mixer = o.mixers[static_cast<size_t>(o.layers[static_cast<size_t>(i)])];
+    if (mixer.seer.has_value()) {
+      for (const auto& [name, width] :
+           {std::pair{kSeerQueryGate, o.head_dim}, std::pair{kSeerKeyGate, 3 * o.head_dim}}) {
+        b.parameters.push_back({layer + name,
+                                {o.num_kv_heads, mixer.seer->gate_dim, width},
+                                o.init_std,
+                                false,
+                                /*gate=*/true,
+                                /*fraction=*/false,
+                                /*routes=*/true});
+      }
+    }
+    if (mixer.duo.has_value()) {
       b.parameters.push_back(
           {layer + kDuoGate, {o.num_kv_heads}, 0, false, /*gate=*/true, /*fraction=*/true});
     }

@@ -12,6 +12,9 @@ namespace longspan::trainer {
 
 // What a layer calls the gates of its DuoOptions, f32 (f64) [kv heads].
 inline constexpr const char* kDuoGate = "self_attn.duo_alpha";
+// The maps of the gate of its SeerOptions, [kv heads, gate_dim, head_dim and 3 head_dim].
+inline constexpr const char* kSeerQueryGate = "self_attn.seer_q.weight";
+inline constexpr const char* kSeerKeyGate = "self_attn.seer_k.weight";
 
 // Whether this is the name of a gate, whatever comes before it: objectives for gates train them,
 // and other models do without.
@@ -25,6 +28,7 @@ struct ParameterSpec {
   bool decay;  // weight decay applies (not to norms, embeddings and gates of attention branches)
   bool gate = false;      // chooses between branches of attention: what objectives for gates train
   bool fraction = false;  // kept in [0, 1] after every update
+  bool routes = false;    // chooses what is seen: only an objective for gates has a gradient for it
 };
 struct BucketSpec {
   std::string name;  // "embedding", "layer 0", ..., "head"

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/attention/cpu/block_maxima.h"
 #include "ops/attention/cpu/blocked.h"
 #include "ops/attention/token_sets.h"
 #include "ops/core/parallel_for.h"
@@ -26,10 +27,11 @@ int64_t WorkerFloats(const BlockedShape& shape) {
 class ForwardTask {
  public:
   ForwardTask(const BlockKernels& kernels, const BlockedShape& shape, const ForwardArgs& args,
-              Scratch::Cursor scratch, BlockTask task)
+              const BlockMaxima& maxima, Scratch::Cursor scratch, BlockTask task)
       : kernels_(kernels),
         shape_(shape),
         args_(args),
+        maxima_(maxima),
         scratch_(scratch),
         task_(task),
         query_(args.mask.queries().ids[static_cast<size_t>(task.index)]),
@@ -86,6 +88,7 @@ class ForwardTask {
                         bits);
     }
     const float scale = static_cast<float>(args_.scale * kLog2E);
+    if (maxima_.wanted()) scores_of_blocks_.Start(key);
     for (int64_t g = 0; g < shape_.group; ++g) {
       const HeadState head = Head(heads, g);
       kernels_.gemm({.a = k_,
@@ -99,6 +102,9 @@ class ForwardTask {
                      .columns = 64,
                      .inner = static_cast<int>(shape_.dim),
                      .row_scale = nullptr});
+      if (maxima_.wanted()) {
+        scores_of_blocks_.Keep(scores_, keys, kind == BlockKind::kPartial ? bits : nullptr);
+      }
       kernels_.softmax({.s = scores_,
                         .keys = static_cast<int>(keys),
                         .scale = scale,
@@ -121,6 +127,12 @@ class ForwardTask {
   }
 
   void Finish(int64_t g, const HeadState& head) {
+    if (maxima_.wanted()) {
+      float lse[64];
+      for (int64_t i = 0; i < tokens_; ++i) lse[i] = head.maximum[i] + std::log2(head.sum[i]);
+      scores_of_blocks_.Raise(maxima_, task_, g, shape_.group,
+                              static_cast<float>(args_.scale * kLog2E), lse, tokens_);
+    }
     for (int64_t i = 0; i < tokens_; ++i) {
       const int64_t row = (first_token_ + i) * shape_.heads + QueryHead(g);
       const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
@@ -143,6 +155,8 @@ class ForwardTask {
   const BlockKernels& kernels_;
   const BlockedShape& shape_;
   const ForwardArgs& args_;
+  const BlockMaxima& maxima_;
+  ScoreMaxima scores_of_blocks_;
   Scratch::Cursor scratch_;
   const BlockTask task_;
   const int32_t query_;
@@ -177,9 +191,11 @@ void PackBlock(const BlockKernels& kernels, const BlockedShape& shape, const Ten
 void BlockedForward(Context& ctx, const BlockKernels& kernels, const ForwardArgs& args) {
   const BlockedShape shape = MakeBlockedShape(args.q, args.kv);
   const std::vector<BlockTask> tasks = TasksByCost(args.mask, args.mask.row_runs());
+  const BlockMaxima maxima(args);
   const Scratch scratch(ctx, WorkerFloats(shape));
   ParallelFor(ctx, static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
-    ForwardTask(kernels, shape, args, scratch.Of(worker), tasks[static_cast<size_t>(i)]).Run();
+    ForwardTask(kernels, shape, args, maxima, scratch.Of(worker), tasks[static_cast<size_t>(i)])
+        .Run();
   });
 }
 

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "ops/attention/cpu/attention_cpu.h"
+#include "ops/attention/cpu/block_maxima.h"
 #include "ops/core/parallel_for.h"
 
 // Attention token by token: the definition, Visible() for every pair that a block leaves open, and
@@ -104,8 +105,23 @@ void ForwardRow(const ForwardArgs& args, const std::vector<int64_t>& offsets, in
   }
 }
 
+// The largest probability in each block of one row, from its scores `s` in the order of
+// CollectKeys.
+template <class A>
+void RaiseMaxima(const ForwardArgs& args, const BlockMaxima& maxima, BlockTask task, int64_t query,
+                 const std::vector<A>& s, A lse) {
+  size_t j = 0;
+  for (const BlockRun& run :
+       args.mask.row_runs().Row(args.mask.pattern_of(task.kv_head), task.index)) {
+    for (int32_t n = 0; n < run.count; ++n) {
+      ForEachKey(args.kv, args.mask, task.kv_head, query, run.block(n), run.kind(),
+                 [&](int64_t) { maxima.Raise(task, run.block(n), std::exp(s[j++] - lse)); });
+    }
+  }
+}
+
 template <class T>
-void ForwardTask(const ForwardArgs& args, BlockTask task) {
+void ForwardTask(const ForwardArgs& args, const BlockMaxima& maxima, BlockTask task) {
   using A = Accumulator<T>;
   const int64_t heads = args.q.dim(1), group = heads / args.kv.kv_heads();
   std::vector<int64_t> offsets;
@@ -119,6 +135,10 @@ void ForwardTask(const ForwardArgs& args, BlockTask task) {
         ForwardRow<T>(args, offsets, row, p, args.o.data<A>());
       } else {
         ForwardRow<T>(args, offsets, row, p, args.o.data<T>());
+      }
+      if (maxima.wanted()) {
+        RaiseMaxima<A>(args, maxima, task, tokens.first_global + i - tokens.begin, p,
+                       args.lse.data<A>()[row]);
       }
     }
   }
@@ -224,9 +244,11 @@ void KeyGradientTask(const BackwardArgs& args, const std::vector<int64_t>& query
 
 void ReferenceForward(Context& ctx, const ForwardArgs& args) {
   const std::vector<BlockTask> tasks = TasksByCost(args.mask, args.mask.row_runs());
+  const BlockMaxima maxima(args);
   DispatchFloat(args.q.dtype(), "AttentionForward", [&]<class T>() {
-    ParallelFor(ctx, static_cast<int64_t>(tasks.size()),
-                [&](int64_t i, int) { ForwardTask<T>(args, tasks[static_cast<size_t>(i)]); });
+    ParallelFor(ctx, static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
+      ForwardTask<T>(args, maxima, tasks[static_cast<size_t>(i)]);
+    });
   });
 }
 

@@ -195,7 +195,7 @@ TEST_F(DuoTrainingTest, GatesComeAndGoBetweenRuns) {
   gated.SetGates(0.5);
   gated.SetGates(1);
   const std::string note = gated.trainer->InitFrom(Saved(*dense.trainer, dense.world, "dense"));
-  EXPECT_NE(note.find("it lacks the gates of 2 layers"), std::string::npos) << note;
+  EXPECT_NE(note.find("it lacks 2 tensors of gates"), std::string::npos) << note;
   EXPECT_EQ(gated.Frozen(), dense.Frozen());
   EXPECT_EQ(gated.Gates(), Vec(4, 1.0));
   gated.trainer->Step();
@@ -205,7 +205,8 @@ TEST_F(DuoTrainingTest, GatesComeAndGoBetweenRuns) {
   OneRun spans(later);
   const CheckpointReader trained = Saved(*gated.trainer, gated.world, "gated");
   const std::string dropped = spans.trainer->InitFrom(trained);
-  EXPECT_NE(dropped.find("its gates of 2 layers have no place here"), std::string::npos) << dropped;
+  EXPECT_NE(dropped.find("its 2 tensors of gates have no place here"), std::string::npos)
+      << dropped;
   EXPECT_EQ(spans.Frozen(), dense.Frozen());
   o.seed = 9;
   OneRun again(o);
