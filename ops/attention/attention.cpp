@@ -99,21 +99,11 @@ std::string WithoutMaxima(const AttentionProblem& problem) {
 }
 
 #if defined(LONGSPAN_HAVE_AVX512)
-const Bf16Kernels& AmxKernels() {
-  static const Bf16Kernels kernels = [] {
-    Bf16Kernels all = avx512_bf16::kKernels;
-    all.begin_task = amx::Configure;
-    all.end_task = amx::Release;
-    all.gemm = amx::Gemm;
-    return all;
-  }();
-  return kernels;
-}
 void AmxForward(Context& ctx, const ForwardArgs& args) {
-  cpu::Bf16Forward(ctx, AmxKernels(), args);
+  cpu::Bf16Forward(ctx, cpu::AmxKernels(), args);
 }
 void AmxBackward(Context& ctx, const BackwardArgs& args) {
-  cpu::Bf16Backward(ctx, AmxKernels(), args);
+  cpu::Bf16Backward(ctx, cpu::AmxKernels(), args);
 }
 void Avx512Bf16Forward(Context& ctx, const ForwardArgs& args) {
   cpu::Bf16Forward(ctx, avx512_bf16::kKernels, args);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "ops/attention/arguments.h"
+#include "ops/attention/cpu/attention_cpu.h"
 #include "ops/attention/cpu/routed_cpu.h"
 #include "ops/attention/cuda/routed_cuda.h"
 
@@ -32,8 +33,27 @@ constexpr Implementation Blocked(const char* name) {
           }};
 }
 
+#if defined(LONGSPAN_HAVE_AVX512)
+template <const Bf16Kernels& (*kKernels)()>
+constexpr Implementation Bf16(const char* name) {
+  return {name, DeviceKind::kCpu,
+          [](Context& ctx, const RouteArgs& args) {
+            cpu::BlockedRoute(ctx, avx512::kBlockKernels, args);  // gates are f32
+          },
+          [](Context& ctx, const RoutedForwardArgs& args) {
+            cpu::Bf16RoutedForward(ctx, kKernels(), args);
+          },
+          [](Context& ctx, const RoutedBackwardArgs& args) {
+            cpu::Bf16RoutedBackward(ctx, kKernels(), args);
+          }};
+}
+const Bf16Kernels& Avx512Bf16Kernels() { return avx512_bf16::kKernels; }
+#endif
+
 constexpr Implementation kTable[] = {
 #if defined(LONGSPAN_HAVE_AVX512)
+    Bf16<cpu::AmxKernels>("amx_bf16"),
+    Bf16<Avx512Bf16Kernels>("avx512_bf16"),
     Blocked<avx512::kBlockKernels>("avx512"),
 #endif
     Blocked<portable::kBlockKernels>("portable"),

@@ -83,7 +83,9 @@ Tensor MobaSelect(Context& ctx, const Tensor& q, const Tensor& k, const MobaPlan
                   const AttentionOptions& options = {});
 
 // The attention to chosen blocks, for each device most specialised first, reference last:
-//   avx512, portable   gathered rows in 64 x 64 tiles; as in attention.h
+//   amx_bf16,          gathered rows in 64 x 64 tiles, bf16 operands of every product but the gate
+//   avx512_bf16
+//   avx512, portable   the same in f32
 //   reference          row by row; any head_dim, the only one for f64
 //   reference_cuda     GPU, gathered rows in 64 x 64 tiles, f32 products, head_dim up to 256
 // They accept what the entries of attention.h with their names accept.

@@ -20,6 +20,10 @@ void BlockedBackward(Context& ctx, const BlockKernels& kernels, const BackwardAr
 void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& args);
 void Bf16Backward(Context& ctx, const Bf16Kernels& kernels, const BackwardArgs& args);
 
+#if defined(LONGSPAN_HAVE_AVX512)
+// The kernels of avx512_bf16 with the products of AMX.
+const Bf16Kernels& AmxKernels();
+#endif
 // Whether this process can run the amx part of bf16_kernels.h.
 bool AmxTilesUsable();
 

@@ -4,6 +4,19 @@
 
 namespace longspan::ops::cpu {
 
+#if defined(LONGSPAN_HAVE_AVX512)
+const Bf16Kernels& AmxKernels() {
+  static const Bf16Kernels kernels = [] {
+    Bf16Kernels all = avx512_bf16::kKernels;
+    all.begin_task = amx::Configure;
+    all.end_task = amx::Release;
+    all.gemm = amx::Gemm;
+    return all;
+  }();
+  return kernels;
+}
+#endif
+
 Bf16Shape MakeBf16Shape(const Tensor& q, const KvView& kv) {
   return {.heads = q.dim(1),
           .kv_heads = kv.kv_heads(),

@@ -1,5 +1,3 @@
-#include <limits>
-
 #include "ops/attention/cpu/routed_blocked.h"
 #include "ops/core/parallel_for.h"
 
@@ -7,9 +5,6 @@
 // dV by pieces of key blocks. Scores are computed again in both.
 namespace longspan::ops::cpu {
 namespace {
-
-// Keys of one dK/dV task: what its operands and sums leave of a cache of 1 MB.
-constexpr int64_t kGradientKeys = 256;
 
 struct Backward {
   const BlockKernels& kernels;
@@ -19,15 +14,6 @@ struct Backward {
 
   float scale() const { return static_cast<float>(args.scale * kLog2E); }
 
-  // lse in units of log2, and delta. Lanes after the last row get lse = +inf: probability 0.
-  void LoadRows(std::span<const FlatRow> rows, float* lse, float* delta) const {
-    for (size_t i = 0; i < rows.size(); ++i) {
-      lse[i] = static_cast<float>(kLog2E * static_cast<double>(args.lse.data<float>()[rows[i]]));
-      delta[i] = args.delta.data<float>()[rows[i]];
-    }
-    std::fill(lse + rows.size(), lse + 64, std::numeric_limits<float>::infinity());
-    std::fill(delta + rows.size(), delta + 64, 0.0f);
-  }
   // tile = a lanes, over head_dim.
   void Scores(const float* a, int64_t rows, const float* lanes, float* tile) const {
     kernels.gemm({.a = a,
@@ -119,7 +105,7 @@ class QueryGradientTask {
       TransposeTo(b_.kernels, b_.shape, rows_, n, q_lanes_);
       GatherRows(b_.kernels, b_.shape, b_.args.d_out, rows, rows_);
       TransposeTo(b_.kernels, b_.shape, rows_, n, d_out_lanes_);
-      b_.LoadRows(rows, lse_, delta_);
+      LoadRowStatistics(b_.args, rows, lse_, delta_);
     });
     std::fill(dq_, dq_ + b_.shape.packed(), 0.0f);
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
@@ -155,33 +141,6 @@ int64_t KeyWorkerFloats(const BlockedShape& shape) {
          2 * BlockedShape::kTile + 3 * 64;
 }
 
-struct KeyTask {
-  int64_t block, kv_head;
-  KeyChunk chunk;
-  int64_t entries;
-};
-
-// Those whose keys most rows chose first.
-std::vector<KeyTask> KeyTasks(const RoutedBackwardArgs& args, const BlockedShape& shape) {
-  const int64_t* offsets = args.lists.offsets.data<int64_t>();
-  std::vector<KeyTask> tasks;
-  for (int64_t block = 0; block < args.blocks.count(); ++block) {
-    for (int64_t h = 0; h < shape.kv_heads; ++h) {
-      const int64_t list = block * shape.heads + h * shape.group;
-      const int64_t entries = offsets[list + shape.group] - offsets[list];
-      if (entries == 0) continue;
-      const size_t b = static_cast<size_t>(block);
-      const int64_t end = args.blocks.begin[b + 1];
-      for (int64_t begin = args.blocks.begin[b]; begin < end; begin += kGradientKeys) {
-        tasks.push_back({block, h, {begin, std::min(end, begin + kGradientKeys)}, entries});
-      }
-    }
-  }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const KeyTask& a, const KeyTask& b) { return a.entries > b.entries; });
-  return tasks;
-}
-
 class KeyGradientTask {
  public:
   KeyGradientTask(const Backward& b, Scratch::Cursor scratch) : b_(b) {
@@ -212,39 +171,20 @@ class KeyGradientTask {
     }
     std::fill(dk_, dk_ + task.chunk.pieces() * shape.packed(), 0.0f);
     std::fill(dv_, dv_ + task.chunk.pieces() * shape.packed(), 0.0f);
-    ForEachTile(task, [&](std::span<const FlatRow> rows) { Tile(task.chunk, rows); });
+    ForEachTileOf(task, b_.args.lists, shape.group,
+                  [&](std::span<const FlatRow> rows) { Tile(task.chunk, rows); });
     Add(task, dk_, static_cast<float>(b_.args.scale), b_.args.dk);
     Add(task, dv_, 1.0f, b_.args.dv);
   }
 
  private:
-  // The rows of the group's heads that chose the block, 64 at a time.
-  template <class Body>
-  void ForEachTile(const KeyTask& task, const Body& body) const {
-    const RoutedLists& lists = b_.args.lists;
-    const int64_t* offsets = lists.offsets.data<int64_t>();
-    FlatRow rows[64];
-    size_t n = 0;
-    for (int64_t g = 0; g < b_.shape.group; ++g) {
-      const int64_t head = task.kv_head * b_.shape.group + g,
-                    list = task.block * lists.heads + head;
-      for (int64_t at = offsets[list]; at < offsets[list + 1]; ++at) {
-        rows[n++] = lists.query_rows.data<int32_t>()[at] * lists.heads + head;
-        if (n < 64) continue;
-        body(std::span<const FlatRow>(rows, n));
-        n = 0;
-      }
-    }
-    if (n > 0) body(std::span<const FlatRow>(rows, n));
-  }
-
   void Tile(const KeyChunk& chunk, std::span<const FlatRow> rows) {
     const BlockedShape& shape = b_.shape;
     const auto n = static_cast<int64_t>(rows.size());
     b_.clock.Time([&] {
       GatherRows(b_.kernels, shape, b_.args.q, rows, q_);
       GatherRows(b_.kernels, shape, b_.args.d_out, rows, d_out_);
-      b_.LoadRows(rows, lse_, delta_);
+      LoadRowStatistics(b_.args, rows, lse_, delta_);
     });
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
       const int64_t keys = chunk.KeysOf(p);
@@ -281,8 +221,8 @@ void BlockedRoutedBackward(Context& ctx, const BlockKernels& kernels,
                            const RoutedBackwardArgs& args) {
   GatherClock clock(ctx);
   const Backward b{kernels, RoutedShape(args.q, args.k), args, clock};
-  const std::vector<KeyTask> keys = KeyTasks(args, b.shape);
-  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, b.shape);
+  const std::vector<KeyTask> keys = KeyTasks(args.blocks, args.lists, b.shape.kv_heads);
+  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, b.shape.kv_heads);
   const Scratch scratch(ctx, std::max(QueryWorkerFloats(b.shape), KeyWorkerFloats(b.shape)));
   ParallelFor(ctx, static_cast<int64_t>(keys.size()), [&](int64_t i, int worker) {
     KeyGradientTask(b, scratch.Of(worker)).Run(keys[static_cast<size_t>(i)]);

@@ -1,5 +1,7 @@
 #include "ops/attention/cpu/routed_blocked.h"
 
+#include <limits>
+
 namespace longspan::ops::cpu {
 namespace {
 
@@ -48,15 +50,15 @@ void TransposeTo(const BlockKernels& kernels, const BlockedShape& shape, const f
 }
 
 std::vector<Segment> SegmentsOf(const RoutedBlocks& blocks, const RoutedLists& lists,
-                                const BlockedShape& shape) {
-  const int64_t wanted =
-      kRowsWanted * std::max<int64_t>(1, blocks.MostCandidates()) / (lists.width * shape.group);
+                                int64_t kv_heads) {
+  const int64_t wanted = kRowsWanted * std::max<int64_t>(1, blocks.MostCandidates()) /
+                         (lists.width * (lists.heads / kv_heads));
   const int64_t tokens = (std::max(kSmallestSegment, wanted) + 63) / 64 * 64;
   std::vector<Segment> segments;
   for (int64_t begin = 0; begin < lists.rows; begin += tokens) {
     const int64_t end = std::min(lists.rows, begin + tokens);
     const int64_t first = BlockOfToken(blocks, begin), last = BlockOfToken(blocks, end - 1);
-    for (int64_t h = 0; h < shape.kv_heads; ++h) {
+    for (int64_t h = 0; h < kv_heads; ++h) {
       segments.push_back({begin, end, h, blocks.first_candidate[static_cast<size_t>(first)], last});
     }
   }
@@ -78,6 +80,38 @@ void RowsOfSegment(const RoutedLists& lists, const Segment& segment, int64_t blo
       rows.push_back(*row * lists.heads + h);
     }
   }
+}
+
+std::vector<KeyTask> KeyTasks(const RoutedBlocks& blocks, const RoutedLists& lists,
+                              int64_t kv_heads) {
+  const int64_t* offsets = lists.offsets.data<int64_t>();
+  const int64_t group = lists.heads / kv_heads;
+  std::vector<KeyTask> tasks;
+  for (int64_t block = 0; block < blocks.count(); ++block) {
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      const int64_t list = block * lists.heads + h * group;
+      const int64_t entries = offsets[list + group] - offsets[list];
+      if (entries == 0) continue;
+      const size_t b = static_cast<size_t>(block);
+      const int64_t end = blocks.begin[b + 1];
+      for (int64_t begin = blocks.begin[b]; begin < end; begin += kGradientKeys) {
+        tasks.push_back({block, h, {begin, std::min(end, begin + kGradientKeys)}, entries});
+      }
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const KeyTask& a, const KeyTask& b) { return a.entries > b.entries; });
+  return tasks;
+}
+
+void LoadRowStatistics(const RoutedBackwardArgs& args, std::span<const FlatRow> rows, float* lse,
+                       float* delta) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    lse[i] = static_cast<float>(kLog2E * static_cast<double>(args.lse.data<float>()[rows[i]]));
+    delta[i] = args.delta.data<float>()[rows[i]];
+  }
+  std::fill(lse + rows.size(), lse + 64, std::numeric_limits<float>::infinity());
+  std::fill(delta + rows.size(), delta + 64, 0.0f);
 }
 
 }  // namespace longspan::ops::cpu

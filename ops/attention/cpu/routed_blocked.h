@@ -44,10 +44,45 @@ struct Segment {
 };
 // Long enough for the lists of one segment to fill tiles. A function of shapes only.
 std::vector<Segment> SegmentsOf(const RoutedBlocks& blocks, const RoutedLists& lists,
-                                const BlockedShape& shape);
+                                int64_t kv_heads);
 // The rows of a segment that chose `block`, head by head; replaces what is in `rows`.
 void RowsOfSegment(const RoutedLists& lists, const Segment& segment, int64_t block, int64_t group,
                    std::vector<FlatRow>& rows);
+
+// Keys of one dK/dV task: what its operands and sums leave of a cache of 1 MB.
+inline constexpr int64_t kGradientKeys = 256;
+
+// A piece of a key block and a kv head, whose dK and dV one task owns.
+struct KeyTask {
+  int64_t block, kv_head;
+  KeyChunk chunk;  // up to kGradientKeys tokens
+  int64_t entries;
+};
+// Those whose keys most rows chose first; none for keys that nobody chose.
+std::vector<KeyTask> KeyTasks(const RoutedBlocks& blocks, const RoutedLists& lists,
+                              int64_t kv_heads);
+// Calls visit(rows) for the rows of the group's heads that chose the block, 64 at a time.
+template <class Visit>
+void ForEachTileOf(const KeyTask& task, const RoutedLists& lists, int64_t group,
+                   const Visit& visit) {
+  const int64_t* offsets = lists.offsets.data<int64_t>();
+  FlatRow rows[64];
+  size_t n = 0;
+  for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
+    const int64_t list = task.block * lists.heads + head;
+    for (int64_t at = offsets[list]; at < offsets[list + 1]; ++at) {
+      rows[n++] = lists.query_rows.data<int32_t>()[at] * lists.heads + head;
+      if (n < 64) continue;
+      visit(std::span<const FlatRow>(rows, n));
+      n = 0;
+    }
+  }
+  if (n > 0) visit(std::span<const FlatRow>(rows, n));
+}
+
+// lse of rows in units of log2, and delta. Lanes after the last row get lse = +inf: probability 0.
+void LoadRowStatistics(const RoutedBackwardArgs& args, std::span<const FlatRow> rows, float* lse,
+                       float* delta);
 
 // Adds up the time of gathering and scattering over the workers of a call.
 class GatherClock {

@@ -1,4 +1,5 @@
 #pragma once
+#include "ops/attention/cpu/bf16_kernels.h"
 #include "ops/attention/cpu/block_kernels.h"
 #include "ops/attention/routed_arguments.h"
 #include "ops/core/context.h"
@@ -17,6 +18,10 @@ void BlockedRoute(Context& ctx, const BlockKernels& kernels, const RouteArgs& ar
 void BlockedRoutedForward(Context& ctx, const BlockKernels& kernels, const RoutedForwardArgs& args);
 void BlockedRoutedBackward(Context& ctx, const BlockKernels& kernels,
                            const RoutedBackwardArgs& args);
+
+// The same with bf16 operands of every product, on bf16 problems.
+void Bf16RoutedForward(Context& ctx, const Bf16Kernels& kernels, const RoutedForwardArgs& args);
+void Bf16RoutedBackward(Context& ctx, const Bf16Kernels& kernels, const RoutedBackwardArgs& args);
 
 }  // namespace cpu
 }  // namespace longspan::ops

@@ -135,7 +135,7 @@ class SegmentTask {
 void BlockedRoutedForward(Context& ctx, const BlockKernels& kernels,
                           const RoutedForwardArgs& args) {
   const BlockedShape shape = RoutedShape(args.q, args.k);
-  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, shape);
+  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, shape.kv_heads);
   const Scratch scratch(ctx, WorkerFloats(shape));
   GatherClock clock(ctx);
   ParallelFor(ctx, static_cast<int64_t>(segments.size()), [&](int64_t i, int worker) {
