@@ -82,7 +82,7 @@ void AddS2(std::vector<AttentionPattern>& out) {
 }
 
 void AddIntervals(std::vector<AttentionPattern>& out) {
-  for (const int64_t window : {1, 7, 63, 64, 65, 128, 200, 100000}) {
+  for (const int64_t window : {1, 7, 63, 64, 65, 127, 128, 200, 100000}) {
     for (const int64_t sinks : {0, 1, 64, 70}) {
       if ((window + sinks) % 3 != 0 || window == 65) {
         out.push_back(AttentionPattern::Window(window, sinks));
@@ -90,7 +90,7 @@ void AddIntervals(std::vector<AttentionPattern>& out) {
     }
   }
   for (const auto& [window, sinks] :
-       {std::pair{1, 0}, {7, 0}, {64, 1}, {65, 70}, {200, 0}, {100000, 5}}) {
+       {std::pair{1, 0}, {7, 0}, {64, 1}, {65, 70}, {127, 0}, {200, 0}, {100000, 5}}) {
     out.push_back(AttentionPattern::Window(window, sinks, true));
   }
   for (const auto& [window, global] :
