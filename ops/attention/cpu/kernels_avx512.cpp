@@ -173,14 +173,16 @@ void Softmax(const SoftmaxStep& step) {
     const __mmask16 empty = _mm512_cmp_ps_mask(top, none, _CMP_EQ_OQ);
     const __m512 shift = _mm512_mask_mov_ps(top, empty, _mm512_setzero_ps());
     const __m512 rescale = Exp2(_mm512_sub_ps(before, shift));
-    __m512 sum = _mm512_mul_ps(_mm512_load_ps(step.sum + lane), rescale);
+    // Small terms would be lost one by one in the sum of a long row.
+    __m512 sum = _mm512_setzero_ps();
     for (int k = 0; k < step.keys; ++k) {
       const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(s + k * 64), scale, shift);
       const __m512 p = _mm512_maskz_mov_ps(LaneMask(step.bits, k, lane), Exp2(t));
       _mm512_store_ps(s + k * 64, p);
       sum = _mm512_add_ps(sum, p);
     }
-    _mm512_store_ps(step.sum + lane, sum);
+    _mm512_store_ps(step.sum + lane,
+                    _mm512_fmadd_ps(_mm512_load_ps(step.sum + lane), rescale, sum));
     _mm512_store_ps(step.rescale + lane, rescale);
   }
 }

@@ -27,7 +27,8 @@ inline __m512bh LoadPairs(const uint16_t* at) {
   return reinterpret_cast<__m512bh>(_mm512_load_si512(at));
 }
 
-// kRows x 64 of the product stays in registers over the whole inner sum.
+// kRows x 64 of the product stays in registers over the whole inner sum, which joins what is there
+// in one addition: small terms would be lost one by one in the sum of a long row.
 template <int kRows>
 inline void Tile(const Bf16Gemm& g, int row) {
   __m512 sum[kRows][4];
@@ -36,7 +37,7 @@ inline void Tile(const Bf16Gemm& g, int row) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) {
-      sum[r][n] = g.add ? _mm512_load_ps(c + r * kLanes + n * kVector) : _mm512_setzero_ps();
+      sum[r][n] = _mm512_setzero_ps();
     }
   }
   const uint16_t* a = g.a + row * g.a_row;
@@ -57,7 +58,10 @@ inline void Tile(const Bf16Gemm& g, int row) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) _mm512_store_ps(c + r * kLanes + n * kVector, sum[r][n]);
+    for (int n = 0; n < 4; ++n) {
+      float* at = c + r * kLanes + n * kVector;
+      _mm512_store_ps(at, g.add ? _mm512_add_ps(_mm512_load_ps(at), sum[r][n]) : sum[r][n]);
+    }
   }
 }
 
@@ -259,7 +263,8 @@ bool Softmax(const Bf16Softmax& g) {
       const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(g.s + k * kLanes + lane), scale, shift);
       return _mm512_maskz_mov_ps(LaneMask(g.bits, k, lane), Exp2(t));
     };
-    __m512 sum = _mm512_load_ps(g.sum + lane), weight = _mm512_load_ps(g.weight + lane);
+    // Of this block: added to the state at once, for the reason given at Tile.
+    __m512 sum = _mm512_setzero_ps(), weight = _mm512_setzero_ps();
     int k = 0;
     for (; k + 2 <= g.keys; k += 2) {
       const __m512 p0 = probability(k), p1 = probability(k + 1);
@@ -275,8 +280,8 @@ bool Softmax(const Bf16Softmax& g) {
       weight = _mm512_dpbf16_ps(weight, pair, ones);
       sum = _mm512_add_ps(sum, p0);
     }
-    _mm512_store_ps(g.sum + lane, sum);
-    _mm512_store_ps(g.weight + lane, weight);
+    _mm512_store_ps(g.sum + lane, _mm512_add_ps(_mm512_load_ps(g.sum + lane), sum));
+    _mm512_store_ps(g.weight + lane, _mm512_add_ps(_mm512_load_ps(g.weight + lane), weight));
   }
   ClearPairs(g.p, (g.keys + 1) / 2 * 2);
   return raised;

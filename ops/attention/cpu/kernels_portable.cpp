@@ -118,7 +118,7 @@ void Softmax(const SoftmaxStep& step) {
       const float rescale = Exp2(step.maximum[first + n] - shift[n]);
       step.maximum[first + n] = top[n];
       step.rescale[first + n] = rescale;
-      sum[n] = step.sum[first + n] * rescale;
+      sum[n] = 0;  // of this block: small terms would be lost one by one in the sum of a long row
     }
     for (int k = 0; k < step.keys; ++k) {
       float* s = step.s + k * 64 + first;
@@ -127,7 +127,9 @@ void Softmax(const SoftmaxStep& step) {
         sum[n] += s[n];
       }
     }
-    for (int n = 0; n < kLanes; ++n) step.sum[first + n] = sum[n];
+    for (int n = 0; n < kLanes; ++n) {
+      step.sum[first + n] = step.sum[first + n] * step.rescale[first + n] + sum[n];
+    }
   }
 }
 

@@ -86,22 +86,24 @@ void ForwardRow(const ForwardArgs& args, const std::vector<int64_t>& offsets, in
   const T* v = args.kv.v.data<T>();
   const std::vector<A> q = Row<A>(args.q.data<T>() + row * dim, dim);
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
-  A top = -kInfinity, sum = 0;
+  A top = -kInfinity;
+  double sum = 0;  // in f32 small terms would be lost one by one in the sum of a long row
   p.resize(offsets.size());
   for (size_t j = 0; j < offsets.size(); ++j) {
     p[j] = static_cast<A>(args.scale) * Dot(q.data(), k + offsets[j], dim);
     top = std::max(top, p[j]);
   }
-  std::vector<A> out(static_cast<size_t>(dim));
+  std::vector<double> out(static_cast<size_t>(dim));
   for (size_t j = 0; j < offsets.size(); ++j) {
     const A weight = std::exp(p[j] - top);
-    sum += weight;
-    AddScaled(weight, v + offsets[j], dim, out.data());
+    sum += static_cast<double>(weight);
+    AddScaled(static_cast<double>(weight), v + offsets[j], dim, out.data());
   }
-  args.lse.data<A>()[row] = offsets.empty() ? -kInfinity : top + std::log(sum);
+  args.lse.data<A>()[row] =
+      offsets.empty() ? -kInfinity : static_cast<A>(static_cast<double>(top) + std::log(sum));
   for (int64_t d = 0; d < dim; ++d) {
-    const A x = out[static_cast<size_t>(d)];
-    o[row * dim + d] = Out(offsets.empty() ? A{0} : x / sum);
+    const double x = out[static_cast<size_t>(d)];
+    o[row * dim + d] = Out(static_cast<A>(offsets.empty() ? 0 : x / sum));
   }
 }
 

@@ -279,6 +279,44 @@ TEST(AttentionTest, ImplementationsAgreeOnLongRows) {
   }
 }
 
+// One key with a large weight and very many with small ones, which a running sum in f32 would lose
+// one by one: the error of the sums must not grow with the number of keys.
+TEST(AttentionTest, SmallProbabilitiesOfLongRowsCount) {
+  Context ctx = OneThread();
+  const int64_t tokens = OnCuda() ? 1 << 13 : 1 << 18, queries = 64, dim = 8;
+  const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, tokens));
+  const auto last =
+      ops::BlockList::FromIds(*documents, {static_cast<int32_t>(tokens / ops::kMaskBlock - 1)});
+  const auto all = ops::BlockList::All(*documents);
+  const auto mask = ops::BlockMask::Build(ops::AttentionPattern::Causal(), 1, documents, last, all);
+  const double sink = 5, sink_value = -2, value = 1.5;
+  Vec q(static_cast<size_t>(queries * dim)), k(static_cast<size_t>(tokens * dim)),
+      v(k.size(), value);
+  for (size_t i = 0; i < q.size(); i += static_cast<size_t>(dim)) q[i] = 1;
+  k[0] = sink;
+  for (size_t d = 0; d < static_cast<size_t>(dim); ++d) v[d] = sink_value;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Tensor tq = FromVec(ctx, {queries, 1, dim}, dtype, q);
+    const auto kv = ops::MakeKvView(FromVec(ctx, {tokens, 1, dim}, dtype, k),
+                                    FromVec(ctx, {tokens, 1, dim}, dtype, v), all);
+    for (const std::string& name :
+         ImplementationsFor(ctx, {.dtype = dtype, .heads = 1, .kv_heads = 1, .head_dim = dim})) {
+      const auto run =
+          ops::AttentionForward(ctx, tq, kv, *mask, {.scale = 1, .implementation = name});
+      const Vec o = ToVec(run.o), lse = ToVec(run.lse);
+      // All small probabilities round to bf16 alike; the others divide by the sum of rounded ones.
+      const double o_error = name == "mma_bf16" ? 4e-3 : 2e-4;
+      for (int64_t i = 0; i < queries; ++i) {
+        const double others = static_cast<double>(tokens - queries + i);
+        const double sum = others + std::exp(sink);
+        const double want = (others * value + std::exp(sink) * sink_value) / sum;
+        EXPECT_NEAR(lse[static_cast<size_t>(i)], std::log(sum), 1e-4) << name << " row " << i;
+        EXPECT_NEAR(o[static_cast<size_t>(i * dim)], want, o_error) << name << " row " << i;
+      }
+    }
+  }
+}
+
 TEST(AttentionTest, RoundOutputRoundsOnce) {
   Context ctx = OneThread();
   const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, 100));
