@@ -47,7 +47,7 @@ int64_t ParameterCount(const configs::Model& m) {
 
 TEST(ConfigPresetsTest, EveryPresetLoadsAndItsResolvedFormToo) {
   const std::vector<std::string> paths = Presets();
-  EXPECT_EQ(paths.size(), 6u);
+  EXPECT_EQ(paths.size(), 7u);
   for (const std::string& path : paths) {
     SCOPED_TRACE(path);
     const LoadedConfig loaded = Load(path);

@@ -222,13 +222,39 @@ class CommandsTest(e2e.TestCase):
         self.assertTrue(all(0 <= alpha < 0.5 for alpha in layer["alpha"]), layer)
         # What inspect prints is a configuration that lets these heads stream.
         lines = [line for line in e2e.CONFIG.splitlines()
-                 if '"s2"' not in line and "layers:" not in line]
+                 if '"s2"' not in line and not line.strip().startswith("layers:")]
         lines.insert(lines.index("model {") + 1, report["gates"]["config"])
         spans = self.write("spans.textproto", "\n".join(lines))
         result = self.run_ok([*self.train_arguments("spans", ["run.steps=1"], config=spans),
                               "--init-from", "gates"], 2)
         self.assertIn("its 1 tensors of gates have no place here", result.out)
         self.assertIn("spans", self.run_ok(["inspect", spans]).out)
+
+    def test_gates_that_choose_blocks(self):
+        """Taught by a finished model, then used; untaught ones are refused."""
+        seer = ["model.mixer[s2].softmax.seer.top_k=3", "model.mixer[s2].softmax.seer.gate_dim=8",
+                "run.steps=2"]
+        alone = self.start(self.train_arguments("none", ["parallel.cp=1", *seer])).wait()
+        self.assertEqual(alone.code, 2, alone.describe())
+        self.assertIn("objective.seer_gates has taught", alone.err)
+        dense = self.start(self.train_arguments("none", ["parallel.cp=1", *seer],
+                                                ["--init-from", self.run_directory])).wait()
+        self.assertEqual(dense.code, 2, dense.describe())
+        self.assertIn("first teach the gates", dense.err)
+
+        self.train("taught", ranks=0, sets=[*seer, "objective.seer_gates={}"],
+                   extra=["--init-from", self.run_directory])
+        steps = e2e.Metrics(self.folder / "taught").steps
+        self.assertEqual([step["objective"] for step in steps], ["seer_gates"] * 2)
+        # Four rows of eight blocks, of which the first two do not count.
+        self.assertEqual([step["valid_tokens"] for step in steps], [4 * 6] * 2)
+        saved = self.folder / "taught" / "checkpoints" / "step_00000002"
+        for tensor in self.compare(self.last, saved, "weights/model.layers.0"):
+            self.assertEqual(tensor["max_difference"], 0, tensor)
+        self.train("used", ranks=0, sets=seer, extra=["--init-from", "taught"])
+        (used,) = self.json_of(["eval", "used", "--rows", "5"])
+        self.assertEqual(used["value"], e2e.Metrics(self.folder / "used")
+                         .evaluations[2, "validation_loss"])
 
 
 class ResumeTest(e2e.TestCase):
