@@ -16,6 +16,7 @@
 #include "trainer/batch.h"
 #include "trainer/from_config.h"
 #include "trainer/metrics/metrics.h"
+#include "trainer/model/memory.h"
 #include "trainer/run_directory/file_io.h"
 #include "trainer/step.h"
 
@@ -170,7 +171,11 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   r.more.emplace_back("parameters", static_cast<double>(trainer::CountParameters(o.model)));
   r.more.emplace_back("first_loss", first_loss);
   if (ctx.device().kind == DeviceKind::kCpu) r.more.emplace_back("attention_ms", attention_ms);
+  r.more.emplace_back("recompute", o.model.recompute_layers ? 1 : 0);
   r.more.emplace_back("peak_bytes", static_cast<double>(ctx.allocator().peak_bytes()));
+  const auto forecast = trainer::ForecastStepMemory(o.model, o.context_length * o.micro_batch_rows,
+                                                    ctx.device().kind);
+  if (forecast) r.more.emplace_back("predicted_bytes", static_cast<double>(forecast->bytes));
   r.more.emplace_back("largest_tensor_bytes", static_cast<double>(ctx.allocator().largest_bytes()));
   r.more.emplace_back("peak_rss_bytes", static_cast<double>(trainer::PeakRssBytes()));
   return r;

@@ -28,8 +28,9 @@ StepCase ReadStepCase(const std::string& file);
 //   mfu       over what the maker of a GPU states; over the measured peak elsewhere
 //   visible_fraction, block_fraction   means over the layers, for rows that are one document
 //   attention_ms   of a step, context attention with its recomputation; on a CPU
-//   parameters, first_loss (of the first step, before any update), peak_bytes of tensors, of which
-//             the largest has largest_tensor_bytes, peak_rss_bytes of the process
+//   parameters, first_loss (of the first step, before any update), peak_bytes of tensors with
+//             what was predicted (trainer/model/memory.h), the largest_tensor_bytes of one,
+//             recompute (1: of layers), peak_rss_bytes of the process
 // Two warm-up steps, or one that takes more than 10 s.
 //
 // Errors    those of a configuration; StepFailure when the loss is not finite

@@ -8,6 +8,7 @@
 #include "launch/picture/png_file.h"
 #include "ops/core/error.h"
 #include "trainer/from_config.h"
+#include "trainer/model/memory.h"
 #include "trainer/model/parameters.h"
 
 namespace longspan::launch {
@@ -88,6 +89,32 @@ void DescribeBatch(const configs::Config& c, InspectReport& report) {
   report.text +=
       ReportLine("steps", Str(Grouped(c.run().steps()), ": ",
                               Grouped(c.run().steps() * c.run().global_batch_tokens()), " tokens"));
+}
+
+// Tensors of one rank at the highest moment of a step.
+void DescribeMemory(const configs::Config& c, const trainer::ModelOptions& model,
+                    InspectReport& report) {
+  const int64_t tokens = c.run().micro_batch_rows() * c.run().context_length() / c.parallel().cp();
+  const bool gpu = c.run().device() == configs::Run::CUDA;
+  const auto forecast =
+      trainer::ForecastStepMemory(model, tokens, gpu ? DeviceKind::kCuda : DeviceKind::kCpu);
+  if (!forecast.has_value()) {
+    report.json["memory_of_step"] = nullptr;
+    return;
+  }
+  Json by_category;
+  std::string split;
+  for (size_t i = 0; i < kMemoryCategories; ++i) {
+    const size_t bytes = forecast->by_category[i];
+    if (bytes == 0) continue;
+    const char* const name = ToString(static_cast<MemoryCategory>(i));
+    by_category[name] = bytes;
+    split += Str(split.empty() ? "" : ", ", name, " ", FormatBytes(static_cast<int64_t>(bytes)));
+  }
+  report.json["memory_of_step"] = {{"bytes", forecast->bytes}, {"by_category", by_category}};
+  report.text += ReportLine(
+      "memory of a step",
+      Str(FormatBytes(static_cast<int64_t>(forecast->bytes)), " of tensors on each rank: ", split));
 }
 
 std::vector<int64_t> LayersOf(const trainer::ModelOptions& model, size_t mixer) {
@@ -253,6 +280,7 @@ InspectReport DescribeConfig(const configs::LoadedConfig& loaded, const InspectO
   InspectReport report;
   DescribeModel(model, report);
   DescribeBatch(config, report);
+  DescribeMemory(config, model, report);
 
   Json layers = Json::array();
   std::string listing;

@@ -51,7 +51,7 @@ Allocator::~Allocator() { Trim(); }
 
 // Multiples of 4 KiB up to 64 KiB, above that eighths of a power of two: at most 12.5 % is wasted
 // and activations of nearly equal sizes share blocks.
-size_t Allocator::ClassOf(size_t bytes) {
+size_t Allocator::BlockBytes(size_t bytes) {
   if (bytes <= 4096) return (std::max<size_t>(bytes, 1) + 63) / 64 * 64;
   const size_t step = bytes <= 65536 ? 4096 : std::bit_floor(bytes) / 8;
   return (bytes + step - 1) / step * step;
@@ -77,7 +77,7 @@ void Allocator::Count(size_t bytes, MemoryCategory category) {
 }
 
 void* Allocator::Allocate(size_t bytes, MemoryCategory category) {
-  const size_t size = ClassOf(bytes);
+  const size_t size = BlockBytes(bytes);
   void* data = nullptr;
   {
     std::lock_guard lock(mutex_);
@@ -107,7 +107,7 @@ void* Allocator::Allocate(size_t bytes, MemoryCategory category) {
 
 void Allocator::Free(void* data, size_t bytes, MemoryCategory category) noexcept {
   if (data == nullptr) return;
-  const size_t size = ClassOf(bytes);
+  const size_t size = BlockBytes(bytes);
   std::lock_guard lock(mutex_);
   used_bytes_ -= size;
   used_by_[static_cast<size_t>(category)] -= size;

@@ -67,6 +67,8 @@ class Allocator {
   void Free(void* data, size_t bytes,
             MemoryCategory category = MemoryCategory::kActivations) noexcept;
   void Trim();  // returns cached blocks to the source
+  // What `bytes` take: blocks have sizes at most 12.5 % apart, so that they can be used again.
+  static size_t BlockBytes(size_t bytes);
 
   size_t used_bytes() const;     // handed out now
   size_t peak_bytes() const;     // high-water mark of used_bytes
@@ -81,7 +83,6 @@ class Allocator {
   MemorySource& source() { return *source_; }
 
  private:
-  static size_t ClassOf(size_t bytes);
   void Count(size_t bytes, MemoryCategory category);  // called with the lock held
   std::string Usage() const;                          // for messages; called with the lock held
   const bool poison_;

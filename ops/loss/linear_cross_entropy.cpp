@@ -107,16 +107,15 @@ void LogitGradient(const Accumulator<T>* logits, int64_t words, int32_t label, i
 // As many logits as one chunk of the forward pass has, over more tokens and fewer words: then fewer
 // passes read all of w and read and write all of dw. dx is summed over the blocks of words.
 struct BackwardBlocks {
-  BackwardBlocks(const Context& ctx, int64_t all_tokens, int64_t vocab,
-                 const LinearCrossEntropyOptions& options) {
+  // `chunk_tokens` of the forward pass.
+  BackwardBlocks(int64_t all_tokens, int64_t vocab, int64_t chunk_tokens) {
     constexpr int64_t kWords = 4096;
     const auto even = [](int64_t size, int64_t most) {
       const int64_t pieces = std::max<int64_t>(1, (size + most - 1) / most);
       return std::max<int64_t>(1, (size + pieces - 1) / pieces);
     };
     words = even(vocab, kWords);
-    const int64_t logits = internal::ChunkTokens(ctx, vocab, options) * vocab;
-    tokens = even(all_tokens, logits / words);
+    tokens = even(all_tokens, chunk_tokens * vocab / words);
   }
   int64_t words, tokens;
 };
@@ -129,7 +128,7 @@ void Backward(Context& ctx, const LinearCrossEntropyResult& saved, const Tensor&
   const int64_t vocab = w.dim(0);
   const int32_t* label = labels.data<int32_t>();
   const Acc* lse = saved.lse.data<Acc>();
-  const BackwardBlocks blocks(ctx, x.dim(0), vocab, options);
+  const BackwardBlocks blocks(x.dim(0), vocab, internal::ChunkTokens(ctx, vocab, options));
   const int64_t most = std::min(blocks.tokens, x.dim(0));
   const Tensor logit_buffer = ctx.Empty({most * blocks.words}, DTypeOf<Acc>());
   const Tensor gradient_buffer =
@@ -173,6 +172,19 @@ int64_t AutoChunkTokens(int64_t vocab, DeviceKind device) {
   const int64_t bytes = device == DeviceKind::kCuda ? kDeviceLogitBytes : kHostLogitBytes;
   // Whole multiples of 64 tokens keep the matrix products efficient for a huge vocabulary too.
   return std::max<int64_t>(1, bytes / (vocab * 4 * 64)) * 64;
+}
+
+LinearCrossEntropyScratch BackwardScratch(int64_t tokens, int64_t width, int64_t vocab, DType dtype,
+                                          DeviceKind device) {
+  const int64_t chunk = AutoChunkTokens(vocab, device);
+  const bool same = dtype == AccumulatorOf(dtype);
+  if (device == DeviceKind::kCuda) {
+    const int64_t logits = std::min(chunk, tokens) * vocab;
+    return {logits, same ? 0 : logits, 0};
+  }
+  const BackwardBlocks blocks(tokens, vocab, chunk);
+  const int64_t most = std::min(blocks.tokens, tokens), logits = most * blocks.words;
+  return {logits, same ? 0 : logits, same ? 0 : most * width};
 }
 
 namespace internal {

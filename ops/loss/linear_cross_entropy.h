@@ -67,4 +67,13 @@ Tensor LinearCrossEntropyBackward(Context& ctx, const LinearCrossEntropyResult& 
 // reads all of w, and reads and writes all of dw.
 int64_t AutoChunkTokens(int64_t vocab, DeviceKind device);
 
+// Elements that the backward pass holds beside operands and results, with automatic chunks.
+struct LinearCrossEntropyScratch {
+  int64_t logits = 0;     // in the accumulator's dtype
+  int64_t gradients = 0;  // of logits, in the dtype of x; 0 where they replace the logits
+  int64_t sums = 0;       // for dx, in the accumulator's dtype
+};
+LinearCrossEntropyScratch BackwardScratch(int64_t tokens, int64_t width, int64_t vocab, DType dtype,
+                                          DeviceKind device);
+
 }  // namespace longspan::ops

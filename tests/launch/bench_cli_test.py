@@ -88,7 +88,7 @@ class BenchTest(CliTest):
 
     def test_memory_smoke(self):
         records = self.records("memory", "--problem", problems("memory_smoke.txt"))
-        self.assertEqual(len({r["case"] for r in records}), 9)
+        self.assertEqual(len({r["case"] for r in records}), 11)
         bytes_of = {(r["case"], r["pass"]): r["bytes"] for r in records}
         # By hand: x and y in bf16, w and rstd in f32; state read and written, gradient read, copy
         # written; f32 logits, labels, lse.
@@ -109,8 +109,8 @@ class BenchTest(CliTest):
         text = self.succeed("bench", "step", "--problem", "small.textproto", "--seconds", "0", "--json",
                             "--set", "run.context_length=64")
         record = json.loads(text.splitlines()[1])
-        more = ["parameters", "first_loss", "attention_ms", "peak_bytes", "largest_tensor_bytes",
-                "peak_rss_bytes"]
+        more = ["parameters", "first_loss", "attention_ms", "recompute", "peak_bytes", "predicted_bytes",
+                "largest_tensor_bytes", "peak_rss_bytes"]
         self.assertEqual(list(record), [*KEYS, "tokens_per_s", "mfu", *more])
         # The table of 300 words, the output projection, the layer with its two norms, the last norm.
         self.assertEqual(record["parameters"], 2 * 300 * 16 + 16 * 48 + 3 * 16 * 32 + 3 * 16)

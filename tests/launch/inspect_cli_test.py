@@ -55,6 +55,15 @@ class ConfigTest(CliTest):
         self.assertEqual(s2["layers"], [1, 2, 3])
         self.assertEqual([head["kv_heads"] for head in s2["heads"]], [[0], [1], [2], [3]])
         self.assertAlmostEqual(report["mean_density"], (1 + 3 * s2["density"]) / 4)
+        memory = report["memory_of_step"]
+        held = memory["by_category"]
+        self.assertEqual(sum(held.values()), memory["bytes"])
+        self.assertEqual(held["optimizer"], 2 * held["gradients"])
+        self.assertGreaterEqual(held["gradients"], 4 * report["parameters"])
+        self.assertLess(held["gradients"], 4.5 * report["parameters"])
+        half = self.succeed_json("inspect", preset("quickstart.textproto"), "--set", "run.context_length=1024")
+        self.assertAlmostEqual(half["memory_of_step"]["by_category"]["activations"] / held["activations"], 0.5,
+                               delta=0.1)
 
     def test_every_preset(self):
         for folder in ("", "presets"):

@@ -1,0 +1,138 @@
+// What the forecast says of a step's memory, against the allocator.
+#include "trainer/model/memory.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <functional>
+
+#include "parallel/comm/self.h"
+#include "tests/support/numeric.h"
+#include "tests/trainer/model/model_support.h"
+#include "trainer/batch.h"
+#include "trainer/model/decoder.h"
+
+namespace longspan::test {
+namespace {
+
+using namespace trainer;
+
+struct Measured {
+  size_t peak = 0, largest = 0;
+};
+
+// Forward and backward pass of one row that is one document.
+Measured Measure(const ModelOptions& model, int64_t tokens) {
+  Context ctx(ContextOptions{.threads = 2, .poison_buffers = false});
+  parallel::SelfCommunicator self;
+  ParameterStore store(ctx, model, /*training=*/true);
+  store.Initialize(3);
+  store.ZeroGrads();
+  data::MicroBatch batch;
+  batch.rows = 1;
+  batch.row_length = tokens;
+  for (int64_t i = 0; i < tokens; ++i) {
+    batch.tokens.push_back(static_cast<int32_t>(i * 7 % model.vocab_size));
+    batch.labels.push_back(static_cast<int32_t>((i + 1) * 7 % model.vocab_size));
+    batch.positions.push_back(i);
+  }
+  batch.doc_ends = {{tokens}};
+  BatchBuilder builder(model,
+                       parallel::Placement(parallel::PlacementKind::kContiguous, 1, tokens, 1),
+                       parallel::StrategyKind::kRing, 0);
+  const auto prepared = builder.Build(batch);
+  autograd::Tape tape(ctx);
+  DecoderForward(tape, self, model, store, prepared->local, {});
+  tape.Backward();
+  return {ctx.allocator().peak_bytes(), ctx.allocator().largest_bytes()};
+}
+
+ModelOptions Model(DType dtype) {
+  ModelOptions m = SmallModel(dtype);
+  m.vocab_size = 500;
+  m.hidden_size = 64;
+  m.num_heads = 4;
+  m.num_kv_heads = 4;
+  m.head_dim = 16;
+  m.ffn_hidden_size = 176;
+  m.mixers = {{"causal", ops::AttentionPattern::Causal()}};
+  m.layers = {0, 0, 0};
+  return m;
+}
+
+size_t Of(const MemoryForecast& forecast, MemoryCategory category) {
+  return forecast.by_category[static_cast<size_t>(category)];
+}
+
+TEST(MemoryTest, ForecastIsNearTheAllocator) {
+  struct Case {
+    const char* name;
+    std::function<void(ModelOptions&)> change;
+  };
+  const std::vector<Case> cases = {
+      {"plain", [](ModelOptions&) {}},
+      {"one layer", [](ModelOptions& m) { m.layers = {0}; }},
+      {"many layers", [](ModelOptions& m) { m.layers.assign(9, 0); }},
+      {"recompute", [](ModelOptions& m) { m.recompute_layers = true; }},
+      {"gqa", [](ModelOptions& m) { m.num_kv_heads = 1; }},
+      {"narrow mlp", [](ModelOptions& m) { m.ffn_hidden_size = 16; }},
+      {"gelu", [](ModelOptions& m) { m.mlp = MlpKind::kGelu; }},
+      {"tied", [](ModelOptions& m) { m.tie_embeddings = true; }},
+      {"large vocabulary", [](ModelOptions& m) { m.vocab_size = 9000; }},
+      {"s2",
+       [](ModelOptions& m) {
+         m.mixers[0].pattern = ops::AttentionPattern::S2({.local_blocks = 1, .stride_blocks = 2});
+       }},
+      {"wide residual",
+       [](ModelOptions& m) {
+         if (m.compute == DType::kBF16) m.residual = DType::kF32;
+       }},
+  };
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const Case& c : cases) {
+      SCOPED_TRACE(Str(c.name, " ", ToString(dtype)));
+      ModelOptions model = Model(dtype);
+      c.change(model);
+      constexpr int64_t kTokens = 1500;
+      const auto forecast = ForecastStepMemory(model, kTokens, DeviceKind::kCpu);
+      ASSERT_TRUE(forecast.has_value());
+      const double ratio =
+          static_cast<double>(Measure(model, kTokens).peak) / static_cast<double>(forecast->bytes);
+      EXPECT_GT(ratio, 0.95);
+      EXPECT_LT(ratio, 1.10);
+      std::printf("%-20s %s %.3f\n", c.name, ToString(dtype), ratio);
+    }
+  }
+}
+
+TEST(MemoryTest, CategoriesAreThoseOfTheStore) {
+  const ModelOptions model = Model(DType::kBF16);
+  const auto forecast = ForecastStepMemory(model, 1000, DeviceKind::kCpu);
+  Context ctx(ContextOptions{.threads = 1});
+  const ParameterStore store(ctx, model, /*training=*/true);
+  const BytesByCategory held = ctx.allocator().peak_by_category();
+  for (const MemoryCategory c :
+       {MemoryCategory::kParameters, MemoryCategory::kGradients, MemoryCategory::kOptimizer}) {
+    EXPECT_EQ(Of(*forecast, c), held[static_cast<size_t>(c)]) << ToString(c);
+  }
+  size_t sum = 0;
+  for (const size_t bytes : forecast->by_category) sum += bytes;
+  EXPECT_EQ(sum, forecast->bytes);
+  ModelOptions gates = model;
+  gates.gates_only = true;
+  EXPECT_FALSE(ForecastStepMemory(gates, 1000, DeviceKind::kCpu).has_value());
+}
+
+// Activations grow with the tokens; no tensor with their square.
+TEST(MemoryTest, NothingGrowsWithTheSquareOfTheTokensOrTheirLogits) {
+  ModelOptions model = Model(DType::kBF16);
+  model.num_heads = model.num_kv_heads = 1;
+  model.layers = {0};
+  model.vocab_size = 8192;
+  model.recompute_layers = true;
+  constexpr int64_t kTokens = 8192;
+  EXPECT_LT(Measure(model, kTokens).largest, static_cast<size_t>(kTokens * kTokens));
+}
+
+}  // namespace
+}  // namespace longspan::test

@@ -1,0 +1,237 @@
+#include "trainer/model/memory.h"
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "ops/core/dtype.h"
+#include "ops/loss/linear_cross_entropy.h"
+#include "trainer/model/parameters.h"
+
+namespace longspan::trainer {
+namespace {
+
+// Bytes handed out now and at most.
+struct Meter {
+  size_t used = 0, peak = 0;
+};
+
+// A tensor's memory for as long as somebody refers to it.
+class Held {
+ public:
+  Held(Meter& meter, size_t bytes) : meter_(meter), bytes_(bytes) {
+    meter_.used += bytes_;
+    meter_.peak = std::max(meter_.peak, meter_.used);
+  }
+  ~Held() { meter_.used -= bytes_; }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+ private:
+  Meter& meter_;
+  const size_t bytes_;
+};
+using Block = std::shared_ptr<const Held>;
+
+// The shadow of autograd::Var: who keeps what alive, without the numbers.
+struct Node {
+  Block value, grad;
+  int64_t elements = 0;
+  DType dtype = DType::kF32;
+};
+using Shadow = std::shared_ptr<Node>;
+
+// The shadow of autograd::Tape and of the ops on it (ops/autograd/functions.cpp).
+class ShadowTape {
+ public:
+  ShadowTape(Meter& meter, const ModelOptions& model, int64_t tokens, bool recording = true)
+      : meter_(meter), model_(model), tokens_(tokens), recording_(recording) {}
+
+  const ModelOptions& model() const { return model_; }
+  DType wide() const { return AccumulatorOf(model_.compute); }
+  Block Make(int64_t elements, DType dtype) {
+    const size_t bytes = static_cast<size_t>(elements) * SizeOf(dtype);
+    return std::make_shared<const Held>(meter_, Allocator::BlockBytes(bytes));
+  }
+  Shadow Value(int64_t width, DType dtype) {
+    return std::make_shared<Node>(Node{Make(tokens_ * width, dtype), {}, tokens_ * width, dtype});
+  }
+
+  void Record(std::function<void()> backward) {
+    if (recording_) entries_.push_back(std::move(backward));
+  }
+  void Backward() {
+    while (!entries_.empty()) {
+      const std::function<void()> entry = std::move(entries_.back());
+      entries_.pop_back();
+      entry();
+    }
+  }
+  void AddGrad(const Shadow& x, const Block& grad) {
+    if (x->grad == nullptr) {
+      x->grad = grad;
+    } else if (x->grad.use_count() > 1) {
+      x->grad = Make(x->elements, x->dtype);
+    }
+  }
+  Block Like(const Shadow& x) { return Make(x->elements, x->dtype); }
+
+  Shadow Linear(const Shadow& x, int64_t width) {
+    const Shadow y = Value(width, x->dtype);
+    Record([this, x, y] { AddGrad(x, Like(x)); });
+    return y;
+  }
+  Shadow Norm(const Shadow& x) {
+    const Shadow y = Value(x->elements / tokens_, x->dtype);
+    Record([this, x, y, rstd = Make(tokens_, wide())] { AddGrad(x, Like(x)); });
+    return Cast(y, model_.compute);
+  }
+  Shadow Cast(const Shadow& x, DType dtype) {
+    if (x->dtype == dtype) return x;
+    const Shadow y = Value(x->elements / tokens_, dtype);
+    Record([this, x, y] { AddGrad(x, Like(x)); });
+    return y;
+  }
+  Shadow Rope(const Shadow& x) {
+    const Shadow y = Value(x->elements / tokens_, x->dtype);
+    Record([this, x, y] { AddGrad(x, Like(x)); });
+    return y;
+  }
+  Shadow Activation(const std::vector<Shadow>& inputs) {
+    const Shadow y = Value(inputs[0]->elements / tokens_, inputs[0]->dtype);
+    Record([this, inputs, y] {
+      std::vector<Block> grads;
+      for (const Shadow& x : inputs) grads.push_back(Like(x));
+      for (size_t i = 0; i < inputs.size(); ++i) AddGrad(inputs[i], grads[i]);
+    });
+    return y;
+  }
+  Shadow ResidualAdd(const Shadow& x, const Shadow& branch) {
+    const Shadow y = Value(x->elements / tokens_, x->dtype);
+    Record([this, x, branch, y] {
+      AddGrad(x, y->grad);
+      AddGrad(branch, branch->dtype == y->dtype ? y->grad : Like(branch));
+    });
+    return y;
+  }
+  Shadow Attention(const Shadow& q, const Shadow& k, const Shadow& v, const MixerOptions& mixer) {
+    const Shadow o = Value(q->elements / tokens_, q->dtype);
+    std::vector<Block> saved = {Make(tokens_ * model_.num_heads, wide())};  // lse
+    if (mixer.moba.has_value()) {
+      const Block sums = q->dtype == wide() ? Block() : Make(q->elements, wide());
+      // What is chosen, and the lists of it.
+      const int64_t chosen = tokens_ * model_.num_heads * (mixer.moba->top_k - 1);
+      for (int i = 0; i < 2; ++i) saved.push_back(Make(chosen, DType::kI32));
+    }
+    Record([this, q, k, v, o, saved = std::move(saved)] {
+      const Block dq = Make(q->elements, wide()), dkv = Make(2 * k->elements, wide()),
+                  delta = Make(tokens_ * model_.num_heads, wide());
+      const Block rounded_q = Like(q), rounded_k = Like(k), rounded_v = Like(v);
+      AddGrad(q, rounded_q);
+      AddGrad(k, rounded_k);
+      AddGrad(v, rounded_v);
+    });
+    return o;
+  }
+  void CrossEntropy(const Shadow& x, DeviceKind device) {
+    const int64_t rows = std::min(tokens_, ops::AutoChunkTokens(model_.vocab_size, device));
+    const Block lse = Make(tokens_, wide());
+    { const Block losses = Make(tokens_, wide()), chunk = Make(rows * model_.vocab_size, wide()); }
+    const ops::LinearCrossEntropyScratch scratch = ops::BackwardScratch(
+        tokens_, model_.hidden_size, model_.vocab_size, model_.compute, device);
+    Record([this, x, lse, scratch] {
+      const Block dx = Like(x), logits = Make(scratch.logits, wide()),
+                  gradients = Make(scratch.gradients, x->dtype), sums = Make(scratch.sums, wide());
+      AddGrad(x, dx);
+    });
+  }
+  Shadow Recompute(const Shadow& x, const std::function<Shadow(ShadowTape&, Shadow)>& segment) {
+    ShadowTape silent(meter_, model_, tokens_, /*recording=*/false);
+    const Block value = segment(silent, x)->value;
+    const auto y = std::make_shared<Node>(Node{value, {}, x->elements, x->dtype});
+    Record([this, x, segment, y] {
+      ShadowTape inner(meter_, model_, tokens_);
+      const auto fresh = std::make_shared<Node>(Node{x->value, {}, x->elements, x->dtype});
+      const Shadow again = segment(inner, fresh);
+      inner.AddGrad(again, y->grad);
+      inner.Backward();
+      AddGrad(x, fresh->grad);
+    });
+    return y;
+  }
+
+ private:
+  Meter& meter_;
+  const ModelOptions& model_;
+  const int64_t tokens_;
+  const bool recording_;
+  std::vector<std::function<void()>> entries_;
+};
+
+// The shadows of AttentionBranch and MlpBranch (decoder.cpp).
+Shadow AttentionBranch(ShadowTape& tape, const Shadow& x, const MixerOptions& mixer) {
+  const ModelOptions& m = tape.model();
+  const Shadow h = tape.Norm(x);
+  const int64_t query = m.num_heads * m.head_dim, key = m.num_kv_heads * m.head_dim;
+  const Shadow q = tape.Rope(tape.Linear(h, query)), k = tape.Rope(tape.Linear(h, key)),
+               v = tape.Linear(h, key);
+  Shadow o = tape.Attention(q, k, v, mixer);
+  if (mixer.duo.has_value()) o = tape.Activation({o, tape.Attention(q, k, v, mixer)});
+  return tape.Linear(o, m.hidden_size);
+}
+
+Shadow MlpBranch(ShadowTape& tape, const Shadow& x) {
+  const ModelOptions& m = tape.model();
+  const Shadow h = tape.Norm(x), up = tape.Linear(h, m.ffn_hidden_size);
+  const Shadow inner = m.mlp == MlpKind::kSwiGlu
+                           ? tape.Activation({tape.Linear(h, m.ffn_hidden_size), up})
+                           : tape.Activation({up});
+  return tape.Linear(inner, m.hidden_size);
+}
+
+void Forward(ShadowTape& tape, DeviceKind device) {
+  const ModelOptions& model = tape.model();
+  Shadow x = tape.Value(model.hidden_size, model.residual);
+  for (const int mixer : model.layers) {
+    const auto layer = [&model, mixer](ShadowTape& t, const Shadow& in) {
+      const Shadow mixed =
+          t.ResidualAdd(in, AttentionBranch(t, in, model.mixers[static_cast<size_t>(mixer)]));
+      return t.ResidualAdd(mixed, MlpBranch(t, mixed));
+    };
+    x = model.recompute_layers ? tape.Recompute(x, layer) : layer(tape, x);
+  }
+  tape.CrossEntropy(tape.Norm(x), device);
+}
+
+}  // namespace
+
+std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int64_t tokens,
+                                                 DeviceKind device) {
+  if (model.gates_only) return std::nullopt;
+  MemoryForecast forecast;
+  const auto add = [&](MemoryCategory category, size_t bytes) {
+    forecast.by_category[static_cast<size_t>(category)] += bytes;
+    forecast.bytes += bytes;
+  };
+  const DType wide = AccumulatorOf(model.compute);
+  for (const BucketSpec& bucket : ListParameters(model)) {
+    int64_t elements = 0;
+    for (const ParameterSpec& p : bucket.parameters) elements += p.shape.numel();
+    const auto block = [elements](DType dtype) {
+      return Allocator::BlockBytes(static_cast<size_t>(elements) * SizeOf(dtype));
+    };
+    add(MemoryCategory::kParameters, block(wide));
+    if (model.compute != wide) add(MemoryCategory::kParameters, block(model.compute));
+    add(MemoryCategory::kGradients, block(wide));
+    add(MemoryCategory::kOptimizer, 2 * block(wide));
+  }
+  Meter meter;
+  ShadowTape tape(meter, model, tokens);
+  Forward(tape, device);
+  tape.Backward();
+  add(MemoryCategory::kActivations, meter.peak);
+  return forecast;
+}
+
+}  // namespace longspan::trainer

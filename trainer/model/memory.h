@@ -1,0 +1,27 @@
+#pragma once
+#include <cstdint>
+#include <optional>
+
+#include "ops/core/allocator.h"
+#include "ops/core/device.h"
+#include "trainer/model/options.h"
+
+namespace longspan::trainer {
+
+// Memory of tensors of one rank at the highest moment of a training step, from shapes alone. What
+// the step makes, keeps and drops is gone through in its order: DecoderForward and the backward
+// pass, with the sizes that the allocator gives out.
+//
+// Not in it: weights packed by libraries, masks and their tables, buffers of communicators, the
+// process itself. tests/trainer/model/memory_test compares it with the allocator of real steps.
+struct MemoryForecast {
+  BytesByCategory by_category{};
+  size_t bytes = 0;  // their sum
+};
+
+// `tokens` of one micro-batch on this rank. None for training gates alone (model.gates_only), where
+// most of the backward pass does not take place.
+std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int64_t tokens,
+                                                 DeviceKind device);
+
+}  // namespace longspan::trainer
