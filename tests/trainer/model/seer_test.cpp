@@ -125,6 +125,112 @@ TEST(SeerModelTest, RowsOfBlocksAreWhatCounts) {
   EXPECT_EQ(one.Sums(batch, false, false)[ops::kValidSum], 10);
   EXPECT_EQ(one.Sums(batch, true, false)[ops::kValidSum], 8);  // five blocks a row: one is dropped
   EXPECT_EQ(one.Sums(batch, false, false)[ops::kZLossSum], 0);
+  // The loss is a mean over two layers of two kv heads.
+  SeerLesson lesson{.weight = 1};
+  autograd::Tape tape(one.ctx, false);
+  DecoderHidden(tape, one.self, m, one.store, batch, {}, GateUse::kTaught, &lesson);
+  EXPECT_NEAR(one.Sums(batch, false, false)[ops::kLossSum], lesson.loss / 4, 1e-12 * lesson.loss);
+}
+
+// The loss of one layer from its formulas: pooled by hand, turned at the places of the blocks,
+// against the map of the attention that runs.
+TEST(SeerModelTest, TeachingFollowsTheDefinition) {
+  const ModelOptions m = SeerModel(DType::kF64, {.top_k = 2});
+  constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 8, kGate = 6, kBlocks = 5;
+  OneModel one(m);
+  const data::MicroBatch batch = MakeBatch(m);  // documents of 100 and 220 tokens
+  const LocalBatch local = one.Prepare(batch);
+  const auto tensor = [&](int64_t heads, const Vec& values) {
+    return FromVec(one.ctx, {kLength, heads, kDim}, DType::kF64, values);
+  };
+  const Vec plain_q = Normal(kLength * kHeads * kDim, 1),
+            plain_k = Normal(kLength * kKvHeads * kDim, 2);
+  const Vec q = Normal(kLength * kHeads * kDim, 3), k = Normal(kLength * kKvHeads * kDim, 4);
+  const Vec wq = Normal(kKvHeads * kGate * kDim, 5), wk = Normal(kKvHeads * kGate * 3 * kDim, 6);
+  const autograd::Parameter pq{"q", FromVec(one.ctx, {kKvHeads, kGate, kDim}, DType::kF64, wq), {}};
+  const autograd::Parameter pk{
+      "k", FromVec(one.ctx, {kKvHeads, kGate, 3 * kDim}, DType::kF64, wk), {}};
+  using autograd::Var;
+  SeerLesson lesson{.drop_first_quarter = true, .weight = 0.25};
+  autograd::Tape tape(one.ctx, false);
+  SeerTeach(tape, *local.seer_plans[0], *local.plans[0], {&pq, &pk}, Var(tensor(kHeads, plain_q)),
+            Var(tensor(kKvHeads, plain_k)), Var(tensor(kHeads, q)), Var(tensor(kKvHeads, k)),
+            Var(tensor(kKvHeads, k)), {}, lesson);
+
+  const auto at = [](const Vec& x, int64_t heads, int64_t t, int64_t h, int64_t d) {
+    return x[static_cast<size_t>((t * heads + h) * kDim + d)];
+  };
+  const auto sees = [](int64_t i, int64_t j) { return j <= i && (j < 100) == (i < 100); };
+  // Rotates pairs (d, d + 3) by place * theta^(-d / 3).
+  const auto turned = [&](const Vec& x, int64_t place) {
+    Vec y(kGate);
+    for (size_t d = 0; d < kGate / 2; ++d) {
+      const double angle = static_cast<double>(place) *
+                           std::pow(m.rope_theta, -2.0 * static_cast<double>(d) / kGate);
+      y[d] = x[d] * std::cos(angle) - x[d + 3] * std::sin(angle);
+      y[d + 3] = x[d + 3] * std::cos(angle) + x[d] * std::sin(angle);
+    }
+    return y;
+  };
+  double expected = 0;
+  for (int64_t h = 0; h < kKvHeads; ++h) {
+    std::vector<Vec> gate_q, gate_k;
+    for (int64_t b = 0; b < kBlocks; ++b) {
+      Vec query(kDim), key(3 * kDim);
+      for (int64_t d = 0; d < kDim; ++d) {
+        double most = -1e300, least = 1e300, sum = 0, mean = 0;
+        for (int64_t t = 64 * b; t < 64 * b + 64; ++t) {
+          const double x = at(plain_k, kKvHeads, t, h, d);
+          most = std::max(most, x), least = std::min(least, x), sum += x;
+          mean += at(plain_q, kHeads, t, 2 * h, d) + at(plain_q, kHeads, t, 2 * h + 1, d);
+        }
+        const auto c = static_cast<size_t>(d);
+        query[c] = mean / 128, key[c] = most, key[c + kDim] = least, key[c + 2 * kDim] = sum / 64;
+      }
+      Vec gq(kGate), gk(kGate);
+      for (size_t g = 0; g < kGate; ++g) {
+        const size_t row = static_cast<size_t>(h) * kGate + g;
+        for (size_t d = 0; d < kDim; ++d) gq[g] += wq[row * kDim + d] * query[d];
+        for (size_t d = 0; d < 3 * kDim; ++d) gk[g] += wk[row * 3 * kDim + d] * key[d];
+      }
+      gate_q.push_back(turned(gq, b));
+      gate_k.push_back(turned(gk, b));
+    }
+    std::vector<Vec> maxima(kBlocks, Vec(kBlocks));
+    for (int64_t i = 0; i < kLength; ++i) {
+      for (int64_t head = 2 * h; head < 2 * h + 2; ++head) {
+        Vec p(kLength);
+        double sum = 0;
+        for (int64_t j = 0; j <= i; ++j) {
+          if (!sees(i, j)) continue;
+          double s = 0;
+          for (int64_t d = 0; d < kDim; ++d)
+            s += at(q, kHeads, i, head, d) * at(k, kKvHeads, j, h, d);
+          sum += p[static_cast<size_t>(j)] = std::exp(s / std::sqrt(8.0));
+        }
+        for (int64_t j = 0; j <= i; ++j) {
+          double& most = maxima[static_cast<size_t>(i / 64)][static_cast<size_t>(j / 64)];
+          most = std::max(most, p[static_cast<size_t>(j)] / sum);
+        }
+      }
+    }
+    for (size_t i = 1; i < kBlocks; ++i) {  // the first of five blocks does not count
+      const size_t first =
+          i < 2 ? 0 : 1;  // block 1 holds the end of document 0, and the start of 1
+      double gate = 0, target = 0;
+      Vec score(kBlocks);
+      for (size_t j = first; j <= i; ++j) {
+        score[j] = Dot(gate_q[i], gate_k[j]) / std::sqrt(6.0);
+        gate += std::exp(score[j]);
+        target += maxima[i][j];
+      }
+      for (size_t j = first; j <= i; ++j) {
+        const double share = maxima[i][j] / target;
+        if (share > 0) expected += share * std::log(share * gate / std::exp(score[j]));
+      }
+    }
+  }
+  EXPECT_NEAR(lesson.loss, 0.25 * expected, 1e-10 * expected);
 }
 
 // A selection that keeps everything is the dense model, bit for bit; a smaller one is not.
