@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <set>
 
 #include "configs/defaults.h"
 #include "launch/cli/inspect.h"
@@ -102,6 +103,9 @@ std::string Span(const configs::DuoPattern* stream) {
 std::string ConfigLines(const std::vector<LayerGates>& layers, const configs::Model& model,
                         const std::vector<int>& mixer_of_layer) {
   std::map<std::string, std::string> names;  // of new mixers, by their text
+  std::set<std::string> taken;
+  for (const configs::Mixer& mixer : model.mixer()) taken.insert(mixer.name());
+  int number = 0;
   std::map<int64_t, const LayerGates*> gates;
   for (const LayerGates& l : layers) gates[l.layer] = &l;
   std::string mixers, order;
@@ -112,12 +116,16 @@ std::string ConfigLines(const std::vector<LayerGates>& layers, const configs::Mo
     if (found != gates.end() && mixer.softmax().has_duo()) {
       std::string spans;
       for (size_t h = 0; h < found->second->alpha.size(); ++h) {
-        spans += " " + Span(found->second->Streams(h) ? &mixer.softmax().duo() : nullptr);
+        spans += Str(" ", Span(found->second->Streams(h) ? &mixer.softmax().duo() : nullptr));
       }
-      const auto [place, fresh] = names.emplace(spans, Str(mixer.name(), "_", names.size()));
-      name = place->second;
-      if (fresh)
-        mixers += Str("  mixer { name: \"", name, "\" softmax { spans {", spans, " } } }\n");
+      std::string& chosen = names[spans];
+      if (chosen.empty()) {
+        do {
+          chosen = Str(mixer.name(), "_", number++);
+        } while (taken.contains(chosen));
+        mixers += Str("  mixer { name: \"", chosen, "\" softmax { spans {", spans, " } } }\n");
+      }
+      name = chosen;
     }
     order += Str(order.empty() ? "" : " ", name);
   }
