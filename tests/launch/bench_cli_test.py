@@ -43,7 +43,7 @@ class BenchTest(CliTest):
     def test_attention_smoke(self):
         records = self.records("attention", "--problem", problems("attention_smoke.txt"))
         cases = {r["case"] for r in records}
-        self.assertEqual(len(cases), 4)
+        self.assertEqual(len(cases), 11)
         for case in cases:
             passes = [r["pass"] for r in records if r["case"] == case]
             self.assertEqual(passes.count("forward"), passes.count("backward"), case)
@@ -143,7 +143,7 @@ class BenchTest(CliTest):
         records = self.records("attention", "--problem", case, "--impl", "best")
         self.assertEqual([r["pass"] for r in records], ["forward", "backward"])
         records = self.records("attention", "--problem", problems("attention_smoke.txt"),
-                               "--filter", "window", "--pass", "backward")
+                               "--filter", "_W100_S10", "--pass", "backward")
         self.assertEqual({(r["case"].split("_")[0], r["pass"]) for r in records},
                          {("window", "backward")})
 

@@ -81,7 +81,7 @@ class Case:
     def see_power(self, _head, q, k, begin):
         block = self.size["B"]
         back = q // block - k // block
-        sink = k // block - begin // block < self.size.get("S", 0)
+        sink = k // block - begin // block < self.size.get("S", 1)
         return (k <= q) & ((back < self.size["L"]) | (back & (back - 1) == 0) | sink)
 
     def see_spans(self, head, q, k, begin):
