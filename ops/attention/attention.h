@@ -17,9 +17,9 @@ namespace longspan::ops {
 // Dtypes    q, k, v all f32, all bf16, or all f64; o f32 (f64), or the dtype of q when
 //           `round_output`; lse, delta, dlse f32 (f64), natural log. do that of o or of q;
 //           dq, dk, dv f32 (f64).
-// Numerics  f32 accumulation (f64 for f64); exp within 2e-7, 0 below e^-87. Same bits for any
-//           number of threads. K and V of a block that is partly visible must be finite
-//           throughout: hidden tokens are multiplied by 0.
+// Numerics  f32 accumulation (f64 for f64), blocks before rows; exp within 3e-7, 0 below e^-103 at
+//           the latest. Same bits for any number of threads. K and V of a block that is partly
+//           visible must be finite throughout: hidden tokens are multiplied by 0.
 // Empty     a row that sees nothing gives o = 0 and lse = -inf, and contributes no gradient.
 // Partials  results over disjoint key sets merge exactly (MergePartial); the backward of each part
 //           takes the final lse and delta.
