@@ -175,7 +175,8 @@ class RanksTest(CudaCase):
 class BenchTest(CudaCase):
     def records(self, op, *arguments):
         done = self.gpu(["bench", op, "--device", "cuda", "--seconds", "0", "--json", *arguments])
-        records = [json.loads(line) for line in done.out.splitlines()]
+        machine, *records = [json.loads(line) for line in done.out.splitlines()]
+        self.assertEqual((machine["op"], machine["device"]), ("machine", "cuda"))
         for record in records:
             self.assertEqual(record["device"], "cuda")
             for key in ("ms_median", "peak_gflops", "peak_gbps", "floor_ms"):
