@@ -1,11 +1,14 @@
 #include <algorithm>
 
 #include "ops/attention/cpu/bf16_blocks.h"
+#include "ops/attention/cpu/bf16_pieces.h"
 #include "ops/attention/token_sets.h"
 #include "ops/core/parallel_for.h"
 
-// Two passes without atomics, each result owned by one task: dK and dV by key blocks over columns,
-// dQ by query blocks over rows. Scores are computed again in both.
+// Scores and their gradients dS are computed once, by tasks that own (part of) a column of blocks
+// and sum up its dK and dV; the dS are kept in bf16 until tasks that own a row of blocks have made
+// dQ of them. That happens piece by piece of the mask, so that memory stays bounded, in an order
+// that depends on shapes alone; there are no atomics.
 namespace longspan::ops::cpu {
 namespace {
 
@@ -15,9 +18,15 @@ struct Backward {
   const BackwardArgs& args;
   const std::vector<int64_t> query_tokens;  // by block id
   const KeyColumns keys;
+  const RowStatistics statistics;
 
-  float scale() const { return static_cast<float>(args.scale * kLog2E); }
   int dim() const { return static_cast<int>(shape.dim); }
+  int32_t KeyBlock(int32_t column) const {
+    return args.mask.keys().ids[static_cast<size_t>(column)];
+  }
+  int64_t Tokens(int32_t block) const {
+    return BlockTokens(args.mask.documents().row_length, block);
+  }
 
   OperandRows QueryRows(const Tensor& from, int64_t first_token, int64_t tokens, int64_t head,
                         uint16_t* scratch) const {
@@ -46,15 +55,16 @@ struct Backward {
                   .inner = dim(),
                   .add = false});
   }
-  // to [head_dim][lanes] += columns . pairs over `tokens`.
-  void Accumulate(const uint16_t* columns, const uint16_t* pairs, int64_t tokens, float* to) const {
+  // to [head_dim][lanes] (+)= columns . pairs over `tokens`.
+  void Accumulate(const uint16_t* columns, const uint16_t* pairs, int64_t tokens, bool add,
+                  float* to) const {
     kernels.gemm({.a = columns,
                   .a_row = kMaskBlock,
                   .b = pairs,
                   .c = to,
                   .rows = dim(),
                   .inner = static_cast<int>(tokens),
-                  .add = true});
+                  .add = add});
   }
   // out[lane * stride + d] += scale * from[d][lane].
   void AddRows(const float* from, int64_t tokens, float scale, float* out, int64_t stride) const {
@@ -67,185 +77,181 @@ struct Backward {
                      .stride = stride},
                     out);
   }
+  // A [2][padded][64] result of a column to where its dK and dV go.
+  void AddKeyGradients(const float* dk_dv, int64_t kv_head, int32_t column) const {
+    const int32_t key = KeyBlock(column);
+    const int64_t offset = args.dkv.Offset(kv_head, key), stride = args.dkv.token_stride();
+    AddRows(dk_dv, Tokens(key), static_cast<float>(args.scale), args.dkv.dk.data<float>() + offset,
+            stride);
+    AddRows(dk_dv + shape.result(), Tokens(key), 1.0f, args.dkv.dv.data<float>() + offset, stride);
+  }
 };
 
-// ---- dQ: lanes are queries -------------------------------------------------------------------
+// ---- dK, dV and dS of part of a column: lanes are keys -----------------------------------------
 
-int64_t QueryHeadFloats(const Bf16Shape& shape) {
-  return 2 * shape.operand() + shape.result() + 2 * 64;
-}
-int64_t QueryWorkerFloats(const Bf16Shape& shape) {
-  return shape.group * QueryHeadFloats(shape) + 2 * shape.operand() + 2 * Bf16Shape::kScores +
-         Bf16Shape::kPairs;
+int64_t PieceFloats(const Bf16Shape& shape) {
+  return 6 * shape.operand() + 2 * shape.result() + 2 * Bf16Shape::kScores + 3 * Bf16Shape::kPairs;
 }
 
-void QueryGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task) {
-  const Bf16Shape& shape = b.shape;
-  const BlockMask& mask = b.args.mask;
-  const size_t index = static_cast<size_t>(task.index);
-  const std::span<const BlockRun> runs =
-      mask.row_runs().Row(mask.pattern_of(task.kv_head), task.index);
-  if (runs.empty()) return;
-  const int64_t first = mask.queries().token_begin[index];
-  const int64_t tokens = mask.queries().token_begin[index + 1] - first;
-  uint16_t* k_rows = Halves(scratch.Take(shape.operand()));
-  uint16_t* v_rows = Halves(scratch.Take(shape.operand()));
-  float* s = scratch.Take(Bf16Shape::kScores);
-  float* dp = scratch.Take(Bf16Shape::kScores);
-  uint16_t* ds = Halves(scratch.Take(Bf16Shape::kPairs));
-
-  struct Head {
-    uint16_t *q, *d_out;
-    float *dq, *lse, *delta;
-  };
-  const auto head_of = [&](int64_t g) {
-    Scratch::Cursor at = scratch;
-    at.Take(g * QueryHeadFloats(shape));
-    Head head;
-    head.q = Halves(at.Take(shape.operand()));
-    head.d_out = Halves(at.Take(shape.operand()));
-    head.dq = at.Take(shape.result());
-    head.lse = at.Take(64);
-    head.delta = at.Take(64);
-    return head;
-  };
-  const KernelTask running(b.kernels);
-  for (int64_t g = 0; g < shape.group; ++g) {
-    const Head head = head_of(g);
-    const int64_t h = task.kv_head * shape.group + g;
-    b.ToLanes(b.QueryRows(b.args.q, first, tokens, h, k_rows), head.q);
-    b.ToLanes(b.QueryRows(b.args.d_out, first, tokens, h, v_rows), head.d_out);
-    LoadRowStatistics(b.args, first, tokens, h, head.lse, head.delta);
-    std::fill(head.dq, head.dq + shape.result(), 0.0f);
-  }
-  for (const BlockRun& run : runs) {
-    for (int32_t n = 0; n < run.count; ++n) {
-      const int32_t key = run.block(n);
-      const int64_t keys = BlockTokens(mask.documents().row_length, key);
-      const OperandRows k = b.KeyRows(b.args.kv.k, task.kv_head, key, keys, k_rows);
-      const OperandRows v = b.KeyRows(b.args.kv.v, task.kv_head, key, keys, v_rows);
-      const uint16_t* k_columns = b.keys.Of(task.kv_head, key);
-      uint64_t bits[64];
-      const bool partial = run.kind() == BlockKind::kPartial;
-      if (partial) {
-        VisibleBitsOfKeys(mask.rule(), mask.documents(), task.kv_head, mask.queries().ids[index],
-                          key, bits);
-      }
-      for (int64_t g = 0; g < shape.group; ++g) {
-        const Head head = head_of(g);
-        b.Scores(k, keys, head.q, s);
-        b.Scores(v, keys, head.d_out, dp);
-        b.kernels.gradient_by_query({.s = s,
-                                     .dp = dp,
-                                     .p = nullptr,
-                                     .ds = ds,
-                                     .rows = static_cast<int>(keys),
-                                     .scale = b.scale(),
-                                     .bits = partial ? bits : nullptr,
-                                     .lse = head.lse,
-                                     .delta = head.delta});
-        b.Accumulate(k_columns, ds, keys, head.dq);
-      }
+class PieceTask {
+ public:
+  PieceTask(const Backward& call, const MaskPart& part, const MaskPiece& piece,
+            Scratch::Cursor scratch)
+      : b_(call),
+        part_(part),
+        piece_(piece),
+        key_(call.KeyBlock(piece.column)),
+        keys_(call.Tokens(key_)) {
+    const Bf16Shape& shape = call.shape;
+    for (uint16_t** operand :
+         {&k_lanes_, &v_lanes_, &q_rows_, &d_out_rows_, &q_columns_, &d_out_columns_}) {
+      *operand = Halves(scratch.Take(shape.operand()));
+    }
+    dk_dv_ = scratch.Take(2 * shape.result());
+    s_ = scratch.Take(Bf16Shape::kScores);
+    dp_ = scratch.Take(Bf16Shape::kScores);
+    for (uint16_t** pairs : {&p_, &ds_, &ds_rows_}) {
+      *pairs = Halves(scratch.Take(Bf16Shape::kPairs));
     }
   }
-  const int64_t stride = shape.heads * shape.dim;
-  for (int64_t g = 0; g < shape.group; ++g) {
-    const int64_t h = task.kv_head * shape.group + g;
-    b.AddRows(head_of(g).dq, tokens, static_cast<float>(b.args.scale),
-              b.args.dq.data<float>() + first * stride + h * shape.dim, stride);
-  }
-}
 
-// ---- dK, dV: lanes are keys ------------------------------------------------------------------
-
-int64_t KeyWorkerFloats(const Bf16Shape& shape) {
-  return 6 * shape.operand() + 2 * shape.result() + 2 * Bf16Shape::kScores + 2 * Bf16Shape::kPairs +
-         2 * 64;
-}
-
-void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task) {
-  const Bf16Shape& shape = b.shape;
-  const BlockMask& mask = b.args.mask;
-  const int64_t row_length = mask.documents().row_length;
-  const int32_t key = mask.keys().ids[static_cast<size_t>(task.index)];
-  const int64_t keys = BlockTokens(row_length, key);
-  const std::span<const BlockRun> runs =
-      mask.column_runs().Row(mask.pattern_of(task.kv_head), task.index);
-  if (runs.empty()) return;
-  uint16_t* k_lanes = Halves(scratch.Take(shape.operand()));
-  uint16_t* v_lanes = Halves(scratch.Take(shape.operand()));
-  uint16_t* q_rows = Halves(scratch.Take(shape.operand()));
-  uint16_t* d_out_rows = Halves(scratch.Take(shape.operand()));
-  uint16_t* q_columns = Halves(scratch.Take(shape.operand()));
-  uint16_t* d_out_columns = Halves(scratch.Take(shape.operand()));
-  float* dk = scratch.Take(shape.result());
-  float* dv = scratch.Take(shape.result());
-  float* s = scratch.Take(Bf16Shape::kScores);
-  float* dp = scratch.Take(Bf16Shape::kScores);
-  uint16_t* p = Halves(scratch.Take(Bf16Shape::kPairs));
-  uint16_t* ds = Halves(scratch.Take(Bf16Shape::kPairs));
-  float* lse = scratch.Take(64);
-  float* delta = scratch.Take(64);
-  const KernelTask running(b.kernels);
-  std::fill(dk, dk + shape.result(), 0.0f);
-  std::fill(dv, dv + shape.result(), 0.0f);
-  b.ToLanes(b.KeyRows(b.args.kv.k, task.kv_head, key, keys, q_rows), k_lanes);
-  b.ToLanes(b.KeyRows(b.args.kv.v, task.kv_head, key, keys, q_rows), v_lanes);
-
-  for (const BlockRun& run : runs) {
-    for (int32_t n = 0; n < run.count; ++n) {
-      const int32_t query = run.block(n);
-      const int64_t first = b.query_tokens[static_cast<size_t>(query)];
-      const int64_t tokens = BlockTokens(row_length, query);
-      uint64_t bits[64];
-      const bool partial = run.kind() == BlockKind::kPartial;
-      if (partial) {
-        VisibleBitsOfQueries(mask.rule(), mask.documents(), task.kv_head, query, key, bits);
+  // Leaves dS in `tiles` and adds dK and dV to their place, or, where other tasks share it, leaves
+  // them in `shared`.
+  void Run(uint16_t* tiles, float* shared) {
+    const KernelTask running(b_.kernels);
+    if (piece_.shared >= 0) dk_dv_ = shared + piece_.shared * 2 * b_.shape.result();
+    b_.ToLanes(b_.KeyRows(b_.args.kv.k, piece_.kv_head, key_, keys_, q_rows_), k_lanes_);
+    b_.ToLanes(b_.KeyRows(b_.args.kv.v, piece_.kv_head, key_, keys_, q_rows_), v_lanes_);
+    const std::span<const PieceEntry> entries = part_.EntriesOf(piece_);
+    // A short block has lanes without a key. Their scores are 0, which may be far above lse.
+    uint64_t lanes[64];
+    std::fill(lanes, lanes + 64, ~uint64_t{0} >> (kMaskBlock - keys_));
+    for (const PieceEntry& entry : entries) {
+      uint64_t visible[64];
+      const uint64_t* bits = keys_ < kMaskBlock ? lanes : nullptr;
+      if (entry.partial) {
+        bits = visible;
+        VisibleBitsOfQueries(b_.args.mask.rule(), b_.args.mask.documents(), piece_.kv_head,
+                             entry.query, key_, visible);
       }
-      for (int64_t g = 0; g < shape.group; ++g) {
-        const int64_t h = task.kv_head * shape.group + g;
-        const OperandRows q = b.QueryRows(b.args.q, first, tokens, h, q_rows);
-        const OperandRows d_out = b.QueryRows(b.args.d_out, first, tokens, h, d_out_rows);
-        b.ToColumns(q, q_columns);
-        b.ToColumns(d_out, d_out_columns);
-        LoadRowStatistics(b.args, first, tokens, h, lse, delta);
-        b.Scores(q, tokens, k_lanes, s);
-        b.Scores(d_out, tokens, v_lanes, dp);
-        b.kernels.gradient_by_key({.s = s,
-                                   .dp = dp,
-                                   .p = p,
-                                   .ds = ds,
-                                   .rows = static_cast<int>(tokens),
-                                   .scale = b.scale(),
-                                   .bits = partial ? bits : nullptr,
-                                   .lse = lse,
-                                   .delta = delta});
-        b.Accumulate(d_out_columns, p, tokens, dv);
-        b.Accumulate(q_columns, ds, tokens, dk);
+      for (int64_t g = 0; g < b_.shape.group; ++g) {
+        const bool first = &entry == entries.data() && g == 0;
+        const int64_t tile = part_.TileOf(piece_, entry) + g;
+        Step(entry, bits, g, first, tiles + tile * 2 * Bf16Shape::kPairs);
       }
     }
+    if (piece_.shared < 0) b_.AddKeyGradients(dk_dv_, piece_.kv_head, piece_.column);
   }
-  const int64_t offset = b.args.dkv.Offset(task.kv_head, key);
-  b.AddRows(dk, keys, static_cast<float>(b.args.scale), b.args.dkv.dk.data<float>() + offset,
-            b.args.dkv.token_stride());
-  b.AddRows(dv, keys, 1.0f, b.args.dkv.dv.data<float>() + offset, b.args.dkv.token_stride());
+
+ private:
+  void Step(const PieceEntry& entry, const uint64_t* bits, int64_t g, bool first,
+            uint16_t* tile) const {
+    const int64_t token = b_.query_tokens[static_cast<size_t>(entry.query)];
+    const int64_t tokens = b_.Tokens(entry.query);
+    const int64_t h = piece_.kv_head * b_.shape.group + g;
+    const OperandRows q = b_.QueryRows(b_.args.q, token, tokens, h, q_rows_);
+    const OperandRows d_out = b_.QueryRows(b_.args.d_out, token, tokens, h, d_out_rows_);
+    b_.Scores(q, tokens, k_lanes_, s_);
+    b_.Scores(d_out, tokens, v_lanes_, dp_);
+    b_.kernels.gradient_by_key({.s = s_,
+                                .dp = dp_,
+                                .p = p_,
+                                .ds = ds_,
+                                .ds_rows = ds_rows_,
+                                .rows = static_cast<int>(tokens),
+                                .scale = static_cast<float>(b_.args.scale * kLog2E),
+                                .bits = bits,
+                                .lse = b_.statistics.Lse(entry.query, h),
+                                .delta = b_.statistics.Delta(entry.query, h)});
+    b_.ToColumns(d_out, d_out_columns_);
+    b_.Accumulate(d_out_columns_, p_, tokens, !first, dk_dv_ + b_.shape.result());
+    b_.ToColumns(q, q_columns_);
+    b_.Accumulate(q_columns_, ds_, tokens, !first, dk_dv_);
+    b_.kernels.to_lanes(ds_rows_, kMaskBlock, kMaskBlock, tile);
+  }
+
+  const Backward& b_;
+  const MaskPart& part_;
+  const MaskPiece& piece_;
+  const int32_t key_;
+  const int64_t keys_;
+  uint16_t *k_lanes_, *v_lanes_, *q_rows_, *d_out_rows_, *q_columns_, *d_out_columns_;
+  float *dk_dv_, *s_, *dp_;
+  uint16_t *p_, *ds_, *ds_rows_;
+};
+
+// ---- dQ of a row: lanes are queries ------------------------------------------------------------
+
+void RowTask(const Backward& b, const MaskPart& part, int64_t row, const uint16_t* tiles,
+             Scratch::Cursor scratch) {
+  const KernelTask running(b.kernels);
+  const BlockList& queries = b.args.mask.queries();
+  const auto index = static_cast<size_t>(row % queries.size());
+  const int64_t kv_head = row / queries.size();
+  const int64_t first = queries.token_begin[index];
+  const int64_t tokens = queries.token_begin[index + 1] - first;
+  float* dq = scratch.Take(b.shape.result());
+  for (int64_t g = 0; g < b.shape.group; ++g) {
+    bool add = false;
+    for (const RowTile& tile : part.TilesOfRow(row)) {
+      const int32_t key = b.KeyBlock(tile.column);
+      b.Accumulate(b.keys.Of(kv_head, key), tiles + (tile.tile + g) * 2 * Bf16Shape::kPairs,
+                   b.Tokens(key), add, dq);
+      add = true;
+    }
+    const int64_t stride = b.shape.heads * b.shape.dim;
+    b.AddRows(
+        dq, tokens, static_cast<float>(b.args.scale),
+        b.args.dq.data<float>() + first * stride + (kv_head * b.shape.group + g) * b.shape.dim,
+        stride);
+  }
 }
 
 }  // namespace
 
+RowStatistics::RowStatistics(Context& ctx, const BackwardArgs& args)
+    : heads_(args.lse.dim(1)),
+      index_(IndexByBlock(args.mask.documents(), args.mask.queries())),
+      values_(ctx.Empty({args.mask.queries().size() * heads_, 2, kMaskBlock}, DType::kF32)) {
+  const BlockList& queries = args.mask.queries();
+  ParallelFor(ctx, queries.size(), [&](int64_t i, int) {
+    const int64_t first = queries.token_begin[static_cast<size_t>(i)];
+    const int64_t tokens = queries.token_begin[static_cast<size_t>(i) + 1] - first;
+    for (int64_t h = 0; h < heads_; ++h) {
+      float* lse = values_.data<float>() + (i * heads_ + h) * 2 * kMaskBlock;
+      LoadRowStatistics(args, first, tokens, h, lse, lse + kMaskBlock);
+    }
+  });
+}
+
 void Bf16Backward(Context& ctx, const Bf16Kernels& kernels, const BackwardArgs& args) {
   const Bf16Shape shape = MakeBf16Shape(args.q, args.kv);
-  const Backward b{kernels, shape, args, QueryTokenOffsets(args.mask),
-                   KeyColumns(ctx, kernels, shape, args.kv, args.kv.k, args.mask)};
-  const std::vector<BlockTask> columns = TasksByCost(args.mask, args.mask.column_runs());
-  const std::vector<BlockTask> rows = TasksByCost(args.mask, args.mask.row_runs());
-  const Scratch scratch(ctx, std::max(QueryWorkerFloats(shape), KeyWorkerFloats(shape)));
-  ParallelFor(ctx, static_cast<int64_t>(columns.size()), [&](int64_t i, int worker) {
-    KeyGradientTask(b, scratch.Of(worker), columns[static_cast<size_t>(i)]);
-  });
-  ParallelFor(ctx, static_cast<int64_t>(rows.size()), [&](int64_t i, int worker) {
-    QueryGradientTask(b, scratch.Of(worker), rows[static_cast<size_t>(i)]);
-  });
+  const Backward b{kernels,
+                   shape,
+                   args,
+                   QueryTokenOffsets(args.mask),
+                   KeyColumns(ctx, kernels, shape, args.kv, args.kv.k, args.mask),
+                   RowStatistics(ctx, args)};
+  MaskParts parts(args.mask, shape.group);
+  const Scratch scratch(ctx, PieceFloats(shape));
+  const Tensor tiles = ctx.Empty({parts.most_tiles(), kMaskBlock * kMaskBlock}, DType::kBF16);
+  const Tensor shared = ctx.Empty({parts.most_shared(), 2 * shape.result()}, DType::kF32);
+  auto* ds = reinterpret_cast<uint16_t*>(tiles.data<BF16>());
+  for (MaskPart part; parts.Next(part);) {
+    ParallelFor(ctx, part.piece_count(), [&](int64_t i, int worker) {
+      PieceTask(b, part, part.PieceBySize(i), scratch.Of(worker)).Run(ds, shared.data<float>());
+    });
+    const int64_t columns = part.shared_column_count();
+    ParallelFor(ctx, columns + part.row_count(), [&](int64_t i, int worker) {
+      if (i >= columns) {
+        return RowTask(b, part, part.RowBySize(i - columns), ds, scratch.Of(worker));
+      }
+      for (const MaskPiece& piece : part.SharedColumn(i)) {
+        b.AddKeyGradients(shared.data<float>() + piece.shared * 2 * shape.result(), piece.kv_head,
+                          piece.column);
+      }
+    });
+  }
 }
 
 }  // namespace longspan::ops::cpu

@@ -43,6 +43,25 @@ class KeyColumns {
   Tensor columns_;
 };
 
+// lse in units of log2 and delta - dlse of the query blocks of a backward pass, 64 of each a block
+// and query head: see LoadRowStatistics.
+class RowStatistics {
+ public:
+  RowStatistics(Context& ctx, const BackwardArgs& args);
+  const float* Lse(int32_t query_block, int64_t head) const {
+    return values_.data<float>() +
+           (index_[static_cast<size_t>(query_block)] * heads_ + head) * 2 * kMaskBlock;
+  }
+  const float* Delta(int32_t query_block, int64_t head) const {
+    return Lse(query_block, head) + kMaskBlock;
+  }
+
+ private:
+  int64_t heads_;
+  std::vector<int32_t> index_;  // by block id
+  Tensor values_;
+};
+
 // Sets up and gives back what the kernels need of a thread.
 class KernelTask {
  public:

@@ -49,12 +49,14 @@ inline constexpr float kSlack = 8;
 
 // p = exp2(scale * s - lse) and ds = p * (dp - delta), both in lanes form, 0 from row `rows` on.
 // lse is in units of log2. With lanes = queries lse and delta are per lane and bits per row (key);
-// with lanes = keys they are per row (query), and p is wanted too.
+// with lanes = keys they are per row (query), p is wanted too, and ds also goes to `ds_rows`
+// [64][64] as it is, unless that is null.
 struct Bf16Gradient {
   const float* s;
   const float* dp;
   uint16_t* p;
   uint16_t* ds;
+  uint16_t* ds_rows;
   int rows;
   float scale;
   const uint64_t* bits;

@@ -214,6 +214,12 @@ inline void StorePair(uint16_t* to, __m512bh pair) {
   _mm512_store_si512(to, reinterpret_cast<__m512i>(pair));
 }
 
+inline void StoreRow(uint16_t* to, __m512 row) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to),
+                     reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(row)));
+}
+
+// Rows of pairs from `first_row` on; of a [64][64] matrix the same bytes.
 inline void ClearPairs(uint16_t* lanes, int first_row) {
   for (int row = first_row; row < 64; row += 2) {
     for (int i = 0; i < kLaneRow; i += 32) {
@@ -323,10 +329,15 @@ void GradientByKey(const Bf16Gradient& g) {
       const int at = row / 2 * kLaneRow + 2 * lane;
       StorePair(g.p + at, Pair(a.p, b.p));
       StorePair(g.ds + at, Pair(a.ds, b.ds));
+      if (g.ds_rows != nullptr) {
+        StoreRow(g.ds_rows + row * kLanes + lane, a.ds);
+        StoreRow(g.ds_rows + (row + 1) * kLanes + lane, b.ds);
+      }
     }
   }
   ClearPairs(g.p, (g.rows + 1) / 2 * 2);
   ClearPairs(g.ds, (g.rows + 1) / 2 * 2);
+  if (g.ds_rows != nullptr) ClearPairs(g.ds_rows, (g.rows + 1) / 2 * 2);
 }
 
 // ---- results ---------------------------------------------------------------------------------

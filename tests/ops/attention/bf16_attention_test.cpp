@@ -179,22 +179,33 @@ TEST(Bf16AttentionTest, RisingScoresAreFollowed) {
   }
 }
 
-// Scores of a lane that are all far below those of other lanes: nothing of it may underflow.
+// Scores that are all far below 0: nothing may underflow, and where a block has fewer than 64 keys,
+// what stands in for the others (scores of 0) may not overflow.
 TEST(Bf16AttentionTest, LowScoresDoNotVanish) {
   Context ctx = OpContext(1);
-  AttentionCase c = CaseOf({"full", ops::AttentionPattern::Full()}, 130, {130}, 1);
-  c.dim = 16;
-  c.scale = 1;
-  AttentionInputs in = MakeInputs(c);
-  for (size_t i = 0; i < in.k.size(); ++i) in.k[i] = Rounded(in.k[i] - 20);
-  for (size_t i = 0; i < in.q.size(); ++i) in.q[i] = Rounded(2 + in.q[i] / 64);  // s near -640
-  const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
-  const NaiveRun naive = NaiveBf16(c, in);
-  for (const std::string& name : Bf16Implementations(ctx, c)) {
-    const AttentionRun run = RunAttention(ctx, c, in, name);
+  for (const int64_t tokens : {128, 129, 170}) {
+    AttentionCase c = CaseOf({"full", ops::AttentionPattern::Full()}, tokens, {tokens}, 1);
+    c.dim = 16;
+    c.scale = 1;
+    AttentionInputs in = MakeInputs(c);
+    for (double& k : in.k) k = Rounded(k - 20);
+    for (double& q : in.q) q = Rounded(2 + q / 64);  // s near -640
+    const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
+    const NaiveGradients grads = NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
+    const NaiveRun naive = NaiveBf16(c, in);
     // Scores near 640 carry 6e-5 in f32.
-    EXPECT_LT(RelRms(run.o, out.o), 2 * RelRms(naive.o, out.o) + 1e-3) << name;
-    EXPECT_LT(RelMax(run.lse, out.lse), 1e-6) << name;
+    const auto expect = [](const char* what, const Vec& got, const Vec& rounded, const Vec& exact) {
+      EXPECT_LT(RelRms(got, exact), 2 * RelRms(rounded, exact) + 1e-3) << what;
+    };
+    for (const std::string& name : Bf16Implementations(ctx, c)) {
+      SCOPED_TRACE(Str(name, " ", tokens));
+      const AttentionRun run = RunAttention(ctx, c, in, name);
+      expect("o", run.o, naive.o, out.o);
+      expect("dq", run.dq, naive.dq, grads.dq);
+      expect("dk", run.dk, naive.dk, grads.dk);
+      expect("dv", run.dv, naive.dv, grads.dv);
+      EXPECT_LT(RelMax(run.lse, out.lse), 1e-6);
+    }
   }
 }
 
@@ -213,6 +224,32 @@ TEST(Bf16AttentionTest, NanReachesTheResults) {
       EXPECT_EQ(std::isnan(run.dq[i * 24]), i == 50) << name << " row " << i;
       // Keys of the same block that the query does not see meet it with weight 0.
       EXPECT_TRUE(std::isnan(run.dk[i * 24]) || i > 50) << name << " key " << i;
+    }
+  }
+}
+
+// Long enough that columns are cut into pieces and the mask into parts (bf16_pieces.h).
+TEST(Bf16AttentionTest, LongRowsInSeveralParts) {
+  Context ctx = OpContext(2);
+  AttentionCase c = CaseOf({"causal", ops::AttentionPattern::Causal()}, 3000, {700, 3000}, 2);
+  c.dim = 8;
+  c.group = 16;
+  const AttentionInputs in = MakeInputs(c);
+  const AttentionRun want = RunAttention(ctx, c, in, "portable");
+  for (const std::string& name : Bf16Implementations(ctx, c)) {
+    SCOPED_TRACE(name);
+    const AttentionRun run = RunAttention(ctx, c, in, name);
+    EXPECT_LT(RelRms(run.o, want.o), 5e-3);
+    EXPECT_LT(RelRms(run.dq, want.dq), 5e-3);
+    EXPECT_LT(RelRms(run.dk, want.dk), 5e-3);
+    EXPECT_LT(RelRms(run.dv, want.dv), 5e-3);
+    // The same bits for other numbers of threads, also where several tasks share a column.
+    for (const int threads : {1, 3}) {
+      Context other = OpContext(threads);
+      const AttentionRun again = RunAttention(other, c, in, name);
+      EXPECT_EQ(again.dq, run.dq) << threads;
+      EXPECT_EQ(again.dk, run.dk) << threads;
+      EXPECT_EQ(again.dv, run.dv) << threads;
     }
   }
 }
