@@ -1,6 +1,7 @@
 #include "ops/attention/tasks.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace longspan::ops {
 
@@ -18,8 +19,14 @@ std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs)
       costed.push_back({entries, {static_cast<int32_t>(i), static_cast<int32_t>(h)}});
     }
   }
-  std::stable_sort(costed.begin(), costed.end(),
-                   [](const Costed& a, const Costed& b) { return a.entries > b.entries; });
+  const auto magnitude = [](const Costed& c) {
+    return std::bit_width(static_cast<uint64_t>(c.entries));
+  };
+  std::stable_sort(costed.begin(), costed.end(), [&](const Costed& a, const Costed& b) {
+    if (magnitude(a) != magnitude(b)) return magnitude(a) > magnitude(b);
+    if (a.task.kv_head != b.task.kv_head) return a.task.kv_head < b.task.kv_head;
+    return a.entries > b.entries;
+  });
   std::vector<BlockTask> tasks;
   tasks.reserve(costed.size());
   for (const Costed& c : costed) tasks.push_back(c.task);

@@ -135,6 +135,11 @@ class PieceTask {
                              entry.query, key_, visible);
       }
       for (int64_t g = 0; g < b_.shape.group; ++g) {
+        if (g + 1 < b_.shape.group) {
+          Prefetch(entry, g + 1);
+        } else if (&entry != &entries.back()) {
+          Prefetch(*(&entry + 1), 0);
+        }
         const bool first = &entry == entries.data() && g == 0;
         const int64_t tile = part_.TileOf(piece_, entry) + g;
         Step(entry, bits, g, first, tiles + tile * 2 * Bf16Shape::kPairs);
@@ -144,6 +149,17 @@ class PieceTask {
   }
 
  private:
+  // What Step will read of a query head.
+  void Prefetch(const PieceEntry& entry, int64_t g) const {
+    const int64_t token = b_.query_tokens[static_cast<size_t>(entry.query)];
+    const int64_t row =
+        (token * b_.shape.heads + piece_.kv_head * b_.shape.group + g) * b_.shape.dim;
+    for (const Tensor* t : {&b_.args.q, &b_.args.d_out}) {
+      const auto size = static_cast<int64_t>(SizeOf(t->dtype()));
+      PrefetchRows(t->raw() + row * size, b_.shape.heads * b_.shape.dim * size, b_.shape.dim * size,
+                   b_.Tokens(entry.query));
+    }
+  }
   void Step(const PieceEntry& entry, const uint64_t* bits, int64_t g, bool first,
             uint16_t* tile) const {
     const int64_t token = b_.query_tokens[static_cast<size_t>(entry.query)];

@@ -53,8 +53,17 @@ class ForwardTask {
   void Run() const {
     const KernelTask running(kernels_);
     for (int64_t g = 0; g < shape_.group; ++g) Start(g);
-    for (const BlockRun& run : mask_.row_runs().Row(mask_.pattern_of(task_.kv_head), task_.index)) {
-      for (int32_t n = 0; n < run.count; ++n) Step(run.block(n), run.kind());
+    const std::span<const BlockRun> runs =
+        mask_.row_runs().Row(mask_.pattern_of(task_.kv_head), task_.index);
+    for (size_t r = 0; r < runs.size(); ++r) {
+      for (int32_t n = 0; n < runs[r].count; ++n) {
+        if (n + 1 < runs[r].count) {
+          Prefetch(runs[r].block(n + 1));
+        } else if (r + 1 < runs.size()) {
+          Prefetch(runs[r + 1].first);
+        }
+        Step(runs[r].block(n), runs[r].kind());
+      }
     }
     for (int64_t g = 0; g < shape_.group; ++g) Finish(g);
   }
@@ -84,6 +93,15 @@ class ForwardTask {
     std::fill(head.maximum, head.maximum + 64, -kInfinity);
     std::fill(head.sum, head.sum + 64, 0.0f);
     std::fill(head.weight, head.weight + 64, 0.0f);
+  }
+
+  void Prefetch(int32_t key) const {
+    const int64_t bytes = static_cast<int64_t>(sizeof(BF16));
+    PrefetchRows(call_.args.kv.k.data<BF16>() + call_.args.kv.Offset(task_.kv_head, key),
+                 call_.args.kv.token_stride() * bytes, shape_.dim * bytes,
+                 BlockTokens(mask_.documents().row_length, key));
+    PrefetchRows(call_.values.Of(task_.kv_head, key), kMaskBlock * bytes, kMaskBlock * bytes,
+                 shape_.dim);
   }
 
   void Step(int32_t key, BlockKind kind) const {

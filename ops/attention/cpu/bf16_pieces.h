@@ -75,7 +75,7 @@ class MaskPart {
 
 class MaskParts {
  public:
-  static constexpr int64_t kTilesOfPiece = 256, kTilesOfPart = 16384;  // of 8 KB: 128 MB
+  static constexpr int64_t kTilesOfPiece = 64, kTilesOfPart = 8192;  // of 8 KB: 64 MB
 
   // `mask` must outlive this.
   MaskParts(const BlockMask& mask, int64_t group);

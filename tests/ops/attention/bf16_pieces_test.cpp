@@ -114,9 +114,9 @@ TEST(Bf16PiecesTest, LongMasksComeInSeveralParts) {
   const auto documents = std::make_shared<ops::Documents>(ops::Documents::OnePerRow(1, 6000));
   const auto all = ops::BlockList::All(*documents);
   const auto mask = ops::BlockMask::Build(ops::AttentionPattern::Causal(), 3, documents, all, all);
-  // 94 blocks: 4465 entries a kv head, of which a part takes 1024.
-  EXPECT_EQ(CheckParts(*mask, 16), 14);
-  EXPECT_EQ(CheckParts(*mask, 1), 1);
+  // 94 blocks: 4465 entries a kv head, of which a part takes 512.
+  EXPECT_EQ(CheckParts(*mask, 16), 27);
+  EXPECT_EQ(CheckParts(*mask, 1), 2);
 }
 
 }  // namespace
