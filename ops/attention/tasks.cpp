@@ -4,12 +4,14 @@
 #include <bit>
 
 namespace longspan::ops {
+namespace {
 
-std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs) {
-  struct Costed {
-    int64_t entries;
-    BlockTask task;
-  };
+struct Costed {
+  int64_t entries;
+  BlockTask task;
+};
+
+std::vector<Costed> AllTasks(const BlockMask& mask, const BlockRuns& runs) {
   std::vector<Costed> costed;
   costed.reserve(static_cast<size_t>(runs.rows * mask.kv_heads()));
   for (int64_t h = 0; h < mask.kv_heads(); ++h) {
@@ -19,18 +21,34 @@ std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs)
       costed.push_back({entries, {static_cast<int32_t>(i), static_cast<int32_t>(h)}});
     }
   }
-  const auto magnitude = [](const Costed& c) {
-    return std::bit_width(static_cast<uint64_t>(c.entries));
-  };
-  std::stable_sort(costed.begin(), costed.end(), [&](const Costed& a, const Costed& b) {
-    if (magnitude(a) != magnitude(b)) return magnitude(a) > magnitude(b);
-    if (a.task.kv_head != b.task.kv_head) return a.task.kv_head < b.task.kv_head;
-    return a.entries > b.entries;
-  });
+  return costed;
+}
+
+template <class Before>
+std::vector<BlockTask> Sorted(std::vector<Costed> costed, Before before) {
+  std::stable_sort(costed.begin(), costed.end(), before);
   std::vector<BlockTask> tasks;
   tasks.reserve(costed.size());
   for (const Costed& c : costed) tasks.push_back(c.task);
   return tasks;
+}
+
+}  // namespace
+
+std::vector<BlockTask> TasksByCost(const BlockMask& mask, const BlockRuns& runs) {
+  return Sorted(AllTasks(mask, runs),
+                [](const Costed& a, const Costed& b) { return a.entries > b.entries; });
+}
+
+std::vector<BlockTask> TasksByCostAndHead(const BlockMask& mask, const BlockRuns& runs) {
+  const auto magnitude = [](const Costed& c) {
+    return std::bit_width(static_cast<uint64_t>(c.entries));
+  };
+  return Sorted(AllTasks(mask, runs), [&](const Costed& a, const Costed& b) {
+    if (magnitude(a) != magnitude(b)) return magnitude(a) > magnitude(b);
+    if (a.task.kv_head != b.task.kv_head) return a.task.kv_head < b.task.kv_head;
+    return a.entries > b.entries;
+  });
 }
 
 std::vector<int32_t> IndexByBlock(const Documents& documents, const BlockList& list) {

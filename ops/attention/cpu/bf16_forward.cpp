@@ -191,7 +191,7 @@ void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& ar
   const Bf16Shape shape = MakeBf16Shape(args.q, args.kv);
   const Forward call{kernels, shape, args,
                      KeyColumns(ctx, kernels, shape, args.kv, args.kv.v, args.mask)};
-  const std::vector<BlockTask> tasks = TasksByCost(args.mask, args.mask.row_runs());
+  const std::vector<BlockTask> tasks = TasksByCostAndHead(args.mask, args.mask.row_runs());
   const Scratch scratch(ctx, WorkerFloats(shape));
   ParallelFor(ctx, static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
     ForwardTask(call, scratch.Of(worker), tasks[static_cast<size_t>(i)]).Run();

@@ -239,8 +239,8 @@ void LoadRowStatistics(const BackwardArgs& args, int64_t first_token, int64_t to
 
 void BlockedBackward(Context& ctx, const BlockKernels& kernels, const BackwardArgs& args) {
   const Backward b{kernels, MakeBlockedShape(args.q, args.kv), args, QueryTokenOffsets(args.mask)};
-  const std::vector<BlockTask> columns = TasksByCost(args.mask, args.mask.column_runs());
-  const std::vector<BlockTask> rows = TasksByCost(args.mask, args.mask.row_runs());
+  const std::vector<BlockTask> columns = TasksByCostAndHead(args.mask, args.mask.column_runs());
+  const std::vector<BlockTask> rows = TasksByCostAndHead(args.mask, args.mask.row_runs());
   const Scratch scratch(ctx, std::max(QueryWorkerFloats(b.shape), KeyWorkerFloats(b.shape)));
   ParallelFor(ctx, static_cast<int64_t>(columns.size()), [&](int64_t i, int worker) {
     KeyGradientTask(b, scratch.Of(worker), columns[static_cast<size_t>(i)]);

@@ -190,7 +190,7 @@ void PackBlock(const BlockKernels& kernels, const BlockedShape& shape, const Ten
 
 void BlockedForward(Context& ctx, const BlockKernels& kernels, const ForwardArgs& args) {
   const BlockedShape shape = MakeBlockedShape(args.q, args.kv);
-  const std::vector<BlockTask> tasks = TasksByCost(args.mask, args.mask.row_runs());
+  const std::vector<BlockTask> tasks = TasksByCostAndHead(args.mask, args.mask.row_runs());
   const BlockMaxima maxima(args);
   const Scratch scratch(ctx, WorkerFloats(shape));
   ParallelFor(ctx, static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
