@@ -117,9 +117,9 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   const auto attention_seconds = [&] { return ctx.trace().Totals()[kAttention]; };
   // As in a run: a step is asked for its result when the next one has been issued. On a CPU it has
   // been computed by then, on a GPU it may still be running.
-  std::vector<double> milliseconds;
+  std::vector<double> milliseconds, attention;
   trainer::StepResult last;
-  double first_loss = 0, attention_before = 0;
+  double first_loss = 0;
   int64_t timed_from = kWarmUp;  // steps before this one are not timed
   const auto start = Clock::now();
   std::optional<trainer::PendingStep> pending;
@@ -133,11 +133,10 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   };
   for (int64_t step = 0; !enough(); ++step) {
     if (step == 1 && seconds_since(start) > kLongWarmUp) timed_from = 1;
-    if (step == timed_from) {
-      attention_before = attention_seconds();
-      timing_start = Clock::now();
-    }
+    if (step == timed_from) timing_start = Clock::now();
+    const double attention_before = attention_seconds();
     trainer::PendingStep next = train.Begin(loader, step, nullptr);
+    if (step >= timed_from) attention.push_back((attention_seconds() - attention_before) * 1e3);
     if (pending.has_value()) {
       last = train.Finish(std::move(*pending));
       if (last.step == 1) first_loss = last.loss;
@@ -145,9 +144,7 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
     }
     pending = std::move(next);
   }
-  const auto timed = static_cast<double>(milliseconds.size());
-  const double steps_begun = timed + 1;  // one more than finished
-  const double attention_ms = (attention_seconds() - attention_before) / steps_begun * 1e3;
+  attention.resize(milliseconds.size());  // without the step that is not timed
   train.Finish(std::move(*pending));
 
   BenchRecord r;
@@ -170,7 +167,9 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   AddFractions(o, r);
   r.more.emplace_back("parameters", static_cast<double>(trainer::CountParameters(o.model)));
   r.more.emplace_back("first_loss", first_loss);
-  if (ctx.device().kind == DeviceKind::kCpu) r.more.emplace_back("attention_ms", attention_ms);
+  if (ctx.device().kind == DeviceKind::kCpu) {
+    r.more.emplace_back("attention_ms", Summarize(std::move(attention)).median_ms);
+  }
   r.more.emplace_back("recompute", o.model.recompute_layers ? 1 : 0);
   r.more.emplace_back("peak_bytes", static_cast<double>(ctx.allocator().peak_bytes()));
   const auto forecast = trainer::ForecastStepMemory(o.model, o.context_length * o.micro_batch_rows,

@@ -27,7 +27,7 @@ StepCase ReadStepCase(const std::string& file);
 //   flops     those of the MFU formula (attention: visible pairs; nothing for recomputation)
 //   mfu       over what the maker of a GPU states; over the measured peak elsewhere
 //   visible_fraction, block_fraction   means over the layers, for rows that are one document
-//   attention_ms   of a step, context attention with its recomputation; on a CPU
+//   attention_ms   of a step, the median: context attention with its recomputation; on a CPU
 //   parameters, first_loss (of the first step, before any update), peak_bytes of tensors with
 //             what was predicted (trainer/model/memory.h), the largest_tensor_bytes of one,
 //             recompute (1: of layers), peak_rss_bytes of the process
