@@ -41,6 +41,38 @@ class Scratch {
   int64_t stride_;
 };
 
+// tile = a b^T over head_dim: `rows` packed rows against transposed lanes.
+inline void ScoreTile(const BlockKernels& kernels, const BlockedShape& shape, const float* a,
+                      int64_t rows, const float* lanes, float* tile) {
+  kernels.gemm({.a = a,
+                .a_row = shape.ld,
+                .a_inner = 1,
+                .b = lanes,
+                .ldb = 64,
+                .c = tile,
+                .ldc = 64,
+                .rows = static_cast<int>(rows),
+                .columns = 64,
+                .inner = static_cast<int>(shape.dim),
+                .row_scale = nullptr});
+}
+// to += tile^T b: [lanes of the tile, head_dim]; `ones` are 64 of them.
+inline void AccumulateTile(const BlockKernels& kernels, const BlockedShape& shape,
+                           const float* tile, int64_t lanes, const float* b, int64_t inner,
+                           const float* ones, float* to) {
+  kernels.gemm({.a = tile,
+                .a_row = 1,
+                .a_inner = 64,
+                .b = b,
+                .ldb = shape.ld,
+                .c = to,
+                .ldc = shape.ld,
+                .rows = static_cast<int>(lanes),
+                .columns = static_cast<int>(shape.padded),
+                .inner = static_cast<int>(inner),
+                .row_scale = ones});
+}
+
 // Copies `rows` rows of head_dim elements, `stride` elements apart, to a packed f32 block.
 void PackBlock(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
                int64_t offset, int64_t stride, int64_t rows, float* to);

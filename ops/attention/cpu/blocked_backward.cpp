@@ -31,34 +31,12 @@ struct Backward {
   void Transpose(const float* from, int64_t rows, float* to) const {
     kernels.transpose(from, shape.ld, static_cast<int>(rows), static_cast<int>(shape.dim), to);
   }
-  // tile = a b^T over head_dim: packed rows against transposed lanes.
   void Scores(const float* a, int64_t rows, const float* lanes, float* tile) const {
-    kernels.gemm({.a = a,
-                  .a_row = shape.ld,
-                  .a_inner = 1,
-                  .b = lanes,
-                  .ldb = 64,
-                  .c = tile,
-                  .ldc = 64,
-                  .rows = static_cast<int>(rows),
-                  .columns = 64,
-                  .inner = static_cast<int>(shape.dim),
-                  .row_scale = nullptr});
+    ScoreTile(kernels, shape, a, rows, lanes, tile);
   }
-  // to += tile^T b: [lanes of the tile, head_dim].
   void Accumulate(const float* tile, int64_t lanes, const float* b, int64_t inner,
                   const float* ones, float* to) const {
-    kernels.gemm({.a = tile,
-                  .a_row = 1,
-                  .a_inner = 64,
-                  .b = b,
-                  .ldb = shape.ld,
-                  .c = to,
-                  .ldc = shape.ld,
-                  .rows = static_cast<int>(lanes),
-                  .columns = static_cast<int>(shape.padded),
-                  .inner = static_cast<int>(inner),
-                  .row_scale = ones});
+    AccumulateTile(kernels, shape, tile, lanes, b, inner, ones, to);
   }
   // out[row * stride + d] += scale * from[row][d].
   void AddRows(const float* from, int64_t rows, float scale, float* out, int64_t stride) const {
