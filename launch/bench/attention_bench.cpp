@@ -168,7 +168,7 @@ void Time(Context& ctx, std::vector<Contender>& contenders,
   for (Contender& c : contenders) {
     for (const std::string& name : implementations) runs.push_back([&] { once(c, name); });
   }
-  const std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds, options.repeats);
+  const std::vector<Timing> timings = options.Time(ctx, runs);
   auto next = timings.begin();
   for (Contender& c : contenders) {
     c.timings.assign(next, next + static_cast<std::ptrdiff_t>(implementations.size()));

@@ -46,10 +46,10 @@ AttentionCase ParseAttentionCase(const std::string& name) {
   c.kv_heads = tokens.Take("Hkv", 1);
   c.head_dim = tokens.Take("D", 1);
   c.document_tokens = tokens.Take("P", 1, 0);
-  c.timed_kv_heads = tokens.Take("G", 1, 0);
   if (kind == "moba") {
     c.moba = {.block_size = tokens.Take("B", 1), .top_k = tokens.Take("K", 1)};
   } else {
+    c.timed_kv_heads = tokens.Take("G", 1, 0);
     c.pattern = ReadPattern(kind, c.kv_heads, tokens);
   }
   tokens.Finish();

@@ -22,7 +22,7 @@ namespace longspan::launch {
 //   P512               cuts the row into documents of 512 tokens (the last may be shorter)
 //   G1                 runs only so many kv heads with their query heads and multiplies the time:
 //                      for rows that would take minutes, of patterns that are the same for all
-//                      heads
+//                      heads; not of moba
 struct AttentionCase {
   std::string name;
   DType dtype = DType::kF32;

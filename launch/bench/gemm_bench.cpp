@@ -68,7 +68,7 @@ std::vector<BenchRecord> BenchGemm(Context& ctx, const GemmCase& problem,
   GemmRun run(ctx, problem);
   std::vector<std::function<void()>> runs;
   for (const std::string& name : implementations) runs.push_back([&run, &name] { run.Run(name); });
-  const std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds, options.repeats);
+  const std::vector<Timing> timings = options.Time(ctx, runs);
   std::vector<BenchRecord> records;
   for (size_t i = 0; i < implementations.size(); ++i) {
     BenchRecord r;

@@ -268,7 +268,7 @@ std::vector<BenchRecord> BenchMemory(Context& ctx, const MemoryCase& problem,
     if (!pass.run || !(backward ? options.backward : options.forward)) continue;
     std::vector<std::function<void()>> runs = {[&pass] { pass.run(); }};
     if (pass.uncounted) runs.push_back(pass.uncounted);
-    std::vector<Timing> timings = TimeInterleaved(ctx, runs, options.seconds, options.repeats);
+    std::vector<Timing> timings = options.Time(ctx, runs);
     if (pass.uncounted) {
       // What noise leaves of a difference is never less than a hundredth of the whole.
       const double product = timings[1].median_ms, least = timings[0].median_ms * 0.01;

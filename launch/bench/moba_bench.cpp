@@ -145,7 +145,7 @@ std::vector<BenchRecord> BenchMoba(Context& ctx, const AttentionCase& problem,
     for (const std::string& name : implementations) {
       const std::map<std::string, double> before = ctx.trace().Totals();
       record.implementation = name;
-      record.timing = TimeInterleaved(ctx, {[&] { once(name); }}, options.seconds).front();
+      record.timing = options.Time(ctx, {[&] { once(name); }}).front();
       if (ctx.device().kind == DeviceKind::kCpu) record.shares = SharesSince(ctx, before);
       records.push_back(record);
     }

@@ -24,6 +24,11 @@ std::string Format(const char* format, auto... values) {
 
 }  // namespace
 
+std::vector<Timing> BenchOptions::Time(Context& ctx,
+                                       const std::vector<std::function<void()>>& runs) const {
+  return timer ? timer(ctx, runs, seconds, repeats) : TimeInterleaved(ctx, runs, seconds, repeats);
+}
+
 double BenchRecord::floor_ms() const {
   return std::max(flops / peak_gflops, bytes / peak_gbps) * 1e-6;
 }

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,8 +14,11 @@ namespace longspan::launch {
 struct BenchOptions {
   std::string implementation;  // empty: all that accept a case, except the reference
   bool forward = true, backward = true;
-  double seconds = 0.5;  // per measurement, at least (TimeInterleaved)
-  int repeats = 5;       // at least
+  double seconds = 0.5;   // per measurement, at least (TimeInterleaved)
+  int repeats = 5;        // at least
+  Timer timer = nullptr;  // of single ops; absent: TimeInterleaved
+
+  std::vector<Timing> Time(Context& ctx, const std::vector<std::function<void()>>& runs) const;
 };
 
 // One measured case. What it says about speed is relative to the floor

@@ -27,4 +27,8 @@ std::vector<Timing> TimeInterleaved(const std::vector<std::function<void()>>& ru
 std::vector<Timing> TimeInterleaved(Context& ctx, const std::vector<std::function<void()>>& runs,
                                     double seconds, int least = 5);
 
+// What TimeInterleaved does, or a clock of a test's own.
+using Timer = std::function<std::vector<Timing>(
+    Context& ctx, const std::vector<std::function<void()>>& runs, double seconds, int least)>;
+
 }  // namespace longspan::launch

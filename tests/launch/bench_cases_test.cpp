@@ -146,6 +146,7 @@ TEST(BenchCasesTest, AttentionErrorsNameTheToken) {
   ExpectMentions(complaint("causal_f32_T64_Hq4_Hkv4_D8_G0"), "\"G0\" is less than 1");
   ExpectMentions(complaint("moba_f32_T64_Hq4_Hkv4_D8_B64"), "K is missing");
   ExpectMentions(complaint("moba_f32_T64_Hq4_Hkv4_D8_B65_K2"), "block_size");
+  ExpectMentions(complaint("moba_f32_T64_Hq4_Hkv4_D8_B64_K2_G1"), "\"G1\" does not belong");
   ExpectMentions(complaint("causal_f32_T64_Hq2_Hkv2_D8_"), "\"\"");
   // The pattern's own rules: 8 residues and only 4 heads that see one each; a block that is no
   // power of two.

@@ -219,19 +219,51 @@ TEST(BenchAttentionTest, GroupsShareRoundsAndCompareWithTheDenseCase) {
   EXPECT_EQ(records[0].flops, 4.0 * 16 * 2 * (300 * 64 - 64 * 63 / 2));
 }
 
+// Work and times of all heads by hand, with a clock on which run number i takes i + 1 ms: those of
+// the whole case count once, of one kv head of four four times, of two of four twice.
 TEST(BenchAttentionTest, SomeKvHeadsMayStandForAll) {
   Context ctx;
   const MachinePeaks peaks{.f32_gflops = 1, .bf16_gflops = 1, .copy_gbps = 1, .threads = 1};
-  const BenchOptions options{.implementation = "best", .seconds = 0};
-  const AttentionCase all = ParseAttentionCase("causal_f32_T500_Hq8_Hkv4_D16"),
-                      one = ParseAttentionCase("causal_f32_T500_Hq8_Hkv4_D16_G1");
-  const auto records = BenchAttention(ctx, {all, one}, options, peaks);
-  ASSERT_EQ(records.size(), 4u);
-  for (size_t i = 0; i < 2; ++i) {
-    EXPECT_EQ(records[2 + i].flops, records[i].flops);
-    EXPECT_EQ(records[2 + i].bytes, records[i].bytes);
-    EXPECT_EQ(records[2 + i].timed_kv_heads, 1);
+  std::vector<size_t> measured;  // runs of a measurement
+  const BenchOptions options{
+      .implementation = "best",
+      .timer = [&](Context&, const std::vector<std::function<void()>>& runs, double, int) {
+        measured.push_back(runs.size());
+        std::vector<Timing> timings;
+        for (const auto& run : runs) {
+          run();
+          const double ms = static_cast<double>(timings.size()) + 1;
+          timings.push_back({.median_ms = ms, .p90_ms = ms + 0.5, .repeats = 3});
+        }
+        return timings;
+      }};
+  std::vector<AttentionCase> cases;
+  for (const char* name :
+       {"causal_f32_T500_Hq8_Hkv4_D16", "causal_f32_T500_Hq8_Hkv4_D16_G1",
+        "causal_f32_T500_Hq8_Hkv4_D16_G2", "window_f32_T500_Hq8_Hkv4_D16_W64_G2"}) {
+    cases.push_back(ParseAttentionCase(name));
   }
+  const auto records = BenchAttention(ctx, cases, options, peaks);
+  EXPECT_EQ(measured, (std::vector<size_t>{4, 4}));
+  ASSERT_EQ(records.size(), 8u);
+  constexpr double kCausal = 500.0 * 501 / 2, kWindow = 500.0 * 64 - 64 * 63 / 2;
+  constexpr double kQ = 500 * 8 * 16, kKv = 2 * 500 * 4 * 16;  // elements
+  const double factor[] = {1, 4, 2, 2};
+  for (size_t i = 0; i < 8; ++i) {
+    const BenchRecord& r = records[i];
+    SCOPED_TRACE(r.name + " " + r.pass);
+    const bool backward = i % 2 == 1;
+    const double pairs = i / 2 == 3 ? kWindow : kCausal, ms = static_cast<double>(i / 2) + 1;
+    EXPECT_EQ(r.pass, backward ? "backward" : "forward");
+    EXPECT_EQ(r.flops, (backward ? 10 : 4) * pairs * 8 * 16);
+    EXPECT_EQ(r.bytes, backward ? 4 * (4 * kQ + 2 * kKv) : 4 * (2 * kQ + kKv));
+    EXPECT_EQ(r.timing.median_ms, factor[i / 2] * ms);
+    EXPECT_EQ(r.timing.p90_ms, factor[i / 2] * (ms + 0.5));
+    EXPECT_EQ(r.timing.repeats, 3);
+    EXPECT_EQ(r.timed_kv_heads, (std::vector<int64_t>{0, 1, 2, 2})[i / 2]);
+    EXPECT_EQ(r.visible_fraction, pairs / kCausal);
+  }
+  EXPECT_EQ(records[6].time_fraction, 8.0);  // twice 4 ms over the 1 ms of the whole causal case
   EXPECT_EQ(nlohmann::json::parse(ToJsonLine(records[2])).at("timed_kv_heads"), 1);
   EXPECT_FALSE(nlohmann::json::parse(ToJsonLine(records[0])).contains("timed_kv_heads"));
   const AttentionCase uneven = ParseAttentionCase("s2_f32_T500_Hq4_Hkv4_D16_B16_L2_V4_G1");
