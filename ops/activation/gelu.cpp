@@ -13,8 +13,9 @@ Tensor GeluForward(Context& ctx, const Tensor& x) {
   DispatchFloat(x.dtype(), "GeluForward", [&]<class T>() {
     const T* in = x.data<T>();
     T* out = y.data<T>();
+    const RowKernels<T>& rows = internal::Rows<T>(y.bytes());
     ParallelRanges(ctx, x.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-      internal::Rows<T>().gelu(end - begin, in + begin, out + begin);
+      rows.gelu(end - begin, in + begin, out + begin);
     });
   });
   return y;
@@ -28,8 +29,9 @@ Tensor GeluBackward(Context& ctx, const Tensor& dy, const Tensor& x) {
   DispatchFloat(x.dtype(), "GeluBackward", [&]<class T>() {
     const T *slope = dy.data<T>(), *in = x.data<T>();
     T* out = dx.data<T>();
+    const RowKernels<T>& rows = internal::Rows<T>(dx.bytes());
     ParallelRanges(ctx, x.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-      internal::Rows<T>().gelu_backward(end - begin, slope + begin, in + begin, out + begin);
+      rows.gelu_backward(end - begin, slope + begin, in + begin, out + begin);
     });
   });
   return dx;

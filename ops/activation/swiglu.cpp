@@ -23,8 +23,9 @@ Tensor SwiGluForward(Context& ctx, const Tensor& gate, const Tensor& up) {
   DispatchFloat(gate.dtype(), "SwiGluForward", [&]<class T>() {
     const T *g = gate.data<T>(), *u = up.data<T>();
     T* out = y.data<T>();
+    const RowKernels<T>& rows = internal::Rows<T>(y.bytes());
     ParallelRanges(ctx, gate.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-      internal::Rows<T>().swiglu(end - begin, g + begin, u + begin, out + begin);
+      rows.swiglu(end - begin, g + begin, u + begin, out + begin);
     });
   });
   return y;
@@ -39,9 +40,10 @@ SwiGluGradients SwiGluBackward(Context& ctx, const Tensor& dy, const Tensor& gat
   DispatchFloat(gate.dtype(), "SwiGluBackward", [&]<class T>() {
     const T *slope = dy.data<T>(), *g = gate.data<T>(), *u = up.data<T>();
     T *dgate = out.dgate.data<T>(), *dup = out.dup.data<T>();
+    const RowKernels<T>& rows = internal::Rows<T>(out.dgate.bytes() + out.dup.bytes());
     ParallelRanges(ctx, gate.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-      internal::Rows<T>().swiglu_backward(end - begin, slope + begin, g + begin, u + begin,
-                                          dgate + begin, dup + begin);
+      rows.swiglu_backward(end - begin, slope + begin, g + begin, u + begin, dgate + begin,
+                           dup + begin);
     });
   });
   return out;

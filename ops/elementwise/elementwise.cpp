@@ -35,8 +35,8 @@ void Sum(Context& ctx, const char* op, const Tensor& a, const Tensor& b, Tensor&
     const A* left = a.data<A>();
     const B* right = b.data<B>();
     A* to = out.data<A>();
+    const RowKernels<A>& rows = internal::Rows<A>(left == to ? 0 : out.bytes());
     ParallelRanges(ctx, a.numel(), internal::kTaskElements, [&](int64_t begin, int64_t end) {
-      const RowKernels<A>& rows = internal::Rows<A>();
       if constexpr (std::is_same_v<A, B>) {
         rows.add(end - begin, left + begin, right + begin, to + begin);
       } else {
@@ -121,7 +121,7 @@ void CastInto(Context& ctx, const Tensor& src, Tensor& dst) {
         if constexpr (std::is_same_v<From, To>) {
           std::copy(in + begin, in + end, out + begin);
         } else if constexpr (std::is_same_v<Accumulator<From>, Accumulator<To>>) {
-          internal::Rows<From>().to_other(end - begin, in + begin, out + begin);
+          internal::Rows<From>(dst.bytes()).to_other(end - begin, in + begin, out + begin);
         } else {
           for (int64_t i = begin; i < end; ++i) out[i] = Convert<To>(in[i]);
         }

@@ -1,7 +1,6 @@
 #include "ops/embedding/embedding.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "ops/core/dispatch.h"
@@ -36,16 +35,6 @@ void CheckOrder(const EmbeddingOrder& order, const Tensor& ids, const Tensor& dt
 // table, to so many columns. Each row is one task's, and repeated ids add up in token order.
 constexpr int64_t kTokensPerTask = 512, kColumnsPerTask = 512;
 
-// The tokens ordered by id, those of one id in their own order.
-std::vector<int64_t> SortedTokens(const Tensor& ids) {
-  const int32_t* id = ids.data<int32_t>();
-  std::vector<int64_t> sorted(static_cast<size_t>(ids.dim(0)));
-  std::iota(sorted.begin(), sorted.end(), 0);
-  std::stable_sort(sorted.begin(), sorted.end(),
-                   [id](int64_t a, int64_t b) { return id[a] < id[b]; });
-  return sorted;
-}
-
 }  // namespace
 
 namespace internal {
@@ -79,14 +68,12 @@ Tensor EmbeddingForward(Context& ctx, const Tensor& ids, const Tensor& table, DT
       if constexpr (std::is_same_v<Accumulator<From>, Accumulator<To>>) {
         const From* rows = table.data<From>();
         To* to = y.data<To>();
+        const RowKernels<From>& kernels = internal::Rows<From>(y.bytes());
         ParallelRanges(ctx, tokens, tokens_per_task, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) {
-            const From* row = rows + int64_t{id[t]} * width;
-            if constexpr (std::is_same_v<From, To>) {
-              std::copy(row, row + width, to + t * width);
-            } else {
-              internal::Rows<From>().to_other(width, row, to + t * width);
-            }
+          if constexpr (std::is_same_v<From, To>) {
+            kernels.gather(end - begin, width, id + begin, rows, to + begin * width);
+          } else {
+            kernels.gather_other(end - begin, width, id + begin, rows, to + begin * width);
           }
         });
       }
@@ -105,7 +92,7 @@ void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor
   LONGSPAN_ON_CUDA(ctx, internal::EmbeddingBackwardCuda(ctx, order, dy, dtable));
   const int64_t width = dtable.dim(1);
   const int32_t* id = ids.data<int32_t>();
-  const std::vector<int64_t> sorted = SortedTokens(ids);
+  const std::vector<int32_t> sorted = internal::TokensById(ids, dtable.dim(0));
   const auto tokens = static_cast<int64_t>(sorted.size());
   DispatchFloat(dy.dtype(), "EmbeddingBackward", [&]<class T>() {
     using Acc = Accumulator<T>;
@@ -120,12 +107,10 @@ void EmbeddingBackward(Context& ctx, const Tensor& ids, const Tensor& dy, Tensor
       // A row of the table belongs to the group in which its first token is.
       int64_t i = task / pieces * kTokensPerTask;
       while (i > 0 && i < tokens && row_of(i) == row_of(i - 1)) ++i;
-      const int64_t end = (task / pieces + 1) * kTokensPerTask;
-      for (; i < tokens && (i < end || row_of(i) == row_of(i - 1)); ++i) {
-        internal::Rows<T>().accumulate(columns,
-                                       from + sorted[static_cast<size_t>(i)] * width + column,
-                                       sums + int64_t{row_of(i)} * width + column);
-      }
+      int64_t end = std::max(i, std::min((task / pieces + 1) * kTokensPerTask, tokens));
+      while (end > i && end < tokens && row_of(end) == row_of(end - 1)) ++end;
+      internal::Rows<T>().scatter_add(end - i, sorted.data() + i, id, width, columns, from + column,
+                                      sums + column);
     });
   });
 }

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <vector>
 
@@ -16,6 +17,29 @@ Tensor ToTensor(Context& ctx, Shape shape, const std::vector<int32_t>& values) {
 
 }  // namespace
 
+namespace internal {
+
+// By one digit of the id after the other, from the lowest.
+std::vector<int32_t> TokensById(const Tensor& ids, int64_t vocab) {
+  constexpr int kBits = 11;
+  const int32_t* id = ids.data<int32_t>();
+  std::vector<int32_t> sorted(static_cast<size_t>(ids.dim(0))), next(sorted.size());
+  std::iota(sorted.begin(), sorted.end(), 0);
+  for (int shift = 0; shift < 31 && (vocab - 1) >> shift > 0; shift += kBits) {
+    const auto digit = [&](int32_t t) {
+      return static_cast<size_t>((id[t] >> shift) & ((1 << kBits) - 1));
+    };
+    std::array<int32_t, (size_t{1} << kBits) + 1> first{};
+    for (const int32_t t : sorted) ++first[digit(t) + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    for (const int32_t t : sorted) next[static_cast<size_t>(first[digit(t)]++)] = t;
+    sorted.swap(next);
+  }
+  return sorted;
+}
+
+}  // namespace internal
+
 EmbeddingOrder OrderTokens(Context& ctx, const Tensor& ids, int64_t vocab) {
   LONGSPAN_CHECK(ids.rank() == 1 && ids.dtype() == DType::kI32 &&
                  ids.device().kind == DeviceKind::kCpu && ctx.device().kind == DeviceKind::kCpu)
@@ -24,10 +48,7 @@ EmbeddingOrder OrderTokens(Context& ctx, const Tensor& ids, int64_t vocab) {
   internal::CheckIdRange(ids, vocab);
   const int32_t* id = ids.data<int32_t>();
   const auto tokens = static_cast<int32_t>(ids.dim(0));
-  std::vector<int32_t> sorted(static_cast<size_t>(tokens));
-  std::iota(sorted.begin(), sorted.end(), 0);
-  std::stable_sort(sorted.begin(), sorted.end(),
-                   [id](int32_t a, int32_t b) { return id[a] < id[b]; });
+  const std::vector<int32_t> sorted = internal::TokensById(ids, vocab);
 
   constexpr auto kPiece = static_cast<int32_t>(EmbeddingOrder::kPieceTokens);
   std::vector<int32_t> pieces, joins;

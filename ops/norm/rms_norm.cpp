@@ -30,9 +30,9 @@ void Forward(Context& ctx, const Tensor& x, const Tensor& weight, double eps, Rm
   const Acc* w = weight.data<Acc>();
   T* y = out.y.data<T>();
   Acc* rstd = out.rstd.data<Acc>();
+  const RowKernels<T>& rows = internal::Rows<T>(out.y.bytes());
   ParallelRanges(ctx, x.dim(0), kTokensPerTask, [&](int64_t begin, int64_t end) {
-    internal::Rows<T>().rms_norm(end - begin, width, in + begin * width, w, eps, y + begin * width,
-                                 rstd + begin);
+    rows.rms_norm(end - begin, width, in + begin * width, w, eps, y + begin * width, rstd + begin);
   });
 }
 
@@ -48,10 +48,11 @@ Tensor Backward(Context& ctx, const Tensor& d_out, const Tensor& x, const Tensor
   const Acc *w = weight.data<Acc>(), *rstd = saved.data<Acc>();
   T* out = dx.data<T>();
   Acc* sums = partial.data<Acc>();
+  const RowKernels<T>& rows = internal::Rows<T>(dx.bytes());
   ParallelRanges(ctx, tokens, kTokensPerPartial, [&](int64_t begin, int64_t end) {
-    internal::Rows<T>().rms_norm_backward(end - begin, width, dy + begin * width,
-                                          in + begin * width, w, rstd + begin, out + begin * width,
-                                          sums + begin / kTokensPerPartial * width);
+    rows.rms_norm_backward(end - begin, width, dy + begin * width, in + begin * width, w,
+                           rstd + begin, out + begin * width,
+                           sums + begin / kTokensPerPartial * width);
   });
   if (dw.defined()) AddRowsInto(ctx, dw, partial);
   return dx;

@@ -21,9 +21,10 @@ void Rotate(Context& ctx, const Tensor& x, const RopeTable& table, Accumulator<T
   const T* in = x.data<T>();
   T* out = y.data<T>();
   const Acc *cosines = table.cos.data<Acc>(), *sines = table.sin.data<Acc>();
+  const RowKernels<T>& rows = internal::Rows<T>(y.bytes());
   ParallelRanges(ctx, x.dim(0), kTokensPerTask, [&](int64_t begin, int64_t end) {
-    internal::Rows<T>().rope(end - begin, heads, half, in + begin * token, cosines + begin * half,
-                             sines + begin * half, direction, out + begin * token);
+    rows.rope(end - begin, heads, half, in + begin * token, cosines + begin * half,
+              sines + begin * half, direction, out + begin * token);
   });
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 #include <stdint.h>
@@ -29,6 +29,7 @@ using ShortVector = uint16_t __attribute__((vector_size(2 * kWidth)));
 
 // kWidth floats that the formulas of the ops (activation/formulas.h) compute with like one.
 struct Lanes {
+  static constexpr int64_t kCount = kWidth;
   FloatVector v;
   Lanes() = default;
   Lanes(FloatVector value) : v(value) {}  // NOLINT: a wrapper
@@ -39,6 +40,30 @@ struct Lanes {
   friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
   friend Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
   friend Lanes operator-(Lanes a) { return -a.v; }
+};
+
+// Twice as many, computed with in turns: the chains of operations of a long formula overlap, where
+// one chain alone leaves the processor waiting for its own results.
+template <class V>
+struct Twice {
+  static constexpr int64_t kCount = 2 * V::kCount;
+  V low, high;
+  Twice() = default;
+  Twice(V first, V second) : low(first), high(second) {}
+  Twice(Lanes all) : low(all), high(all) {}  // NOLINT: the same for every vector
+  explicit Twice(double all) : low(all), high(all) {}
+
+  friend Twice operator+(Twice a, Twice b) { return {a.low + b.low, a.high + b.high}; }
+  friend Twice operator-(Twice a, Twice b) { return {a.low - b.low, a.high - b.high}; }
+  friend Twice operator*(Twice a, Twice b) { return {a.low * b.low, a.high * b.high}; }
+  friend Twice operator/(Twice a, Twice b) { return {a.low / b.low, a.high / b.high}; }
+  friend Twice operator-(Twice a) { return {-a.low, -a.high}; }
+};
+
+// Lanes, or Twice of it or of that.
+template <class V>
+concept Vectors = requires {
+  V::kCount;
 };
 
 // The one that is smaller or larger; b where one is NaN.
@@ -52,6 +77,14 @@ inline Lanes Max(Lanes a, Lanes b) { return FloatVector(_mm256_max_ps(a.v, b.v))
 inline Lanes Min(Lanes a, Lanes b) { return a.v < b.v ? a.v : b.v; }
 inline Lanes Max(Lanes a, Lanes b) { return a.v > b.v ? a.v : b.v; }
 #endif
+template <class V>
+inline Twice<V> Min(Twice<V> a, Twice<V> b) {
+  return {Min(a.low, b.low), Min(a.high, b.high)};
+}
+template <class V>
+inline Twice<V> Max(Twice<V> a, Twice<V> b) {
+  return {Max(a.low, b.low), Max(a.high, b.high)};
+}
 
 // a b + c, rounded once where the instruction set can.
 inline Lanes MultiplyAdd(Lanes a, Lanes b, Lanes c) {
@@ -63,50 +96,16 @@ inline Lanes MultiplyAdd(Lanes a, Lanes b, Lanes c) {
   return a * b + c;
 #endif
 }
-
-// 1 / x to 1 ulp for finite x other than 0.
-inline Lanes Reciprocal(Lanes x) {
-#if defined(__AVX512F__)
-  const Lanes guess = FloatVector(_mm512_rcp14_ps(x.v));
-  return MultiplyAdd(guess, FloatVector(_mm512_fnmadd_ps(x.v, guess.v, Lanes(1).v)), guess);
-#else
-  return Lanes(1) / x;
-#endif
+template <class V>
+inline Twice<V> MultiplyAdd(Twice<V> a, Twice<V> b, Twice<V> c) {
+  return {MultiplyAdd(a.low, b.low, c.low), MultiplyAdd(a.high, b.high, c.high)};
 }
-
-// As Exp of a float (elementwise/exp.h); below -87.33 less than 2^-126.
-inline Lanes Exp(Lanes x) {
-  constexpr double kRound = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
-  const Lanes clamped = Min(Lanes(88.37f), Max(Lanes(-104), x));
-  const Lanes shifted = MultiplyAdd(clamped, Lanes(1.44269504f), Lanes(kRound));
-  const Lanes n = shifted - Lanes(kRound);
-  // ln 2 in two parts; the first has few bits, so that n * part is exact.
-  const Lanes r =
-      MultiplyAdd(n, Lanes(2.12194440e-4f), MultiplyAdd(n, Lanes(-0.693359375f), clamped));
-  // The series to r^7 in pairs of terms: half the length of a chain, which is what takes the time.
-  const Lanes r2 = r * r;
-  const Lanes low = MultiplyAdd(MultiplyAdd(r, Lanes(1.0f / 6), Lanes(0.5f)), r2, r + Lanes(1));
-  const Lanes high = MultiplyAdd(MultiplyAdd(r, Lanes(1.0f / 5040), Lanes(1.0f / 720)), r2,
-                                 MultiplyAdd(r, Lanes(1.0f / 120), Lanes(1.0f / 24)));
-  const Lanes p = MultiplyAdd(high, r2 * r2, low);
-#if defined(__AVX512F__)
-  return FloatVector(_mm512_scalef_ps(p.v, n.v));
-#else
-  const IntVector scale = (reinterpret_cast<IntVector>(shifted.v) << 23) + 0x3f800000;
-  const FloatVector e = p.v * reinterpret_cast<FloatVector>(scale);
-  return x.v < FloatVector{} - 87.33f ? FloatVector{} : e;
-#endif
-}
-
-inline Lanes Sigmoid(Lanes x) { return Reciprocal(Lanes(1) + Exp(-x)); }
 
 inline Lanes Load(const float* p) {
   Lanes x;
   __builtin_memcpy(&x.v, p, sizeof x.v);
   return x;
 }
-inline void Store(float* p, Lanes x) { __builtin_memcpy(p, &x.v, sizeof x.v); }
-
 inline Lanes Load(const BF16* p) {
   ShortVector half;
   __builtin_memcpy(&half, &p->bits, sizeof half);
@@ -120,20 +119,77 @@ inline Lanes Load(const BF16* p) {
   return reinterpret_cast<FloatVector>(wide << 16);
 }
 
-// Rounded as BF16 of a float is.
-inline void Store(BF16* p, Lanes x) {
+// x as it is stored at a pointer of this type, rounded as BF16 of a float is.
+inline FloatVector Rounded(const float*, Lanes x) { return x.v; }
+inline ShortVector Rounded(const BF16*, Lanes x) {
   const auto bits = reinterpret_cast<UintVector>(x.v);
   const UintVector even = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;
   const UintVector wide = x.v != x.v ? (bits >> 16) | 0x40 : even;
 #if defined(__AVX512F__)
-  const auto half = ShortVector(_mm512_cvtepi32_epi16(__m512i(wide)));
+  return ShortVector(_mm512_cvtepi32_epi16(__m512i(wide)));
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32(__m256i(wide), __m256i(wide));
-  const auto half = ShortVector(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+  return ShortVector(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
 #else
-  const ShortVector half = __builtin_convertvector(wide, ShortVector);
+  return __builtin_convertvector(wide, ShortVector);
 #endif
-  __builtin_memcpy(&p->bits, &half, sizeof half);
+}
+
+// The same for results of long formulas, with the instruction that rounds where there is one. It
+// takes what is below 2^-126 for 0.
+inline FloatVector RoundedNormal(const float*, Lanes x) { return x.v; }
+inline ShortVector RoundedNormal(const BF16* p, Lanes x) {
+#if defined(__AVX512BF16__)
+  (void)p;
+  return ShortVector(_mm512_cvtneps_pbh(x.v));
+#else
+  return Rounded(p, x);
+#endif
+}
+
+// Writes a vector past the caches: a plain store to a line that is not there reads it first. `p`
+// begins a vector of its line; StreamFence() makes such writes visible to other threads.
+#if defined(__SSE2__)
+constexpr bool kStreams = true;
+inline void StreamFence() { _mm_sfence(); }
+#if defined(__AVX512F__)
+inline void StreamBits(void* p, FloatVector x) { _mm512_stream_ps(static_cast<float*>(p), x); }
+inline void StreamBits(void* p, ShortVector x) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), __m256i(x));
+}
+#elif defined(__AVX2__)
+inline void StreamBits(void* p, FloatVector x) { _mm256_stream_ps(static_cast<float*>(p), x); }
+inline void StreamBits(void* p, ShortVector x) {
+  _mm_stream_si128(static_cast<__m128i*>(p), __m128i(x));
+}
+#else
+inline void StreamBits(void* p, FloatVector x) { _mm_stream_ps(static_cast<float*>(p), x); }
+inline void StreamBits(void* p, ShortVector x) {
+  long long bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  _mm_stream_si64(static_cast<long long*>(p), bits);
+}
+#endif
+#else
+constexpr bool kStreams = false;
+inline void StreamFence() {}
+template <class Bits>
+inline void StreamBits(void* p, Bits x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+#endif
+
+template <bool kStream, class Bits>
+inline void WriteBits(void* p, Bits x) {
+  if constexpr (kStream) {
+    StreamBits(p, x);
+  } else {
+    __builtin_memcpy(p, &x, sizeof x);
+  }
+}
+template <class T>
+inline void Store(T* p, Lanes x) {
+  WriteBits<false>(p, Rounded(p, x));
 }
 
 // f64 has no vectors here: it is for exact tests.
@@ -144,29 +200,85 @@ using internal::Exp;
 using internal::Max;
 using internal::Min;
 
-// Store for results of long formulas, with the instruction that rounds where there is one. It
-// takes what is below 2^-126 for 0.
-template <class T, class V>
-inline void StoreNormal(T* p, V x) {
-  Store(p, x);
-}
-#if defined(__AVX512BF16__)
-inline void StoreNormal(BF16* p, Lanes x) {
-  const auto half = ShortVector(_mm512_cvtneps_pbh(x.v));
-  __builtin_memcpy(&p->bits, &half, sizeof half);
-}
-#endif
-
+// Vectors that a loop over elements of T takes at a time, and one. With 32 registers four chains
+// find room for what they need, with 16 two.
 template <class T>
 struct LanesOf {
   using Type = Lanes;
-  static constexpr int64_t kCount = kWidth;
+#if defined(__AVX512F__)
+  using Deep = Twice<Twice<Lanes>>;
+#else
+  using Deep = Twice<Lanes>;
+#endif
 };
 template <>
 struct LanesOf<double> {
   using Type = double;
-  static constexpr int64_t kCount = 1;
+  using Deep = double;
 };
+template <class V>
+constexpr int64_t CountOf() {
+  if constexpr (Vectors<V>) {
+    return V::kCount;
+  } else {
+    return 1;
+  }
+}
+
+template <class V, class T>
+inline V LoadAs(const T* p) {
+  if constexpr (CountOf<V>() <= kWidth) {
+    return Load(p);
+  } else {
+    using Half = decltype(V::low);
+    return {LoadAs<Half>(p), LoadAs<Half>(p + Half::kCount)};
+  }
+}
+
+// Two vectors at a time where an instruction rounds two.
+template <bool kStream>
+inline void WriteNormal(BF16* p, Twice<Lanes> x) {
+#if defined(__AVX512BF16__)
+  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.high.v, x.low.v));
+  if constexpr (kStream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+  } else {
+    _mm512_storeu_si512(p, both);
+  }
+#else
+  WriteBits<kStream>(p, RoundedNormal(p, x.low));
+  WriteBits<kStream>(p + kWidth, RoundedNormal(p, x.high));
+#endif
+}
+
+// Writes x; `kNormal` by RoundedNormal.
+template <bool kStream, bool kNormal, class T, class V>
+inline void Write(T* p, V x) {
+  if constexpr (std::is_same_v<V, double>) {
+    Store(p, x);
+  } else if constexpr (std::is_same_v<V, Lanes>) {
+    WriteBits<kStream>(p, kNormal ? RoundedNormal(p, x) : Rounded(p, x));
+  } else if constexpr (kNormal && std::is_same_v<V, Twice<Lanes>> && std::is_same_v<T, BF16>) {
+    WriteNormal<kStream>(p, x);
+  } else {
+    Write<kStream, kNormal>(p, x.low);
+    Write<kStream, kNormal>(p + decltype(V::low)::kCount, x.high);
+  }
+}
+
+// As many elements as V has, bit for bit.
+template <bool kStream, class V, class T>
+inline void Copy(T* to, const T* from) {
+  if constexpr (std::is_same_v<T, double>) {
+    *to = *from;
+  } else {
+    for (int64_t i = 0; i < CountOf<V>(); i += kWidth) {
+      decltype(Rounded(from, Lanes())) bits;
+      __builtin_memcpy(&bits, static_cast<const void*>(from + i), sizeof bits);
+      WriteBits<kStream>(to + i, bits);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace longspan::ops::LONGSPAN_ROW_SET

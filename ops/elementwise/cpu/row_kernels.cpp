@@ -27,15 +27,17 @@ const RowKernelChoices& AvailableRowKernels() {
 }
 
 template <>
-const RowKernels<float>& Rows<float>() {
-  return AvailableRowKernels().sets[0]->f32;
+const RowKernels<float>& Rows<float>(size_t output_bytes) {
+  const RowKernelSet& set = *AvailableRowKernels().sets[0];
+  return output_bytes > kStreamingBytes ? set.f32_streaming : set.f32;
 }
 template <>
-const RowKernels<BF16>& Rows<BF16>() {
-  return AvailableRowKernels().sets[0]->bf16;
+const RowKernels<BF16>& Rows<BF16>(size_t output_bytes) {
+  const RowKernelSet& set = *AvailableRowKernels().sets[0];
+  return output_bytes > kStreamingBytes ? set.bf16_streaming : set.bf16;
 }
 template <>
-const RowKernels<double>& Rows<double>() {
+const RowKernels<double>& Rows<double>(size_t) {
   return portable::kRowKernelsF64;
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "ops/core/dtype.h"
@@ -16,6 +17,9 @@ namespace longspan::ops {
 //           is possible, and avx512_bf16 stores bf16 results below 2^-126 as 0, but for sums of
 //           two and conversions.
 // Aliasing  outputs overlap no input, except where one pointer is both
+// Streaming there are two tables of a set, with the same bits: the kernels of a streaming one write
+//           the outputs of add to rope past the caches, which saves reading the lines that they
+//           fill. Nothing may be in place there
 template <class T>
 struct RowKernels {
   using Real = Accumulator<T>;
@@ -27,7 +31,15 @@ struct RowKernels {
   void (*add)(int64_t n, const T* a, const T* b, T* out);
   void (*add_other)(int64_t n, const T* a, const Other* b, T* out);
   void (*to_other)(int64_t n, const T* from, Other* to);
-  void (*accumulate)(int64_t n, const T* from, Real* sums);  // sums += from
+
+  // embedding/embedding.h: row t of `out` is row ids[t] of the table; the row `tokens[i]` of `from`
+  // is added to the row ids[tokens[i]] of `sums` for i = 0, 1, ... Only the first `columns` of a
+  // row are looked at.
+  void (*gather)(int64_t rows, int64_t width, const int32_t* ids, const T* table, T* out);
+  void (*gather_other)(int64_t rows, int64_t width, const int32_t* ids, const T* table, Other* out);
+  void (*scatter_add)(int64_t count, const int32_t* tokens, const int32_t* ids, int64_t width,
+                      int64_t columns, const T* from, Real* sums);
+
   double (*sum_of_squares)(int64_t n, const T* x);
 
   // activation/formulas.h
@@ -62,6 +74,8 @@ struct RowKernelSet {
   const char* name;
   RowKernels<float> f32;
   RowKernels<BF16> bf16;
+  RowKernels<float> f32_streaming;
+  RowKernels<BF16> bf16_streaming;
 };
 
 namespace portable {
@@ -87,9 +101,15 @@ struct RowKernelChoices {
 };
 const RowKernelChoices& AvailableRowKernels();
 
-// Those in use: the fastest.
+// Outputs of an op that take more are streamed. Far more than a core's share of any cache, so that
+// what reads them next would hardly find them there; below it, it may. (Asking the machine for its
+// caches would not help: what a guest is told of the last level can be that of a whole socket.)
+constexpr size_t kStreamingBytes = size_t{8} << 20;
+
+// Those in use: the fastest, for an op whose outputs take so many bytes. Without the bytes nothing
+// is streamed.
 template <class T>
-const RowKernels<T>& Rows();
+const RowKernels<T>& Rows(size_t output_bytes = 0);
 
 }  // namespace internal
 }  // namespace longspan::ops

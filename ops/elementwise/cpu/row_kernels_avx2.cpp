@@ -3,6 +3,6 @@
 
 namespace longspan::ops::avx2 {
 
-const RowKernelSet kRowKernels = {"avx2", TableOf<float>(), TableOf<BF16>()};
+constinit const RowKernelSet kRowKernels = SetOf("avx2");
 
 }  // namespace longspan::ops::avx2

@@ -3,6 +3,6 @@
 
 namespace longspan::ops::avx512 {
 
-const RowKernelSet kRowKernels = {"avx512", TableOf<float>(), TableOf<BF16>()};
+constinit const RowKernelSet kRowKernels = SetOf("avx512");
 
 }  // namespace longspan::ops::avx512

@@ -3,6 +3,6 @@
 
 namespace longspan::ops::avx512_bf16 {
 
-const RowKernelSet kRowKernels = {"avx512_bf16", TableOf<float>(), TableOf<BF16>()};
+constinit const RowKernelSet kRowKernels = SetOf("avx512_bf16");
 
 }  // namespace longspan::ops::avx512_bf16

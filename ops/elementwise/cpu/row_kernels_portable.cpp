@@ -3,7 +3,7 @@
 
 namespace longspan::ops::portable {
 
-const RowKernelSet kRowKernels = {"portable", TableOf<float>(), TableOf<BF16>()};
-const RowKernels<double> kRowKernelsF64 = TableOf<double>();
+constinit const RowKernelSet kRowKernels = SetOf("portable");
+constinit const RowKernels<double> kRowKernelsF64 = TableOf<double, false>();
 
 }  // namespace longspan::ops::portable

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -11,66 +12,18 @@
 #include <type_traits>
 #include <vector>
 
-#include "tests/support/numeric.h"
+#include "tests/ops/elementwise/row.h"
 
 // Every set of row kernels that this processor can run, against the formulas in f64. The tests of
 // the ops run the fastest set only.
 namespace longspan::test {
 namespace {
 
-using ops::RowKernels;
-using ops::RowKernelSet;
-
 constexpr double kPi = 3.14159265358979323846;
-constexpr float kGuard = 12345.0f;  // representable in bf16: 12352 is not it, so compare bits
 
 // Below, at and above the widths of vectors and of the runs that sums are made of.
 const std::vector<int64_t> kSizes = {1,  2,  3,  4,  5,  7,  8,  9,   15,  16,   17,
                                      31, 32, 33, 47, 63, 64, 65, 100, 129, 1023, 4099};
-
-std::vector<const RowKernelSet*> Sets() {
-  const auto& all = ops::internal::AvailableRowKernels();
-  return {all.sets, all.sets + all.count};
-}
-
-template <class T>
-const RowKernels<T>& TableOf(const RowKernelSet& set) {
-  if constexpr (std::is_same_v<T, float>) {
-    return set.f32;
-  } else {
-    return set.bf16;
-  }
-}
-
-// n elements that begin at an odd one, so that no vector is aligned, with guards on both sides.
-template <class T>
-class Row {
- public:
-  explicit Row(int64_t n) : data_(static_cast<size_t>(n) + 34, T(kGuard)) {}
-  explicit Row(const Vec& values) : Row(static_cast<int64_t>(values.size())) {
-    for (size_t i = 0; i < values.size(); ++i) data()[i] = T(static_cast<float>(values[i]));
-  }
-  T* data() { return data_.data() + 17; }
-  Vec values() const {
-    Vec v;
-    for (size_t i = 17; i + 17 < data_.size(); ++i) v.push_back(static_cast<float>(data_[i]));
-    return v;
-  }
-  bool GuardsHold() const {
-    const T guard(kGuard);
-    for (size_t i = 0; i < 17; ++i) {
-      if (std::memcmp(&data_[i], &guard, sizeof guard) != 0) return false;
-      if (std::memcmp(&data_[data_.size() - 1 - i], &guard, sizeof guard) != 0) return false;
-    }
-    return true;
-  }
-
- private:
-  std::vector<T> data_;
-};
-
-template <class T>
-constexpr DType kTypeOf = std::is_same_v<T, float> ? DType::kF32 : DType::kBF16;
 
 // What one rounding to T makes of the exact values, doubled, and some f32 arithmetic.
 template <class T>
@@ -105,28 +58,27 @@ double SlopeOf(double (*f)(double), double x) { return (f(x + 1e-5) - f(x - 1e-5
 double Silu(double x) { return x * Sigmoid(x); }
 
 template <class T>
-void CheckElementwise(const RowKernelSet& set, int64_t n) {
-  const RowKernels<T>& k = TableOf<T>(set);
+void CheckElementwise(const RowKernelSet& set, bool streaming, int64_t n) {
+  const RowKernels<T>& k = TableOf<T>(set, streaming);
   using Other = typename RowKernels<T>::Other;
-  const std::string where = Str(set.name, " ", ToString(kTypeOf<T>), " n ", n, ": ");
+  const std::string where = Str(NameOf(set, streaming), " ", ToString(kTypeOf<T>), " n ", n, ": ");
   const Vec a = Normal(n, 1, DType::kBF16), b = Normal(n, 2, DType::kBF16),
             c = Normal(n, 3, DType::kBF16);
   Row<T> x(a), y(b), z(c), out(n), out2(n);
   Row<Other> other(b), other_out(n);
-  Row<float> sums(c);
 
   k.add(n, x.data(), y.data(), out.data());
   ExpectNear(out, Each(a, b, [](double p, double q) { return p + q; }), where + "add");
-  Row<T> in_place(a);
-  k.add(n, in_place.data(), y.data(), in_place.data());
-  EXPECT_EQ(in_place.values(), out.values()) << where << "add in place";
+  if (!streaming) {
+    Row<T> in_place(a);
+    k.add(n, in_place.data(), y.data(), in_place.data());
+    EXPECT_EQ(in_place.values(), out.values()) << where << "add in place";
+  }
   k.add_other(n, x.data(), other.data(), out2.data());
   EXPECT_EQ(out2.values(), out.values()) << where << "add_other";
   k.to_other(n, x.data(), other_out.data());
   EXPECT_EQ(other_out.values(), a) << where << "to_other";  // both dtypes hold these values
   EXPECT_TRUE(other_out.GuardsHold()) << where << "to_other";
-  k.accumulate(n, x.data(), sums.data());
-  ExpectNear(sums, Each(c, a, [](double p, double q) { return p + q; }), where + "accumulate");
   EXPECT_NEAR(k.sum_of_squares(n, x.data()), Dot(a, a), 1e-13 * Dot(a, a)) << where;
 
   k.gelu(n, x.data(), out.data());
@@ -154,9 +106,10 @@ void CheckElementwise(const RowKernelSet& set, int64_t n) {
 }
 
 template <class T>
-void CheckRows(const RowKernelSet& set, int64_t width) {
-  const RowKernels<T>& k = TableOf<T>(set);
-  const std::string where = Str(set.name, " ", ToString(kTypeOf<T>), " width ", width, ": ");
+void CheckRows(const RowKernelSet& set, bool streaming, int64_t width) {
+  const RowKernels<T>& k = TableOf<T>(set, streaming);
+  const std::string where =
+      Str(NameOf(set, streaming), " ", ToString(kTypeOf<T>), " width ", width, ": ");
   constexpr int64_t kRows = 3;
   constexpr double kEps = 1e-2;  // large enough that leaving it out shows
   const Vec x = Normal(kRows * width, 1, DType::kBF16), dy = Normal(kRows * width, 2, DType::kBF16);
@@ -218,14 +171,51 @@ void CheckRows(const RowKernelSet& set, int64_t width) {
   }
 }
 
+// Rows of a table that are looked up and added to, of which only some columns are asked for.
+template <class T>
+void CheckTableRows(const RowKernelSet& set, bool streaming, int64_t width) {
+  const RowKernels<T>& k = TableOf<T>(set, streaming);
+  using Other = typename RowKernels<T>::Other;
+  const std::string where =
+      Str(NameOf(set, streaming), " ", ToString(kTypeOf<T>), " width ", width, ": ");
+  const std::vector<int32_t> ids = {2, 0, 2, 1}, tokens = {1, 0, 2};  // 3 is left out
+  const Vec table = Normal(3 * width, 1, DType::kBF16), before = Normal(3 * width, 2);
+  const Vec rows = Normal(4 * width, 3, DType::kBF16);
+  Row<T> from(table), out(4 * width), added(rows);
+  Row<Other> out_other(4 * width);
+  Row<float> sums(before);
+  k.gather(4, width, ids.data(), from.data(), out.data());
+  k.gather_other(4, width, ids.data(), from.data(), out_other.data());
+  const int64_t columns = (width + 1) / 2;
+  k.scatter_add(3, tokens.data(), ids.data(), width, columns, added.data(), sums.data());
+  Vec expected, expected_sums = before;
+  for (const int32_t id : ids) {
+    expected.insert(expected.end(), table.begin() + id * width, table.begin() + (id + 1) * width);
+  }
+  for (const int32_t t : tokens) {
+    for (int64_t c = 0; c < columns; ++c) {
+      expected_sums[static_cast<size_t>(ids[static_cast<size_t>(t)] * width + c)] +=
+          rows[static_cast<size_t>(t * width + c)];
+    }
+  }
+  EXPECT_EQ(out.values(), expected) << where << "gather";
+  EXPECT_EQ(out_other.values(), expected) << where << "gather_other";
+  ExpectNear(sums, expected_sums, where + "scatter_add");
+  EXPECT_TRUE(out.GuardsHold() && out_other.GuardsHold()) << where;
+}
+
 TEST(RowKernelsTest, EverySetComputesTheFormulas) {
   for (const RowKernelSet* set : Sets()) {
-    for (const int64_t n : kSizes) {
-      CheckElementwise<float>(*set, n);
-      CheckElementwise<BF16>(*set, n);
-      if (n > 1024) continue;
-      CheckRows<float>(*set, n);
-      CheckRows<BF16>(*set, n);
+    for (const bool streaming : {false, true}) {
+      for (const int64_t n : kSizes) {
+        CheckElementwise<float>(*set, streaming, n);
+        CheckElementwise<BF16>(*set, streaming, n);
+        if (n > 1024) continue;
+        CheckRows<float>(*set, streaming, n);
+        CheckRows<BF16>(*set, streaming, n);
+        CheckTableRows<float>(*set, streaming, n);
+        CheckTableRows<BF16>(*set, streaming, n);
+      }
     }
   }
 }
@@ -324,6 +314,98 @@ TEST(RowKernelsTest, ExtremeArgumentsOfTheExponential) {
     for (const float v : result) EXPECT_TRUE(std::isnan(v)) << set->name;
     set->f32.swiglu(7, nan.data(), nan.data(), result.data());
     for (const float v : result) EXPECT_TRUE(std::isnan(v)) << set->name;
+  }
+}
+
+// Every element by itself: a mean over a row would hide a bad place of a table or a polynomial.
+TEST(RowKernelsTest, FunctionsAreCloseEverywhere) {
+  Vec x;
+  for (double v = -87; v < 88; v += 0.00371) x.push_back(static_cast<float>(v));
+  Vec near_zero;
+  for (double v = -9.9; v < 9.9; v += 0.00137) near_zero.push_back(static_cast<float>(v));
+  const auto n = static_cast<int64_t>(x.size()), m = static_cast<int64_t>(near_zero.size());
+  for (const RowKernelSet* set : Sets()) {
+    Row<float> in(x), out(n), small(near_zero), ones(Vec(near_zero.size(), 1)), value(m), slope(m),
+        dup(m);
+    const auto worst = [&](const Row<float>& got, const Vec& at, auto exact, auto unit) {
+      double most = 0;
+      const Vec values = got.values();
+      for (size_t i = 0; i < at.size(); ++i) {
+        most = std::max(most, std::abs(values[i] - exact(at[i])) / unit(at[i]));
+      }
+      return most;
+    };
+    set->f32.softmax_gradient(n, in.data(), 0.0f, 1.0f, out.data());
+    const auto exponential = [](double v) { return std::exp(v); };
+    EXPECT_LT(worst(out, x, exponential, exponential), 2.4e-7) << set->name;
+
+    set->f32.swiglu(m, small.data(), ones.data(), value.data());
+    const auto silu_size = [](double v) { return std::abs(Silu(v)) + 1e-30; };
+    EXPECT_LT(worst(value, near_zero, Silu, silu_size), 5e-7) << set->name;
+    set->f32.swiglu_backward(m, ones.data(), small.data(), ones.data(), slope.data(), dup.data());
+    const auto silu_slope = [](double v) {
+      const double s = Sigmoid(v);
+      return s * (1 + v * (1 - s));
+    };
+    EXPECT_LT(worst(slope, near_zero, silu_slope, [](double) { return 1.0; }), 1e-6) << set->name;
+
+    // The argument of the sigmoid, 2 u, is rounded before it is an exponent.
+    const auto twice_u = [](double v) {
+      return 2 * std::sqrt(2 / kPi) * (v + 0.044715 * v * v * v);
+    };
+    const auto gelu = [&](double v) { return v * Sigmoid(twice_u(v)); };
+    set->f32.gelu(m, small.data(), value.data());
+    EXPECT_LT(
+        worst(value, near_zero, gelu,
+              [&](double v) { return (1 + std::abs(twice_u(v))) * (std::abs(gelu(v)) + 1e-36); }),
+        4e-7)
+        << set->name;
+    set->f32.gelu_backward(m, ones.data(), small.data(), slope.data());
+    const auto gelu_slope = [&](double v) {
+      const double s = Sigmoid(twice_u(v));
+      return s + v * s * (1 - s) * 2 * std::sqrt(2 / kPi) * (1 + 3 * 0.044715 * v * v);
+    };
+    EXPECT_LT(worst(slope, near_zero, gelu_slope, [](double) { return 1.0; }), 3e-6) << set->name;
+  }
+}
+
+// The reference point of the sum is the first run's, until a later one leaves the range.
+TEST(RowKernelsTest, LogSumExpOfRunsOfAnyHeight) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr size_t kRow = 3 * 4096 + 7;
+  for (const RowKernelSet* set : Sets()) {
+    for (const std::array<double, 4>& heights : {std::array<double, 4>{0, 0, 0, 0},
+                                                 {0, 60, 69, 70},
+                                                 {0, 80, 0, 0},
+                                                 {0, 87, 87, 87},
+                                                 {0, 89, 200, -50},
+                                                 {0, 1e6, -1e6, 1e6},
+                                                 {500, 0, -500, 499},
+                                                 {-1e30, 1, 2, 3},
+                                                 {-700, -600, -500, -400},
+                                                 {0, 0, 0, 3e4}}) {
+      const Vec noise = Normal(static_cast<int64_t>(kRow), 1);
+      std::vector<float> row(kRow);
+      double top = -1e300, sum = 0;
+      for (size_t i = 0; i < kRow; ++i) {
+        row[i] = static_cast<float>(heights[i / 4096] + noise[i]);
+        top = std::max(top, static_cast<double>(row[i]));
+      }
+      for (const float v : row) sum += std::exp(static_cast<double>(v) - top);
+      const double exact = top + std::log(sum);
+      const auto n = static_cast<int64_t>(kRow);
+      EXPECT_NEAR(set->f32.log_sum_exp(n, row.data()), exact, 2e-7 * (1 + std::abs(exact)))
+          << set->name << " " << heights[0] << " " << heights[1] << " " << heights[2];
+      for (const size_t place : {size_t{5}, size_t{5000}, kRow - 1}) {
+        for (const float bad : {kNan, kInfinity, -kInfinity}) {
+          std::vector<float> broken = row;
+          broken[place] = bad;
+          EXPECT_TRUE(std::isnan(set->f32.log_sum_exp(n, broken.data())))
+              << set->name << " " << bad << " at " << place;
+        }
+      }
+    }
   }
 }
 
