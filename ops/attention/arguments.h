@@ -1,4 +1,5 @@
 #pragma once
+#include "ops/attention/attention.h"
 #include "ops/attention/block_mask.h"
 #include "ops/attention/kv_view.h"
 #include "ops/core/context.h"
@@ -15,6 +16,8 @@ struct ForwardArgs {
   Tensor& o;
   Tensor& lse;
   Tensor block_maxima{};  // zeroed; undefined: not wanted
+  Normalization normalization = Normalization::kSoftmax;
+  double bias = 0;  // of sigmoid, which leaves lse undefined
 };
 struct BackwardArgs {
   const Tensor& d_out;
@@ -27,6 +30,8 @@ struct BackwardArgs {
   double scale;
   Tensor& dq;
   const KvGradView& dkv;
+  Normalization normalization = Normalization::kSoftmax;
+  double bias = 0;  // of sigmoid, for which lse, delta and dlse are undefined
 };
 
 namespace internal {

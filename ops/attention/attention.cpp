@@ -1,6 +1,7 @@
 #include "ops/attention/attention.h"
 
 #include <cmath>
+#include <utility>
 
 #include "ops/attention/arguments.h"
 #include "ops/attention/cpu/attention_cpu.h"
@@ -226,9 +227,27 @@ void RequireBlocks(const char* op, const char* name, const BlockMask& mask, cons
 
 using internal::RequireDevice;
 
+// The bias of sigmoid; 0 of softmax, which has none.
+double RequireNormalization(const char* op, const AttentionOptions& options,
+                            const BlockMask& mask) {
+  if (options.normalization == Normalization::kSoftmax) {
+    Require(!options.bias.has_value(), op,
+            Str("options.bias is ", options.bias.value_or(0),
+                " but options.normalization is softmax; only sigmoid has a bias"));
+    return 0;
+  }
+  Require(!options.want_block_maxima, op,
+          "options.want_block_maxima is true but options.normalization is sigmoid; only softmax "
+          "finds the largest probabilities of blocks");
+  const auto row_length = static_cast<double>(mask.documents().row_length);
+  const double bias = options.bias.value_or(-std::log(row_length));
+  Require(std::isfinite(bias), op, Str("options.bias is ", bias, "; it must be finite"));
+  return bias;
+}
+
 struct Sizes {
   int64_t tokens, heads, dim;
-  double scale;
+  double scale, bias;
 };
 
 Sizes RequireInputs(const Context& ctx, const char* op, const Tensor& q, const KvView& kv,
@@ -259,7 +278,25 @@ Sizes RequireInputs(const Context& ctx, const char* op, const Tensor& q, const K
   Require(std::isfinite(options.scale), op, Str("options.scale is ", options.scale));
   const double scale =
       options.scale != 0 ? options.scale : 1.0 / std::sqrt(static_cast<double>(q.dim(2)));
-  return {tokens, q.dim(1), q.dim(2), scale};
+  return {tokens, q.dim(1), q.dim(2), scale, RequireNormalization(op, options, mask)};
+}
+
+// lse, delta and dlse of a backward pass: [Tq, Hq] in `wide`, dlse if at all; of sigmoid none.
+void RequireRowStatistics(const Context& ctx, const char* op, Normalization normalization,
+                          const Shape& rows, DType wide, const Tensor& lse, const Tensor& delta,
+                          const Tensor& dlse) {
+  const std::pair<const char*, const Tensor*> statistics[] = {
+      {"lse", &lse}, {"delta", &delta}, {"dlse", &dlse}};
+  for (const auto& [name, t] : statistics) {
+    if (normalization == Normalization::kSigmoid) {
+      Require(!t->defined(), op,
+              Str(name, " is ", t->defined() ? t->Describe() : "undefined",
+                  " but options.normalization is sigmoid; it must be undefined"));
+    } else if (t != &dlse || t->defined()) {
+      RequireTensor(op, name, *t, rows, wide, wide);
+      RequireDevice(ctx, op, name, *t);
+    }
+  }
 }
 
 bool RowsAt16(const Tensor& t, int64_t elements_apart) {
@@ -268,12 +305,13 @@ bool RowsAt16(const Tensor& t, int64_t elements_apart) {
 }
 
 AttentionProblem ProblemOf(const Context& ctx, const Tensor& q, const KvView& kv,
-                           const Tensor& d_out, const Tensor& dq) {
+                           const Tensor& d_out, const Tensor& dq, Normalization normalization) {
   const int64_t apart = kv.table->alignment();
   return {.dtype = q.dtype(),
           .heads = q.dim(1),
           .kv_heads = kv.kv_heads(),
           .head_dim = q.dim(2),
+          .normalization = normalization,
           .aligned = RowsAt16(q, q.dim(2)) && RowsAt16(d_out, q.dim(2)) && RowsAt16(dq, q.dim(2)) &&
                      RowsAt16(kv.k, apart) && RowsAt16(kv.v, apart),
           .shared_bytes = AttentionSharedBytes(ctx)};
@@ -309,14 +347,17 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
                                  const BlockMask& mask, const AttentionOptions& options) {
   constexpr const char* kOp = "AttentionForward";
   const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
-  AttentionProblem problem = ProblemOf(ctx, q, kv, {}, {});
+  AttentionProblem problem = ProblemOf(ctx, q, kv, {}, {}, options.normalization);
   problem.block_maxima = options.want_block_maxima;
   const Implementation& chosen = Choose(kOp, options, ctx.device(), problem);
   const TraceScope trace(ctx.trace(), "attention");
   const DType wide = AccumulatorOf(q.dtype());
   AttentionResult result{.o = ctx.Empty(q.shape(), options.round_output ? q.dtype() : wide),
-                         .lse = ctx.Empty({sizes.tokens, sizes.heads}, wide),
+                         .lse = {},
                          .implementation = chosen.info.name};
+  if (options.normalization == Normalization::kSoftmax) {
+    result.lse = ctx.Empty({sizes.tokens, sizes.heads}, wide);
+  }
   if (options.want_block_maxima) {
     result.block_maxima =
         ctx.Zeros({mask.kv_heads(), mask.queries().size(), mask.keys().size()}, wide);
@@ -327,7 +368,9 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
                        .scale = sizes.scale,
                        .o = result.o,
                        .lse = result.lse,
-                       .block_maxima = result.block_maxima});
+                       .block_maxima = result.block_maxima,
+                       .normalization = options.normalization,
+                       .bias = sizes.bias});
   return result;
 }
 
@@ -337,16 +380,11 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
   constexpr const char* kOp = "AttentionBackward";
   const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
   const DType wide = AccumulatorOf(q.dtype());
-  const Shape rows{sizes.tokens, sizes.heads};
   RequireTensor(kOp, "d_out", d_out, q.shape(), wide, q.dtype());
-  RequireTensor(kOp, "lse", lse, rows, wide, wide);
-  RequireTensor(kOp, "delta", delta, rows, wide, wide);
-  if (dlse.defined()) RequireTensor(kOp, "dlse", dlse, rows, wide, wide);
-  RequireTensor(kOp, "dq", dq, q.shape(), wide, wide);
   RequireDevice(ctx, kOp, "d_out", d_out);
-  RequireDevice(ctx, kOp, "lse", lse);
-  RequireDevice(ctx, kOp, "delta", delta);
-  RequireDevice(ctx, kOp, "dlse", dlse);
+  RequireRowStatistics(ctx, kOp, options.normalization, {sizes.tokens, sizes.heads}, wide, lse,
+                       delta, dlse);
+  RequireTensor(kOp, "dq", dq, q.shape(), wide, wide);
   RequireDevice(ctx, kOp, "dq", dq);
   if (!mask.empty()) {
     Require(
@@ -359,7 +397,7 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
                   std::min(dkv.dk.numel(), dkv.dv.numel()));
   }
   const Implementation& chosen =
-      Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, d_out, dq));
+      Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, d_out, dq, options.normalization));
   const TraceScope trace(ctx.trace(), "attention");
   chosen.backward(ctx, {.d_out = d_out,
                         .q = q,
@@ -370,7 +408,9 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
                         .mask = mask,
                         .scale = sizes.scale,
                         .dq = dq,
-                        .dkv = dkv});
+                        .dkv = dkv,
+                        .normalization = options.normalization,
+                        .bias = sizes.bias});
 }
 
 }  // namespace longspan::ops

@@ -1,5 +1,7 @@
 #pragma once
+#include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,8 +11,13 @@
 
 namespace longspan::ops {
 
-// Softmax attention restricted to a block mask:
-//   o_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i),  s_ij = scale * q_i . k_j  over visible j.
+// How the scores of the visible keys become weights.
+enum class Normalization : uint8_t { kSoftmax, kSigmoid };
+
+// Attention restricted to a block mask:
+//   o_i = sum_j p_ij v_j,  s_ij = scale * q_i . k_j  over visible j, with the weights
+//   softmax  p_ij = exp(s_ij - lse_i)
+//   sigmoid  p_ij = 1 / (1 + exp(-s_ij - bias)), arXiv 2409.04431: no lse, no delta
 //
 // Shapes    q, o, do, dq [Tq, Hq, D]; lse, delta [Tq, Hq]; k, v through KvView; Hq % Hkv == 0,
 //           query head h reads kv head h / (Hq / Hkv). Row i of q is token i of mask.queries().
@@ -20,9 +27,10 @@ namespace longspan::ops {
 // Numerics  f32 accumulation (f64 for f64), blocks before rows; exp within 3e-7, 0 below e^-103 at
 //           the latest. Same bits for any number of threads. K and V of a block that is partly
 //           visible must be finite throughout: hidden tokens are multiplied by 0.
+//           1 - p of sigmoid is as exact as p. The entries named ..._bf16 round p and ds to bf16.
 // Empty     a row that sees nothing gives o = 0 and lse = -inf, and contributes no gradient.
-// Partials  results over disjoint key sets merge exactly (MergePartial); the backward of each part
-//           takes the final lse and delta.
+// Partials  results over disjoint key sets merge exactly (MergePartial) and the backward of each
+//           part takes the final lse and delta; of sigmoid they add.
 // Errors    InvalidArgument naming the argument, before anything is written; Unsupported for what
 //           no implementation of the device takes (f64 or head_dim > 256 on a GPU).
 // Devices   cpu, cuda: all tensors on ctx.device(); the mask and the tables are uploaded at their
@@ -33,13 +41,17 @@ struct AttentionOptions {
   bool round_output = false;   // o in the dtype of q (one rounding, for unsplit attention)
   // Forward only: also the largest probability of every block, over its query rows and keys and the
   // query heads of the kv head, without a tensor of tokens x tokens. On a CPU, f32 or f64
-  // arithmetic.
+  // arithmetic. Softmax only.
   bool want_block_maxima = false;
+  Normalization normalization = Normalization::kSoftmax;
+  // Sigmoid only; absent: -log(tokens of the mask's row), with which the weights of a full row of
+  // zero scores sum to about 1.
+  std::optional<double> bias{};
 };
 
 struct AttentionResult {
   Tensor o;                    // [Tq, Hq, D]
-  Tensor lse;                  // [Tq, Hq]
+  Tensor lse;                  // [Tq, Hq]; undefined of sigmoid
   const char* implementation;  // which entry ran
   // [Hkv, query blocks, key blocks] of the mask in the dtype of lse, 0 where it has no entry;
   // undefined unless asked for.
@@ -56,7 +68,8 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
 Tensor AttentionDelta(Context& ctx, const Tensor& d_out, const Tensor& o);
 
 // Adds this mask's share of the gradients: `dq` [Tq, Hq, D] and `dkv`. `lse` is the final one over
-// all keys. `dlse` (optional, undefined = none) is the gradient with respect to lse.
+// all keys. `dlse` (optional, undefined = none) is the gradient with respect to lse. Of sigmoid,
+// whose score gradient is p (1 - p) dp, all three are undefined.
 void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const KvView& kv,
                        const Tensor& lse, const Tensor& delta, const BlockMask& mask, Tensor& dq,
                        const KvGradView& dkv, const AttentionOptions& options = {},
@@ -83,7 +96,8 @@ struct AttentionProblem {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
   bool block_maxima = false;  // AttentionOptions::want_block_maxima
-  bool aligned = true;        // the rows of q, k, v (and d_out, dq) start at 16 bytes
+  Normalization normalization = Normalization::kSoftmax;
+  bool aligned = true;  // the rows of q, k, v (and d_out, dq) start at 16 bytes
   // GPU: shared memory that a block of threads can have (AttentionSharedBytes).
   int64_t shared_bytes = std::numeric_limits<int64_t>::max();
 };

@@ -7,16 +7,18 @@
 
 namespace longspan::ops::cpu {
 
+// Every function does both normalizations.
+
 // Row-wise, straight from the formula; f32, bf16 and f64.
 void ReferenceForward(Context& ctx, const ForwardArgs& args);
 void ReferenceBackward(Context& ctx, const BackwardArgs& args);
 
-// 64 x 64 blocks, online softmax, f32 arithmetic on f32 or bf16 operands.
+// 64 x 64 blocks, f32 arithmetic on f32 or bf16 operands; of softmax online.
 void BlockedForward(Context& ctx, const BlockKernels& kernels, const ForwardArgs& args);
 void BlockedBackward(Context& ctx, const BlockKernels& kernels, const BackwardArgs& args);
 
 // The same blocks with bf16 operands, probabilities and score gradients, which dot product
-// instructions take; f32 sums and softmax. head_dim a multiple of 8.
+// instructions take; f32 sums and normalization. head_dim a multiple of 8.
 void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& args);
 void Bf16Backward(Context& ctx, const Bf16Kernels& kernels, const BackwardArgs& args);
 

@@ -77,6 +77,10 @@ struct Backward {
                      .stride = stride},
                     out);
   }
+  void GradientByKey(const Bf16Gradient& step) const {
+    args.normalization == Normalization::kSigmoid ? kernels.sigmoid_gradient_by_key(step)
+                                                  : kernels.gradient_by_key(step);
+  }
   // A [2][padded][64] result of a column to where its dK and dV go.
   void AddKeyGradients(const float* dk_dv, int64_t kv_head, int32_t column) const {
     const int32_t key = KeyBlock(column);
@@ -123,7 +127,8 @@ class PieceTask {
     b_.ToLanes(b_.KeyRows(b_.args.kv.k, piece_.kv_head, key_, keys_, q_rows_), k_lanes_);
     b_.ToLanes(b_.KeyRows(b_.args.kv.v, piece_.kv_head, key_, keys_, q_rows_), v_lanes_);
     const std::span<const PieceEntry> entries = part_.EntriesOf(piece_);
-    // A short block has lanes without a key. Their scores are 0, which may be far above lse.
+    // A short block has lanes without a key. Their scores are 0, which may be far above lse, and
+    // their dS must be finite.
     uint64_t lanes[64];
     std::fill(lanes, lanes + 64, ~uint64_t{0} >> (kMaskBlock - keys_));
     for (const PieceEntry& entry : entries) {
@@ -169,16 +174,16 @@ class PieceTask {
     const OperandRows d_out = b_.QueryRows(b_.args.d_out, token, tokens, h, d_out_rows_);
     b_.Scores(q, tokens, k_lanes_, s_);
     b_.Scores(d_out, tokens, v_lanes_, dp_);
-    b_.kernels.gradient_by_key({.s = s_,
-                                .dp = dp_,
-                                .p = p_,
-                                .ds = ds_,
-                                .ds_rows = ds_rows_,
-                                .rows = static_cast<int>(tokens),
-                                .scale = static_cast<float>(b_.args.scale * kLog2E),
-                                .bits = bits,
-                                .lse = b_.statistics.Lse(entry.query, h),
-                                .delta = b_.statistics.Delta(entry.query, h)});
+    b_.GradientByKey({.s = s_,
+                      .dp = dp_,
+                      .p = p_,
+                      .ds = ds_,
+                      .ds_rows = ds_rows_,
+                      .rows = static_cast<int>(tokens),
+                      .scale = static_cast<float>(b_.args.scale * kLog2E),
+                      .bits = bits,
+                      .lse = b_.statistics.Lse(entry.query, h),
+                      .delta = b_.statistics.Delta(entry.query, h)});
     b_.ToColumns(d_out, d_out_columns_);
     b_.Accumulate(d_out_columns_, p_, tokens, !first, dk_dv_ + b_.shape.result());
     b_.ToColumns(q, q_columns_);
@@ -226,7 +231,7 @@ void RowTask(const Backward& b, const MaskPart& part, int64_t row, const uint16_
 }  // namespace
 
 RowStatistics::RowStatistics(Context& ctx, const BackwardArgs& args)
-    : heads_(args.lse.dim(1)),
+    : heads_(args.q.dim(1)),
       index_(IndexByBlock(args.mask.documents(), args.mask.queries())),
       values_(ctx.Empty({args.mask.queries().size() * heads_, 2, kMaskBlock}, DType::kF32)) {
   const BlockList& queries = args.mask.queries();

@@ -22,8 +22,8 @@ struct Forward {
 // Running state of one query head of a task; its queries are the lanes.
 struct HeadState {
   uint16_t* q;     // lanes form
-  float* o;        // [padded][64], not yet divided by weight
-  float* maximum;  // [64], in units of log2
+  float* o;        // [padded][64], of softmax not yet divided by weight
+  float* maximum;  // [64], in units of log2; of softmax, as what follows
   float* sum;      // [64]
   float* weight;   // [64]
 };
@@ -125,16 +125,7 @@ class ForwardTask {
                      .rows = static_cast<int>(keys),
                      .inner = dim,
                      .add = false});
-      const bool raised = kernels_.softmax({.s = scores_,
-                                            .p = p_,
-                                            .keys = static_cast<int>(keys),
-                                            .scale = static_cast<float>(call_.args.scale * kLog2E),
-                                            .bits = partial ? bits : nullptr,
-                                            .maximum = head.maximum,
-                                            .sum = head.sum,
-                                            .weight = head.weight,
-                                            .rescale = rescale_});
-      if (raised) kernels_.scale_lanes(head.o, dim, rescale_);
+      ScoresToWeights(head, keys, partial ? bits : nullptr);
       kernels_.gemm({.a = v,
                      .a_row = kMaskBlock,
                      .b = p_,
@@ -145,17 +136,44 @@ class ForwardTask {
     }
   }
 
+  void ScoresToWeights(const HeadState& head, int64_t keys, const uint64_t* bits) const {
+    const float scale = static_cast<float>(call_.args.scale * kLog2E);
+    if (call_.args.normalization == Normalization::kSigmoid) {
+      kernels_.sigmoid({.s = scores_,
+                        .p = p_,
+                        .keys = static_cast<int>(keys),
+                        .scale = scale,
+                        .bias = static_cast<float>(call_.args.bias * kLog2E),
+                        .bits = bits});
+      return;
+    }
+    const bool raised = kernels_.softmax({.s = scores_,
+                                          .p = p_,
+                                          .keys = static_cast<int>(keys),
+                                          .scale = scale,
+                                          .bits = bits,
+                                          .maximum = head.maximum,
+                                          .sum = head.sum,
+                                          .weight = head.weight,
+                                          .rescale = rescale_});
+    if (raised) kernels_.scale_lanes(head.o, static_cast<int>(shape_.dim), rescale_);
+  }
+
+  // Writes lse and returns what o is to be multiplied by; of sigmoid, 1.
+  float Normalize(const HeadState& head, int64_t g, int64_t i) const {
+    if (call_.args.normalization == Normalization::kSigmoid) return 1.0f;
+    const int64_t row = (first_token_ + i) * shape_.heads + QueryHead(g);
+    const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
+    call_.args.lse.data<float>()[row] =
+        empty ? -kInfinity
+              : static_cast<float>(kLn2 * static_cast<double>(head.maximum[i]) +
+                                   std::log(static_cast<double>(head.sum[i])));
+    return empty ? 0.0f : 1.0f / head.weight[i];
+  }
+
   void Finish(int64_t g) const {
     const HeadState head = Head(g);
-    for (int64_t i = 0; i < tokens_; ++i) {
-      const int64_t row = (first_token_ + i) * shape_.heads + QueryHead(g);
-      const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
-      call_.args.lse.data<float>()[row] =
-          empty ? -kInfinity
-                : static_cast<float>(kLn2 * static_cast<double>(head.maximum[i]) +
-                                     std::log(static_cast<double>(head.sum[i])));
-      rescale_[i] = empty ? 0.0f : 1.0f / head.weight[i];
-    }
+    for (int64_t i = 0; i < tokens_; ++i) rescale_[i] = Normalize(head, g, i);
     std::fill(rescale_ + tokens_, rescale_ + 64, 0.0f);
     const LaneStore store{.from = head.o,
                           .scale = rescale_,

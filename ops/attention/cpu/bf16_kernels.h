@@ -4,8 +4,8 @@
 namespace longspan::ops {
 
 // The inner loops of blocked attention on bf16 operands with f32 sums, once per instruction set.
-// Plain structs and function pointers only: the one header that code compiled for a special
-// instruction set includes. bf16 values are held as uint16_t.
+// Plain structs and function pointers only: code compiled for a special instruction set includes no
+// other header that code of the baseline shares. bf16 values are held as uint16_t.
 //
 // A block is 64 tokens. Its operands, `dim` padded with zeros to a multiple of 32:
 //   rows     [64][ld]          a token a row
@@ -47,10 +47,20 @@ struct Bf16Softmax {
 };
 inline constexpr float kSlack = 8;
 
+// The step of sigmoid attention: weights p = 1 / (1 + exp2(-scale * s - bias)), otherwise as above.
+struct Bf16Sigmoid {
+  const float* s;
+  uint16_t* p;
+  int keys;
+  float scale, bias;  // include log2(e)
+  const uint64_t* bits;
+};
+
 // p = exp2(scale * s - lse) and ds = p * (dp - delta), both in lanes form, 0 from row `rows` on.
 // lse is in units of log2. With lanes = queries lse and delta are per lane and bits per row (key);
 // with lanes = keys they are per row (query), p is wanted too, and ds also goes to `ds_rows`
-// [64][64] as it is, unless that is null.
+// [64][64] as it is, unless that is null. Of sigmoid p = 1 / (1 + exp2(lse - scale * s)), where lse
+// is minus the bias, and ds = p * (1 - p) * dp.
 struct Bf16Gradient {
   const float* s;
   const float* dp;
@@ -89,6 +99,8 @@ struct Bf16Kernels {
   bool (*softmax)(const Bf16Softmax& step);
   void (*gradient_by_query)(const Bf16Gradient& step);  // lanes = queries
   void (*gradient_by_key)(const Bf16Gradient& step);    // lanes = keys
+  void (*sigmoid)(const Bf16Sigmoid& step);
+  void (*sigmoid_gradient_by_key)(const Bf16Gradient& step);
   void (*scale_lanes)(float* c, int rows, const float* scale);
   void (*store_f32)(const LaneStore& store, float* to);
   void (*store_bf16)(const LaneStore& store, uint16_t* to);

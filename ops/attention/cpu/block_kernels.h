@@ -4,7 +4,8 @@
 namespace longspan::ops {
 
 // The inner loops of blocked attention, once per instruction set. Plain structs and function
-// pointers only: this is the one header that code compiled for a special instruction set includes.
+// pointers only: code compiled for a special instruction set includes no other header that code of
+// the baseline shares.
 //
 // Blocks are 64 tokens. "Lanes" are the 64 contiguous floats of a row of a score tile: the tile is
 // [rows][64] with leading dimension 64.
@@ -37,9 +38,18 @@ struct SoftmaxStep {
   float* rescale;
 };
 
+// The step of sigmoid attention: scores become weights p = 1 / (1 + exp2(-scale * s - bias)).
+struct SigmoidStep {
+  float* s;
+  int keys;
+  float scale, bias;  // include log2(e)
+  const uint64_t* bits;
+};
+
 // s becomes p = exp2(scale * s - lse), dp becomes ds = p * (dp - delta). With lanes = queries lse
 // and delta are per lane and bits per row (key); with lanes = keys they are per row (query). lse
-// is in units of log2.
+// is in units of log2. Of sigmoid p = 1 / (1 + exp2(lse - scale * s)), where lse is minus the bias,
+// and ds = p * (1 - p) * dp.
 struct GradientStep {
   float* s;
   float* dp;
@@ -62,6 +72,9 @@ struct BlockKernels {
   void (*softmax)(const SoftmaxStep& step);
   void (*gradient_by_query)(const GradientStep& step);  // lanes = queries
   void (*gradient_by_key)(const GradientStep& step);    // lanes = keys
+  void (*sigmoid)(const SigmoidStep& step);
+  void (*sigmoid_gradient_by_query)(const GradientStep& step);
+  void (*sigmoid_gradient_by_key)(const GradientStep& step);
 };
 
 namespace portable {

@@ -77,8 +77,9 @@ inline void AccumulateTile(const BlockKernels& kernels, const BlockedShape& shap
 void PackBlock(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
                int64_t offset, int64_t stride, int64_t rows, float* to);
 
-// lse in units of log2 and delta - dlse of one head's `tokens` query rows. The lanes after the last
-// row get lse = +inf, so that their probabilities are 0.
+// lse in units of log2 and delta - dlse of one head's `tokens` query rows; of sigmoid minus the
+// bias, as GradientStep has it, and 0. The lanes after the last row get lse = +inf, so that their
+// probabilities are 0.
 void LoadRowStatistics(const BackwardArgs& args, int64_t first_token, int64_t tokens, int64_t head,
                        float* lse, float* delta);
 

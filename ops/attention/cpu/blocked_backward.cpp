@@ -19,6 +19,7 @@ struct Backward {
   const std::vector<int64_t> query_tokens;  // by block id
 
   float scale() const { return static_cast<float>(args.scale * kLog2E); }
+  bool sigmoid() const { return args.normalization == Normalization::kSigmoid; }
 
   void PackRows(const Tensor& from, int64_t first_token, int64_t tokens, int64_t head,
                 float* to) const {
@@ -37,6 +38,12 @@ struct Backward {
   void Accumulate(const float* tile, int64_t lanes, const float* b, int64_t inner,
                   const float* ones, float* to) const {
     AccumulateTile(kernels, shape, tile, lanes, b, inner, ones, to);
+  }
+  void GradientByQuery(const GradientStep& step) const {
+    sigmoid() ? kernels.sigmoid_gradient_by_query(step) : kernels.gradient_by_query(step);
+  }
+  void GradientByKey(const GradientStep& step) const {
+    sigmoid() ? kernels.sigmoid_gradient_by_key(step) : kernels.gradient_by_key(step);
   }
   // out[row * stride + d] += scale * from[row][d].
   void AddRows(const float* from, int64_t rows, float scale, float* out, int64_t stride) const {
@@ -111,13 +118,13 @@ void QueryGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask tas
         const Head head = head_of(g);
         b.Scores(k, keys, head.q_lanes, s);
         b.Scores(v, keys, head.d_out_lanes, dp);
-        b.kernels.gradient_by_query({.s = s,
-                                     .dp = dp,
-                                     .rows = static_cast<int>(keys),
-                                     .scale = b.scale(),
-                                     .bits = partial ? bits : nullptr,
-                                     .lse = head.lse,
-                                     .delta = head.delta});
+        b.GradientByQuery({.s = s,
+                           .dp = dp,
+                           .rows = static_cast<int>(keys),
+                           .scale = b.scale(),
+                           .bits = partial ? bits : nullptr,
+                           .lse = head.lse,
+                           .delta = head.delta});
         b.Accumulate(dp, tokens, k, keys, ones, head.dq);
       }
     }
@@ -181,13 +188,13 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
         LoadRowStatistics(b.args, first, tokens, h, lse, delta);
         b.Scores(q, tokens, k_lanes, s);
         b.Scores(d_out, tokens, v_lanes, dp);
-        b.kernels.gradient_by_key({.s = s,
-                                   .dp = dp,
-                                   .rows = static_cast<int>(tokens),
-                                   .scale = b.scale(),
-                                   .bits = partial ? bits : nullptr,
-                                   .lse = lse,
-                                   .delta = delta});
+        b.GradientByKey({.s = s,
+                         .dp = dp,
+                         .rows = static_cast<int>(tokens),
+                         .scale = b.scale(),
+                         .bits = partial ? bits : nullptr,
+                         .lse = lse,
+                         .delta = delta});
         b.Accumulate(s, keys, d_out, tokens, ones, dv);
         b.Accumulate(dp, keys, q, tokens, ones, dk);
       }
@@ -203,6 +210,12 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
 
 void LoadRowStatistics(const BackwardArgs& args, int64_t first_token, int64_t tokens, int64_t head,
                        float* lse, float* delta) {
+  std::fill(lse + tokens, lse + 64, kInfinity);
+  if (args.normalization == Normalization::kSigmoid) {
+    std::fill(lse, lse + tokens, static_cast<float>(-args.bias * kLog2E));
+    std::fill(delta, delta + 64, 0.0f);
+    return;
+  }
   const float* lse_in = args.lse.data<float>();
   const float* delta_in = args.delta.data<float>();
   const float* dlse = args.dlse.defined() ? args.dlse.data<float>() : nullptr;
@@ -211,7 +224,6 @@ void LoadRowStatistics(const BackwardArgs& args, int64_t first_token, int64_t to
     lse[i] = static_cast<float>(kLog2E * static_cast<double>(lse_in[row]));
     delta[i] = delta_in[row] - (dlse != nullptr ? dlse[row] : 0.0f);
   }
-  std::fill(lse + tokens, lse + 64, kInfinity);
   std::fill(delta + tokens, delta + 64, 0.0f);
 }
 

@@ -15,8 +15,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Running state of one query head of a task: queries are the lanes of q_lanes, maximum and sum.
 struct HeadState {
   float* q_lanes;  // [dim][64]
-  float* o;        // [64][ld], not yet divided by sum
-  float* maximum;  // [64], in units of log2
+  float* o;        // [64][ld], of softmax not yet divided by sum
+  float* maximum;  // [64], in units of log2; of softmax, as sum
   float* sum;      // [64]
 };
 int64_t HeadFloats(const BlockedShape& shape) { return shape.lanes() + shape.packed() + 2 * 64; }
@@ -42,6 +42,7 @@ class ForwardTask {
     v_ = scratch_.Take(shape.packed());
     scores_ = scratch_.Take(BlockedShape::kTile);
     rescale_ = scratch_.Take(64);
+    std::fill(rescale_, rescale_ + 64, 1.0f);  // to stay, of sigmoid
   }
 
   void Run() {
@@ -87,7 +88,6 @@ class ForwardTask {
       VisibleBitsOfKeys(args_.mask.rule(), args_.mask.documents(), task_.kv_head, query_, key,
                         bits);
     }
-    const float scale = static_cast<float>(args_.scale * kLog2E);
     if (maxima_.wanted()) scores_of_blocks_.Start(key);
     for (int64_t g = 0; g < shape_.group; ++g) {
       const HeadState head = Head(heads, g);
@@ -105,13 +105,7 @@ class ForwardTask {
       if (maxima_.wanted()) {
         scores_of_blocks_.Keep(scores_, keys, kind == BlockKind::kPartial ? bits : nullptr);
       }
-      kernels_.softmax({.s = scores_,
-                        .keys = static_cast<int>(keys),
-                        .scale = scale,
-                        .bits = kind == BlockKind::kPartial ? bits : nullptr,
-                        .maximum = head.maximum,
-                        .sum = head.sum,
-                        .rescale = rescale_});
+      ScoresToWeights(head, keys, kind == BlockKind::kPartial ? bits : nullptr);
       kernels_.gemm({.a = scores_,
                      .a_row = 1,
                      .a_inner = 64,
@@ -126,6 +120,36 @@ class ForwardTask {
     }
   }
 
+  void ScoresToWeights(const HeadState& head, int64_t keys, const uint64_t* bits) const {
+    const float scale = static_cast<float>(args_.scale * kLog2E);
+    if (args_.normalization == Normalization::kSigmoid) {
+      kernels_.sigmoid({.s = scores_,
+                        .keys = static_cast<int>(keys),
+                        .scale = scale,
+                        .bias = static_cast<float>(args_.bias * kLog2E),
+                        .bits = bits});
+      return;
+    }
+    kernels_.softmax({.s = scores_,
+                      .keys = static_cast<int>(keys),
+                      .scale = scale,
+                      .bits = bits,
+                      .maximum = head.maximum,
+                      .sum = head.sum,
+                      .rescale = rescale_});
+  }
+
+  // Writes lse and returns what o is to be multiplied by; of sigmoid, 1.
+  float Normalize(const HeadState& head, int64_t i, int64_t row) const {
+    if (args_.normalization == Normalization::kSigmoid) return 1.0f;
+    const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
+    args_.lse.data<float>()[row] =
+        empty ? -kInfinity
+              : static_cast<float>(kLn2 * static_cast<double>(head.maximum[i]) +
+                                   std::log(static_cast<double>(head.sum[i])));
+    return empty ? 0.0f : 1.0f / head.sum[i];
+  }
+
   void Finish(int64_t g, const HeadState& head) {
     if (maxima_.wanted()) {
       float lse[64];
@@ -135,12 +159,7 @@ class ForwardTask {
     }
     for (int64_t i = 0; i < tokens_; ++i) {
       const int64_t row = (first_token_ + i) * shape_.heads + QueryHead(g);
-      const bool empty = head.sum[i] == 0;  // NaN scores must not look like no scores
-      const float scale = empty ? 0.0f : 1.0f / head.sum[i];
-      args_.lse.data<float>()[row] =
-          empty ? -kInfinity
-                : static_cast<float>(kLn2 * static_cast<double>(head.maximum[i]) +
-                                     std::log(static_cast<double>(head.sum[i])));
+      const float scale = Normalize(head, i, row);
       const float* from = head.o + i * shape_.ld;
       if (args_.o.dtype() == DType::kBF16) {
         BF16* to = args_.o.data<BF16>() + row * shape_.dim;

@@ -2,6 +2,7 @@
 // standard headers and only internal linkage besides the table at the end.
 #include <immintrin.h>
 
+#include "ops/attention/cpu/avx512_logistic.h"
 #include "ops/attention/cpu/block_kernels.h"
 
 namespace longspan::ops::avx512 {
@@ -187,32 +188,62 @@ void Softmax(const SoftmaxStep& step) {
   }
 }
 
-inline void GradientRow(const GradientStep& step, int row, int lane, __m512 lse, __m512 delta) {
-  float* s = step.s + row * 64 + lane;
-  float* dp = step.dp + row * 64 + lane;
-  const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(s), _mm512_set1_ps(step.scale), lse);
-  const __m512 p = _mm512_maskz_mov_ps(LaneMask(step.bits, row, lane), Exp2(t));
-  _mm512_store_ps(s, p);
-  _mm512_store_ps(dp, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(dp), delta)));
-}
-
-void GradientByQuery(const GradientStep& step) {
-  for (int lane = 0; lane < 64; lane += kLanes) {
-    const __m512 lse = _mm512_load_ps(step.lse + lane), delta = _mm512_load_ps(step.delta + lane);
-    for (int k = 0; k < step.rows; ++k) GradientRow(step, k, lane, lse, delta);
+void Sigmoid(const SigmoidStep& step) {
+  const __m512 scale = _mm512_set1_ps(step.scale), bias = _mm512_set1_ps(step.bias);
+  for (int k = 0; k < step.keys; ++k) {
+    for (int lane = 0; lane < 64; lane += kLanes) {
+      float* s = step.s + k * 64 + lane;
+      const __m512 t = _mm512_fmadd_ps(_mm512_load_ps(s), scale, bias);
+      const __m512 p = LogisticOf(t, Exp2(MinusAbs(t))).p;
+      _mm512_store_ps(s, _mm512_maskz_mov_ps(LaneMask(step.bits, k, lane), p));
+    }
   }
 }
 
+template <bool kSigmoid>
+inline void GradientRow(const GradientStep& step, int row, int lane, __m512 lse, __m512 delta) {
+  float* s = step.s + row * 64 + lane;
+  float* dp = step.dp + row * 64 + lane;
+  const __mmask16 seen = LaneMask(step.bits, row, lane);
+  const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(s), _mm512_set1_ps(step.scale), lse);
+  if constexpr (kSigmoid) {
+    const LogisticLanes weight = LogisticOf(t, Exp2(MinusAbs(t)));
+    _mm512_store_ps(s, _mm512_maskz_mov_ps(seen, weight.p));
+    _mm512_store_ps(dp, _mm512_maskz_mul_ps(seen, weight.slope, _mm512_load_ps(dp)));
+  } else {
+    const __m512 p = _mm512_maskz_mov_ps(seen, Exp2(t));
+    _mm512_store_ps(s, p);
+    _mm512_store_ps(dp, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(dp), delta)));
+  }
+}
+
+template <bool kSigmoid>
+void GradientByQuery(const GradientStep& step) {
+  for (int lane = 0; lane < 64; lane += kLanes) {
+    const __m512 lse = _mm512_load_ps(step.lse + lane), delta = _mm512_load_ps(step.delta + lane);
+    for (int k = 0; k < step.rows; ++k) GradientRow<kSigmoid>(step, k, lane, lse, delta);
+  }
+}
+
+template <bool kSigmoid>
 void GradientByKey(const GradientStep& step) {
   for (int q = 0; q < step.rows; ++q) {
     const __m512 lse = _mm512_set1_ps(step.lse[q]), delta = _mm512_set1_ps(step.delta[q]);
-    for (int lane = 0; lane < 64; lane += kLanes) GradientRow(step, q, lane, lse, delta);
+    for (int lane = 0; lane < 64; lane += kLanes) GradientRow<kSigmoid>(step, q, lane, lse, delta);
   }
 }
 
 }  // namespace
 
-const BlockKernels kBlockKernels = {PackF32, PackBf16,        Transpose,    Gemm,
-                                    Softmax, GradientByQuery, GradientByKey};
+const BlockKernels kBlockKernels = {PackF32,
+                                    PackBf16,
+                                    Transpose,
+                                    Gemm,
+                                    Softmax,
+                                    GradientByQuery<false>,
+                                    GradientByKey<false>,
+                                    Sigmoid,
+                                    GradientByQuery<true>,
+                                    GradientByKey<true>};
 
 }  // namespace longspan::ops::avx512

@@ -2,6 +2,7 @@
 // processors run, so no standard headers and only internal linkage besides the table at the end.
 #include <immintrin.h>
 
+#include "ops/attention/cpu/avx512_logistic.h"
 #include "ops/attention/cpu/bf16_kernels.h"
 
 namespace longspan::ops::avx512_bf16 {
@@ -181,7 +182,7 @@ void ToColumns(const uint16_t* rows, int64_t ld, int padded, uint16_t* to) {
   }
 }
 
-// ---- softmax and its gradient ----------------------------------------------------------------
+// ---- softmax, sigmoid and their gradients ------------------------------------------------------
 
 // 2^t for t <= 127; 0 below -150 (-inf included); NaN stays NaN. The polynomial is the minimax one
 // of degree 5 on [-1/2, 1/2]; relative error below 3e-7.
@@ -293,14 +294,38 @@ bool Softmax(const Bf16Softmax& g) {
   return raised;
 }
 
+void Sigmoid(const Bf16Sigmoid& g) {
+  const __m512 scale = _mm512_set1_ps(g.scale), bias = _mm512_set1_ps(g.bias);
+  for (int lane = 0; lane < kLanes; lane += kVector) {
+    const auto weight = [&](int k) {
+      const __m512 t = _mm512_fmadd_ps(_mm512_load_ps(g.s + k * kLanes + lane), scale, bias);
+      return _mm512_maskz_mov_ps(LaneMask(g.bits, k, lane), LogisticOf(t, Exp2(MinusAbs(t))).p);
+    };
+    for (int k = 0; k < g.keys; k += 2) {
+      const __m512 first = weight(k);
+      const __m512 second = k + 1 < g.keys ? weight(k + 1) : _mm512_setzero_ps();
+      StorePair(g.p + k / 2 * kLaneRow + 2 * lane, Pair(first, second));
+    }
+  }
+  ClearPairs(g.p, (g.keys + 1) / 2 * 2);
+}
+
 struct GradientPair {
   __m512 p, ds;
 };
+template <bool kSigmoid>
 inline GradientPair GradientAt(const Bf16Gradient& g, int row, int lane, __m512 lse, __m512 delta) {
   const int at = row * kLanes + lane;
+  const __mmask16 seen = LaneMask(g.bits, row, lane);
   const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(g.s + at), _mm512_set1_ps(g.scale), lse);
-  const __m512 p = _mm512_maskz_mov_ps(LaneMask(g.bits, row, lane), Exp2(t));
-  return {p, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(g.dp + at), delta))};
+  if constexpr (kSigmoid) {
+    const LogisticLanes weight = LogisticOf(t, Exp2(MinusAbs(t)));
+    return {_mm512_maskz_mov_ps(seen, weight.p),
+            _mm512_maskz_mul_ps(seen, weight.slope, _mm512_load_ps(g.dp + at))};
+  } else {
+    const __m512 p = _mm512_maskz_mov_ps(seen, Exp2(t));
+    return {p, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(g.dp + at), delta))};
+  }
 }
 
 void GradientByQuery(const Bf16Gradient& g) {
@@ -308,14 +333,16 @@ void GradientByQuery(const Bf16Gradient& g) {
   for (int lane = 0; lane < kLanes; lane += kVector) {
     const __m512 lse = _mm512_load_ps(g.lse + lane), delta = _mm512_load_ps(g.delta + lane);
     for (int row = 0; row < g.rows; row += 2) {
-      const GradientPair a = GradientAt(g, row, lane, lse, delta);
-      const GradientPair b = row + 1 < g.rows ? GradientAt(g, row + 1, lane, lse, delta) : none;
+      const GradientPair a = GradientAt<false>(g, row, lane, lse, delta);
+      const GradientPair b =
+          row + 1 < g.rows ? GradientAt<false>(g, row + 1, lane, lse, delta) : none;
       StorePair(g.ds + row / 2 * kLaneRow + 2 * lane, Pair(a.ds, b.ds));
     }
   }
   ClearPairs(g.ds, (g.rows + 1) / 2 * 2);
 }
 
+template <bool kSigmoid>
 void GradientByKey(const Bf16Gradient& g) {
   for (int row = 0; row < g.rows; row += 2) {
     const bool pair = row + 1 < g.rows;
@@ -323,9 +350,9 @@ void GradientByKey(const Bf16Gradient& g) {
     const __m512 lse1 = _mm512_set1_ps(pair ? g.lse[row + 1] : __builtin_inff());
     const __m512 delta1 = _mm512_set1_ps(pair ? g.delta[row + 1] : 0.0f);
     for (int lane = 0; lane < kLanes; lane += kVector) {
-      const GradientPair a = GradientAt(g, row, lane, lse0, delta0);
+      const GradientPair a = GradientAt<kSigmoid>(g, row, lane, lse0, delta0);
       GradientPair b = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      if (pair) b = GradientAt(g, row + 1, lane, lse1, delta1);
+      if (pair) b = GradientAt<kSigmoid>(g, row + 1, lane, lse1, delta1);
       const int at = row / 2 * kLaneRow + 2 * lane;
       StorePair(g.p + at, Pair(a.p, b.p));
       StorePair(g.ds + at, Pair(a.ds, b.ds));
@@ -397,8 +424,21 @@ void NoTask() {}
 
 }  // namespace
 
-const Bf16Kernels kKernels = {NoTask,     NoTask,   Gemm,      CopyRows,        RoundRows,
-                              ToColumns,  ToLanes,  Softmax,   GradientByQuery, GradientByKey,
-                              ScaleLanes, StoreF32, StoreBf16, AddF32};
+const Bf16Kernels kKernels = {NoTask,
+                              NoTask,
+                              Gemm,
+                              CopyRows,
+                              RoundRows,
+                              ToColumns,
+                              ToLanes,
+                              Softmax,
+                              GradientByQuery,
+                              GradientByKey<false>,
+                              Sigmoid,
+                              GradientByKey<true>,
+                              ScaleLanes,
+                              StoreF32,
+                              StoreBf16,
+                              AddF32};
 
 }  // namespace longspan::ops::avx512_bf16

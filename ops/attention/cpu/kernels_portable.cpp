@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
 
 #include "ops/attention/cpu/block_kernels.h"
+#include "ops/attention/logistic.h"
 #include "ops/core/dtype.h"
 
 // Plain loops over fixed numbers of lanes, which compilers turn into vector code for any processor.
@@ -154,9 +156,54 @@ void GradientByKey(const GradientStep& step) {
   }
 }
 
+void Sigmoid(const SigmoidStep& step) {
+  for (int k = 0; k < step.keys; ++k) {
+    float* s = step.s + k * 64;
+    for (int n = 0; n < 64; ++n) {
+      const float t = s[n] * step.scale + step.bias;
+      s[n] = LogisticOf(t, Exp2(-std::abs(t))).p;
+    }
+    Hide(step.bits, k, 0, 64, 0.0f, s);
+  }
+}
+
+// Of one row, with the `lse` of each lane.
+void SigmoidGradientRow(const GradientStep& step, int row, const float* lse) {
+  float* s = step.s + row * 64;
+  float* dp = step.dp + row * 64;
+  for (int n = 0; n < 64; ++n) {
+    const float t = s[n] * step.scale - lse[n];
+    const Logistic<float> weight = LogisticOf(t, Exp2(-std::abs(t)));
+    s[n] = weight.p;
+    dp[n] *= weight.slope;
+  }
+  Hide(step.bits, row, 0, 64, 0.0f, s);
+  Hide(step.bits, row, 0, 64, 0.0f, dp);
+}
+
+void SigmoidGradientByQuery(const GradientStep& step) {
+  for (int k = 0; k < step.rows; ++k) SigmoidGradientRow(step, k, step.lse);
+}
+
+void SigmoidGradientByKey(const GradientStep& step) {
+  float lse[64];
+  for (int q = 0; q < step.rows; ++q) {
+    std::fill(lse, lse + 64, step.lse[q]);
+    SigmoidGradientRow(step, q, lse);
+  }
+}
+
 }  // namespace
 
-const BlockKernels kBlockKernels = {PackF32, PackBf16,        Transpose,    Gemm,
-                                    Softmax, GradientByQuery, GradientByKey};
+const BlockKernels kBlockKernels = {PackF32,
+                                    PackBf16,
+                                    Transpose,
+                                    Gemm,
+                                    Softmax,
+                                    GradientByQuery,
+                                    GradientByKey,
+                                    Sigmoid,
+                                    SigmoidGradientByQuery,
+                                    SigmoidGradientByKey};
 
 }  // namespace longspan::ops::portable

@@ -4,6 +4,7 @@
 
 #include "ops/attention/cpu/attention_cpu.h"
 #include "ops/attention/cpu/block_maxima.h"
+#include "ops/attention/logistic.h"
 #include "ops/core/parallel_for.h"
 
 // Attention token by token: the definition, Visible() for every pair that a block leaves open, and
@@ -77,7 +78,13 @@ QueryTokens TokensOfRow(const BlockMask& mask, int32_t index) {
           BlockFirstToken(mask.documents().row_length, queries.ids[i])};
 }
 
-// o and lse of one query head's row over the keys at `offsets`.
+template <class A>
+Logistic<A> SigmoidOf(A score, double bias) {
+  const A x = score + static_cast<A>(bias);
+  return LogisticOf(x, std::exp(-std::abs(x)));
+}
+
+// o and, of softmax, lse of one query head's row over the keys at `offsets`; `p`: its scores.
 template <class T, class A, class Out>
 void ForwardRow(const ForwardArgs& args, const std::vector<int64_t>& offsets, int64_t row,
                 std::vector<A>& p, Out* o) {
@@ -93,14 +100,19 @@ void ForwardRow(const ForwardArgs& args, const std::vector<int64_t>& offsets, in
     p[j] = static_cast<A>(args.scale) * Dot(q.data(), k + offsets[j], dim);
     top = std::max(top, p[j]);
   }
+  const bool sigmoid = args.normalization == Normalization::kSigmoid;
   std::vector<double> out(static_cast<size_t>(dim));
   for (size_t j = 0; j < offsets.size(); ++j) {
-    const A weight = std::exp(p[j] - top);
+    const A weight = sigmoid ? SigmoidOf(p[j], args.bias).p : std::exp(p[j] - top);
     sum += static_cast<double>(weight);
     AddScaled(static_cast<double>(weight), v + offsets[j], dim, out.data());
   }
-  args.lse.data<A>()[row] =
-      offsets.empty() ? -kInfinity : static_cast<A>(static_cast<double>(top) + std::log(sum));
+  if (sigmoid) {
+    sum = 1;
+  } else {
+    args.lse.data<A>()[row] =
+        offsets.empty() ? -kInfinity : static_cast<A>(static_cast<double>(top) + std::log(sum));
+  }
   for (int64_t d = 0; d < dim; ++d) {
     const double x = out[static_cast<size_t>(d)];
     o[row * dim + d] = Out(static_cast<A>(offsets.empty() ? 0 : x / sum));
@@ -150,17 +162,18 @@ void ForwardTask(const ForwardArgs& args, const BlockMaxima& maxima, BlockTask t
 template <class A>
 struct RowState {
   std::vector<A> q, d_out;
-  A lse, delta;
+  A lse, delta;  // of softmax
 };
 
 template <class T>
 RowState<Accumulator<T>> LoadRow(const BackwardArgs& args, int64_t row) {
   using A = Accumulator<T>;
   const int64_t dim = args.kv.head_dim;
-  RowState<A> state;
+  RowState<A> state{};
   state.q = Row<A>(args.q.data<T>() + row * dim, dim);
   state.d_out = args.d_out.dtype() == DTypeOf<T>() ? Row<A>(args.d_out.data<T>() + row * dim, dim)
                                                    : Row<A>(args.d_out.data<A>() + row * dim, dim);
+  if (args.normalization == Normalization::kSigmoid) return state;
   state.lse = args.lse.data<A>()[row];
   state.delta = args.delta.data<A>()[row];
   if (args.dlse.defined()) state.delta -= args.dlse.data<A>()[row];
@@ -176,8 +189,12 @@ template <class T, class A>
 PairGradient<A> Pair(const BackwardArgs& args, const RowState<A>& row, int64_t offset) {
   const int64_t dim = args.kv.head_dim;
   const A s = static_cast<A>(args.scale) * Dot(row.q.data(), args.kv.k.data<T>() + offset, dim);
-  const A p = std::exp(s - row.lse);
   const A dp = Dot(row.d_out.data(), args.kv.v.data<T>() + offset, dim);
+  if (args.normalization == Normalization::kSigmoid) {
+    const Logistic<A> weight = SigmoidOf(s, args.bias);
+    return {weight.p, weight.slope * dp};
+  }
+  const A p = std::exp(s - row.lse);
   return {p, p * (dp - row.delta)};
 }
 

@@ -198,6 +198,46 @@ TEST(AttentionErrorsTest, InputsOfBackward) {
   expect("dkv has no table", [](Problem& p) { p.dkv.table = nullptr; });
 }
 
+TEST(AttentionErrorsTest, WhatTheNormalizationExcludes) {
+  const auto of_sigmoid = [](const std::function<void(Problem&)>& spoil) {
+    return [spoil](Problem& p) {
+      p.options.normalization = ops::Normalization::kSigmoid;
+      p.lse = p.delta = {};
+      spoil(p);
+    };
+  };
+  for (const bool backward : {false, true}) {
+    for (const double bias : {0.0, 0.5}) {
+      ExpectRefusal(backward,
+                    Str("options.bias is ", bias, " but options.normalization is softmax"),
+                    [&](Problem& p) { p.options.bias = bias; });
+    }
+    ExpectRefusal(backward, "options.bias is inf; it must be finite", of_sigmoid([](Problem& p) {
+                    p.options.bias = std::numeric_limits<double>::infinity();
+                  }));
+    ExpectRefusal(backward, "options.bias is nan", of_sigmoid([](Problem& p) {
+                    p.options.bias = std::numeric_limits<double>::quiet_NaN();
+                  }));
+    ExpectRefusal(backward,
+                  "options.want_block_maxima is true but options.normalization is sigmoid",
+                  of_sigmoid([](Problem& p) { p.options.want_block_maxima = true; }));
+  }
+  ExpectRefusal(true, "lse is f32[100, 4] but options.normalization is sigmoid",
+                of_sigmoid([](Problem& p) {
+                  p.lse = p.Zeros({kTokens, kHeads});
+                }));
+  ExpectRefusal(true, "delta is f32[100, 4] but options.normalization is sigmoid",
+                of_sigmoid([](Problem& p) {
+                  p.delta = p.Zeros({kTokens, kHeads});
+                }));
+  ExpectRefusal(true, "dlse is f32[100, 4] but options.normalization is sigmoid",
+                of_sigmoid([](Problem& p) {
+                  p.dlse = p.Zeros({kTokens, kHeads});
+                }));
+  ExpectRefusal(true, "lse is undefined", [](Problem& p) { p.lse = {}; });
+  ExpectRefusal(true, "delta is undefined", [](Problem& p) { p.delta = {}; });
+}
+
 TEST(AttentionErrorsTest, ForcedImplementationSaysWhyItCannotRun) {
   if (OnCuda()) {
     ExpectRefusal(false, "implementation reference_cuda cannot run this: head_dim 264 is above 256",
@@ -278,37 +318,52 @@ TEST(AttentionErrorsTest, TableIsOrderedAndTheFirstThatAcceptsRuns) {
 
 // A NaN in a query must reach its row of the result and the gradients of its row and of the keys
 // that it sees, and never look like a row that sees nothing.
-TEST(AttentionErrorsTest, NanReachesTheResult) {
+void ExpectNanReachesTheResult(DType dtype, ops::Normalization normalization,
+                               const std::string& name) {
   constexpr int64_t kToken = 70, kHead = 1, kRow = kToken * kHeads + kHead;
+  const bool sigmoid = normalization == ops::Normalization::kSigmoid;
+  SCOPED_TRACE(Str(name, " ", ToString(dtype), sigmoid ? " sigmoid" : ""));
+  Problem p;
+  Vec q(static_cast<size_t>(p.q.numel()));
+  q[kRow * kDim] = std::numeric_limits<double>::quiet_NaN();
+  p.q = FromVec(p.ctx, p.q.shape(), dtype, q);
+  p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, kDim}, dtype),
+                         p.Zeros({kTokens, kKvHeads, kDim}, dtype), p.all);
+  p.options.implementation = name;
+  p.options.normalization = normalization;
+  const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
+  p.lse = result.lse;
+  p.delta = sigmoid ? Tensor() : ops::AttentionDelta(p.ctx, p.d_out, result.o);
+  p.Backward();
+  const Vec lse = sigmoid ? Vec() : ToVec(p.lse), o = ToVec(result.o), dq = ToVec(p.dq);
+  for (int64_t row = 0; row < kTokens * kHeads; ++row) {
+    const bool bad = row == kRow;
+    if (!sigmoid) {
+      EXPECT_EQ(std::isnan(lse[static_cast<size_t>(row)]), bad) << "row " << row;
+    }
+    EXPECT_EQ(std::isnan(o[static_cast<size_t>(row * kDim + 3)]), bad) << "row " << row;
+    EXPECT_EQ(std::isnan(dq[static_cast<size_t>(row * kDim + 3)]), bad) << "row " << row;
+  }
+  const Vec dk = ToVec(p.dkv.dk), dv = ToVec(p.dkv.dv);
+  for (int64_t key = 0; key <= kToken; ++key) {
+    for (int64_t head = 0; head < kKvHeads; ++head) {
+      const auto at = static_cast<size_t>((key * kKvHeads + head) * kDim);
+      EXPECT_EQ(std::isnan(dk[at]), head == 0) << "key " << key << " kv head " << head;
+      EXPECT_EQ(std::isnan(dv[at]), head == 0) << "key " << key << " kv head " << head;
+    }
+  }
+}
+
+TEST(AttentionErrorsTest, NanReachesTheResult) {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    for (const std::string& name :
-         ImplementationsFor(Problem().ctx, {dtype, kHeads, kKvHeads, kDim})) {
-      SCOPED_TRACE(Str(name, " ", ToString(dtype)));
-      Problem p;
-      Vec q(static_cast<size_t>(p.q.numel()));
-      q[kRow * kDim] = std::numeric_limits<double>::quiet_NaN();
-      p.q = FromVec(p.ctx, p.q.shape(), dtype, q);
-      p.kv = ops::MakeKvView(p.Zeros({kTokens, kKvHeads, kDim}, dtype),
-                             p.Zeros({kTokens, kKvHeads, kDim}, dtype), p.all);
-      p.options.implementation = name;
-      const auto result = ops::AttentionForward(p.ctx, p.q, p.kv, *p.mask, p.options);
-      p.lse = result.lse;
-      p.delta = ops::AttentionDelta(p.ctx, p.d_out, result.o);
-      p.Backward();
-      const Vec lse = ToVec(p.lse), o = ToVec(result.o), dq = ToVec(p.dq);
-      for (int64_t row = 0; row < kTokens * kHeads; ++row) {
-        const bool bad = row == kRow;
-        EXPECT_EQ(std::isnan(lse[static_cast<size_t>(row)]), bad) << "row " << row;
-        EXPECT_EQ(std::isnan(o[static_cast<size_t>(row * kDim + 3)]), bad) << "row " << row;
-        EXPECT_EQ(std::isnan(dq[static_cast<size_t>(row * kDim + 3)]), bad) << "row " << row;
-      }
-      const Vec dk = ToVec(p.dkv.dk), dv = ToVec(p.dkv.dv);
-      for (int64_t key = 0; key <= kToken; ++key) {
-        for (int64_t head = 0; head < kKvHeads; ++head) {
-          const auto at = static_cast<size_t>((key * kKvHeads + head) * kDim);
-          EXPECT_EQ(std::isnan(dk[at]), head == 0) << "key " << key << " kv head " << head;
-          EXPECT_EQ(std::isnan(dv[at]), head == 0) << "key " << key << " kv head " << head;
-        }
+    for (const ops::Normalization normalization : kNormalizations) {
+      for (const std::string& name :
+           ImplementationsFor(Problem().ctx, {.dtype = dtype,
+                                             .heads = kHeads,
+                                             .kv_heads = kKvHeads,
+                                             .head_dim = kDim,
+                                             .normalization = normalization})) {
+        ExpectNanReachesTheResult(dtype, normalization, name);
       }
     }
   }

@@ -1,7 +1,10 @@
 #pragma once
+#include <iterator>
+#include <optional>
 #include <string>
 
 #include "ops/attention/attention.h"
+#include "ops/core/rng.h"
 #include "tests/ops/attention/mask_cases.h"
 #include "tests/ops/attention/reference.h"
 
@@ -18,8 +21,13 @@ struct AttentionCase {
   bool with_dlse = true;
   bool aligned = true;  // K and V of blocks that start at 16 bytes
   uint64_t seed = 1;
+  ops::Normalization normalization = ops::Normalization::kSoftmax;
+  std::optional<double> bias{};  // as in AttentionOptions
 
   int64_t heads() const { return mask_case.kv_heads * group; }
+  bool sigmoid() const { return normalization == ops::Normalization::kSigmoid; }
+  // Of sigmoid: what the naive answer takes.
+  double ResolvedBias() const;
   std::string Name() const;
 };
 
@@ -34,7 +42,30 @@ std::vector<std::string> ImplementationsFor(const Context& ctx,
                                             const ops::AttentionProblem& problem);
 std::vector<std::string> ImplementationsFor(const Context& ctx, const AttentionCase& c);
 
-// What one implementation computed.
+inline constexpr ops::Normalization kNormalizations[] = {ops::Normalization::kSoftmax,
+                                                         ops::Normalization::kSigmoid};
+
+// Properties of one case, each drawn on its own: taken from one index by different remainders,
+// some would always occur together.
+class Draws {
+ public:
+  explicit Draws(uint64_t seed) : rng_(seed, StreamOf("attention case")) {}
+  template <class Values>
+  auto Of(const Values& values) {
+    return *(std::begin(values) + rng_.Below(next_++, std::size(values)));
+  }
+
+ private:
+  Philox rng_;
+  uint64_t next_ = 0;
+};
+
+// The error, relative to the largest element, that an implementation may have. bf16 operands are
+// exact in f32 and the results are f32, so most are allowed no more than for f32. Those named after
+// bf16 also take probabilities and score gradients in it.
+double Tolerance(const std::string& name, DType dtype);
+
+// What one implementation computed; lse is empty of sigmoid.
 struct AttentionRun {
   Vec o, lse, dq, dk, dv;
   std::string implementation;
@@ -47,6 +78,8 @@ AttentionRun RunAttention(Context& ctx, const AttentionCase& c, const AttentionI
                           const std::string& implementation,
                           std::shared_ptr<const ops::BlockMask> mask = nullptr);
 std::shared_ptr<const ops::BlockMask> BuildMask(const MaskCase& c);
+// What the naive attention of the case's normalization gives, in f64.
+AttentionRun RunNaive(const AttentionCase& c, const AttentionInputs& inputs);
 
 // Key blocks at random places of [tokens, kv heads, dim]-like storage with gaps. Not aligned: rows
 // at odd places, of which nothing may assume more.

@@ -11,7 +11,8 @@ namespace {
 
 Context WithThreads(int threads) { return Context({.threads = threads}); }
 
-AttentionCase SmallCase(DType dtype) {
+AttentionCase SmallCase(DType dtype,
+                        ops::Normalization normalization = ops::Normalization::kSoftmax) {
   const auto documents =
       std::make_shared<ops::Documents>(ops::Documents::FromEnds(300, {{150, 300}}));
   const auto all = ops::BlockList::All(*documents);
@@ -24,26 +25,29 @@ AttentionCase SmallCase(DType dtype) {
           .dim = 24,
           .scale = 0,
           .with_dlse = true,
-          .seed = 9};
+          .seed = 9,
+          .normalization = normalization};
 }
 
 TEST(AttentionThreadsTest, SameBitsForAnyNumberOfThreads) {
   if (OnCuda()) return;  // kernels have no threads of the host
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
-    const AttentionCase c = SmallCase(dtype);
-    const AttentionInputs in = MakeInputs(c);
-    Context one = WithThreads(1);
-    for (const std::string& name :
-         ImplementationsFor(one, {dtype, c.heads(), c.mask_case.kv_heads, c.dim})) {
-      const AttentionRun want = RunAttention(one, c, in, name);
-      for (const int threads : {1, 2, 3, 5}) {
-        Context many = WithThreads(threads);
-        const AttentionRun run = RunAttention(many, c, in, name);
-        EXPECT_EQ(run.o, want.o) << name << " " << threads;
-        EXPECT_EQ(run.lse, want.lse) << name << " " << threads;
-        EXPECT_EQ(run.dq, want.dq) << name << " " << threads;
-        EXPECT_EQ(run.dk, want.dk) << name << " " << threads;
-        EXPECT_EQ(run.dv, want.dv) << name << " " << threads;
+    for (const ops::Normalization normalization : kNormalizations) {
+      const AttentionCase c = SmallCase(dtype, normalization);
+      const AttentionInputs in = MakeInputs(c);
+      Context one = WithThreads(1);
+      for (const std::string& name : ImplementationsFor(one, c)) {
+        const AttentionRun want = RunAttention(one, c, in, name);
+        for (const int threads : {1, 2, 3, 5}) {
+          SCOPED_TRACE(Str(name, " ", c.Name(), " ", threads));
+          Context many = WithThreads(threads);
+          const AttentionRun run = RunAttention(many, c, in, name);
+          EXPECT_EQ(run.o, want.o);
+          EXPECT_EQ(run.lse, want.lse);
+          EXPECT_EQ(run.dq, want.dq);
+          EXPECT_EQ(run.dk, want.dk);
+          EXPECT_EQ(run.dv, want.dv);
+        }
       }
     }
   }

@@ -26,9 +26,34 @@ struct NaiveRun {
   Vec o, lse, dq, dk, dv;
 };
 
-// Attention with one probability matrix a head, in f64 except that probabilities relative to the
-// row's maximum (forward), probabilities and score gradients (backward) are rounded to bf16, as
-// operands of products are.
+// Of the scores of one row: the weights, the same as the product of the forward pass has them, and
+// (softmax) lse.
+struct RowWeights {
+  Vec p, rounded;
+  double lse = 0;
+};
+RowWeights WeightsOf(const AttentionCase& c, const Vec& scores) {
+  RowWeights out;
+  if (c.sigmoid()) {
+    for (const double s : scores) {
+      out.p.push_back(1 / (1 + std::exp(-s - c.ResolvedBias())));
+      out.rounded.push_back(Rounded(out.p.back()));
+    }
+    return out;
+  }
+  const double top = *std::max_element(scores.begin(), scores.end());
+  double sum = 0;
+  for (const double s : scores) sum += std::exp(s - top);
+  out.lse = top + std::log(sum);
+  for (const double s : scores) {
+    out.p.push_back(std::exp(s - out.lse));
+    out.rounded.push_back(Rounded(std::exp(s - top)) / sum);
+  }
+  return out;
+}
+
+// Attention with one weight matrix a head, in f64 except that weights (softmax, forward: relative
+// to the row's maximum) and score gradients are rounded to bf16, as operands of products are.
 NaiveRun NaiveBf16(const AttentionCase& c, const AttentionInputs& in) {
   const NaiveProblem& a = in.problem;
   const auto rows = static_cast<size_t>(a.queries.tokens());
@@ -63,25 +88,21 @@ NaiveRun NaiveBf16(const AttentionCase& c, const AttentionInputs& in) {
         out.lse[i * heads + h] = -std::numeric_limits<double>::infinity();
         continue;
       }
-      const double top = *std::max_element(s.begin(), s.end());
-      double sum = 0;
-      for (const double x : s) sum += std::exp(x - top);
-      const double lse = top + std::log(sum);
-      out.lse[i * heads + h] = lse;
+      const RowWeights weights = WeightsOf(c, s);
+      out.lse[i * heads + h] = weights.lse;
       for (size_t n = 0; n < s.size(); ++n) {
-        add(Rounded(std::exp(s[n] - top)) / sum, &in.v[seen[n]], &out.o[at]);
+        add(weights.rounded[n], &in.v[seen[n]], &out.o[at]);
       }
       const double delta = dot(&in.d_out[at], &out.o[at]) - in.dlse[i * heads + h];
       for (size_t n = 0; n < s.size(); ++n) {
-        const double p = std::exp(s[n] - lse);
-        const double ds = Rounded(p * (dot(&in.d_out[at], &in.v[seen[n]]) - delta)) * a.scale;
+        const double p = weights.p[n], dp = dot(&in.d_out[at], &in.v[seen[n]]);
+        const double ds = Rounded(c.sigmoid() ? p * (1 - p) * dp : p * (dp - delta)) * a.scale;
         add(Rounded(p), &in.d_out[at], &out.dv[seen[n]]);
         add(ds, &in.k[seen[n]], &out.dq[at]);
         add(ds, &in.q[at], &out.dk[seen[n]]);
       }
     }
   }
-  static_cast<void>(c);
   return out;
 }
 
@@ -92,24 +113,23 @@ void ExpectAtMostTwice(const char* what, const Vec& got, const Vec& naive, const
 void Check(Context& ctx, const AttentionCase& c) {
   SCOPED_TRACE(c.Name());
   const AttentionInputs in = MakeInputs(c);
-  const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
-  const NaiveGradients grads = NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
+  const AttentionRun want = RunNaive(c, in);
   const NaiveRun naive = NaiveBf16(c, in);
   const std::vector<std::string> names = Bf16Implementations(ctx, c);
   ASSERT_FALSE(names.empty());
   for (const std::string& name : names) {
     SCOPED_TRACE(name);
     const AttentionRun run = RunAttention(ctx, c, in, name);
-    ExpectAtMostTwice("o", run.o, naive.o, out.o);
-    ExpectAtMostTwice("dq", run.dq, naive.dq, grads.dq);
-    ExpectAtMostTwice("dk", run.dk, naive.dk, grads.dk);
-    ExpectAtMostTwice("dv", run.dv, naive.dv, grads.dv);
+    ExpectAtMostTwice("o", run.o, naive.o, want.o);
+    ExpectAtMostTwice("dq", run.dq, naive.dq, want.dq);
+    ExpectAtMostTwice("dk", run.dk, naive.dk, want.dk);
+    ExpectAtMostTwice("dv", run.dv, naive.dv, want.dv);
     // No rounded operand enters lse.
-    for (size_t i = 0; i < out.lse.size(); ++i) {
-      if (std::isinf(out.lse[i])) {
-        EXPECT_EQ(run.lse[i], out.lse[i]);
+    for (size_t i = 0; i < want.lse.size(); ++i) {
+      if (std::isinf(want.lse[i])) {
+        EXPECT_EQ(run.lse[i], want.lse[i]);
       } else {
-        EXPECT_NEAR(run.lse[i], out.lse[i], 2e-6 * std::max(1.0, std::abs(out.lse[i])));
+        EXPECT_NEAR(run.lse[i], want.lse[i], 2e-6 * std::max(1.0, std::abs(want.lse[i])));
       }
     }
   }
@@ -150,8 +170,11 @@ TEST(Bf16AttentionTest, ErrorIsAtMostTwiceTheNaiveOne) {
       c.aligned = seed % 3 != 0;
       c.with_dlse = seed % 2 == 0;
       c.seed = ++seed;
-      Check(ctx, c);
-      if (testing::Test::HasFailure()) return;
+      for (const ops::Normalization normalization : kNormalizations) {
+        c.normalization = normalization;
+        Check(ctx, c);
+        if (testing::Test::HasFailure()) return;
+      }
     }
   }
 }
@@ -216,14 +239,19 @@ TEST(Bf16AttentionTest, NanReachesTheResults) {
   c.dim = 24;
   AttentionInputs in = MakeInputs(c);
   in.q[50 * 24 + 3] = std::numeric_limits<double>::quiet_NaN();
-  for (const std::string& name : Bf16Implementations(ctx, c)) {
-    const AttentionRun run = RunAttention(ctx, c, in, name);
-    for (size_t i = 0; i < 100; ++i) {
-      EXPECT_EQ(std::isnan(run.lse[i]), i == 50) << name << " row " << i;
-      EXPECT_EQ(std::isnan(run.o[i * 24]), i == 50) << name << " row " << i;
-      EXPECT_EQ(std::isnan(run.dq[i * 24]), i == 50) << name << " row " << i;
-      // Keys of the same block that the query does not see meet it with weight 0.
-      EXPECT_TRUE(std::isnan(run.dk[i * 24]) || i > 50) << name << " key " << i;
+  for (const ops::Normalization normalization : kNormalizations) {
+    c.normalization = normalization;
+    for (const std::string& name : Bf16Implementations(ctx, c)) {
+      const AttentionRun run = RunAttention(ctx, c, in, name);
+      for (size_t i = 0; i < 100; ++i) {
+        if (!c.sigmoid()) {
+          EXPECT_EQ(std::isnan(run.lse[i]), i == 50) << name << " row " << i;
+        }
+        EXPECT_EQ(std::isnan(run.o[i * 24]), i == 50) << name << " row " << i;
+        EXPECT_EQ(std::isnan(run.dq[i * 24]), i == 50) << name << " row " << i;
+        // Keys of the same block that the query does not see meet it with weight 0.
+        EXPECT_TRUE(std::isnan(run.dk[i * 24]) || i > 50) << name << " key " << i;
+      }
     }
   }
 }

@@ -14,15 +14,19 @@ TEST(EmulatedAmxTest, IsTheFirstChoiceAndReleasesItsTiles) {
   const auto documents =
       std::make_shared<ops::Documents>(ops::Documents::FromEnds(300, {{150, 300}}));
   const auto all = ops::BlockList::All(*documents);
-  const AttentionCase c{.mask_case = {.pattern = {"causal", ops::AttentionPattern::Causal()},
-                                      .documents = {"two", documents},
-                                      .shard = {"whole", all, all},
-                                      .kv_heads = 2},
-                        .dtype = DType::kBF16,
-                        .group = 2,
-                        .dim = 64};
+  AttentionCase c{.mask_case = {.pattern = {"causal", ops::AttentionPattern::Causal()},
+                                .documents = {"two", documents},
+                                .shard = {"whole", all, all},
+                                .kv_heads = 2},
+                  .dtype = DType::kBF16,
+                  .group = 2,
+                  .dim = 64};
   const AttentionInputs in = MakeInputs(c);
-  for (const int threads : {1, 3}) {
+  for (const auto& [threads, normalization] : {std::pair{1, ops::Normalization::kSoftmax},
+                                               {3, ops::Normalization::kSoftmax},
+                                               {1, ops::Normalization::kSigmoid},
+                                               {3, ops::Normalization::kSigmoid}}) {
+    c.normalization = normalization;
     Context ctx = OpContext(threads);
     const emulated_amx::Counts before = emulated_amx::CountsSoFar();
     const AttentionRun run = RunAttention(ctx, c, in, "");

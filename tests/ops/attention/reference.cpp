@@ -47,6 +47,26 @@ Probabilities HeadProbabilities(const NaiveProblem& a, const Vec& q, const Vec& 
   return out;
 }
 
+// Calls visit(offset in q, offset in k, score) for every visible pair of every query head.
+template <class Visit>
+void ForEachPair(const NaiveProblem& a, const Vec& q, const Vec& k, const Visit& visit) {
+  const auto queries = GlobalTokens(*a.documents, a.queries);
+  const auto keys = GlobalTokens(*a.documents, a.keys);
+  for (size_t i = 0; i < queries.size(); ++i) {
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const int64_t kv_head = h / (a.heads / a.kv_heads);
+      const size_t qi = (i * static_cast<size_t>(a.heads) + h) * a.dim;
+      for (size_t j = 0; j < keys.size(); ++j) {
+        if (!Sees(a.pattern, a.kv_heads, *a.documents, kv_head, queries[i], keys[j])) continue;
+        const size_t kj = (j * static_cast<size_t>(a.kv_heads) + kv_head) * a.dim;
+        double score = 0;
+        for (int64_t d = 0; d < a.dim; ++d) score += a.scale * q[qi + d] * k[kj + d];
+        visit(qi, kj, score);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 NaiveOutput NaiveForward(const NaiveProblem& a, const Vec& q, const Vec& k, const Vec& v) {
@@ -102,6 +122,35 @@ NaiveGradients NaiveBackward(const NaiveProblem& a, const Vec& q, const Vec& k, 
       }
     }
   }
+  return out;
+}
+
+Vec NaiveSigmoidForward(const NaiveProblem& a, double bias, const Vec& q, const Vec& k,
+                        const Vec& v) {
+  Vec o(q.size());
+  ForEachPair(a, q, k, [&](size_t qi, size_t kj, double score) {
+    const double half = (score + bias) / 2;
+    const double p = std::exp(half) / (2 * std::cosh(half));
+    for (int64_t d = 0; d < a.dim; ++d) o[qi + d] += p * v[kj + d];
+  });
+  return o;
+}
+
+NaiveGradients NaiveSigmoidBackward(const NaiveProblem& a, double bias, const Vec& q, const Vec& k,
+                                    const Vec& v, const Vec& d_out) {
+  NaiveGradients out{Vec(q.size()), Vec(k.size()), Vec(v.size())};
+  ForEachPair(a, q, k, [&](size_t qi, size_t kj, double score) {
+    const double half = (score + bias) / 2;
+    const double p = std::exp(half) / (2 * std::cosh(half));
+    const double derivative = 1 / (4 * std::cosh(half) * std::cosh(half));
+    double dp = 0;
+    for (int64_t d = 0; d < a.dim; ++d) dp += d_out[qi + d] * v[kj + d];
+    for (int64_t d = 0; d < a.dim; ++d) {
+      out.dv[kj + d] += p * d_out[qi + d];
+      out.dq[qi + d] += a.scale * derivative * dp * k[kj + d];
+      out.dk[kj + d] += a.scale * derivative * dp * q[qi + d];
+    }
+  });
   return out;
 }
 

@@ -33,4 +33,10 @@ struct NaiveGradients {
 NaiveGradients NaiveBackward(const NaiveProblem& problem, const Vec& q, const Vec& k, const Vec& v,
                              const Vec& d_out, const Vec& dlse);
 
+// The same of sigmoid attention, which has no lse: o = sum of sigmoid(s + bias) v.
+Vec NaiveSigmoidForward(const NaiveProblem& problem, double bias, const Vec& q, const Vec& k,
+                        const Vec& v);
+NaiveGradients NaiveSigmoidBackward(const NaiveProblem& problem, double bias, const Vec& q,
+                                    const Vec& k, const Vec& v, const Vec& d_out);
+
 }  // namespace longspan::test
