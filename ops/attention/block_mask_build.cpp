@@ -324,7 +324,7 @@ VisibleRule MakeVisibleRule(const AttentionPattern& pattern, int64_t kv_heads,
       rule.limit = RandomLimit(random.density);
       rule.block = random.block_size;
       rule.stride = random.mean_blocks;
-      rule.jitter = (random.mean_blocks - random.min_blocks) / 2;
+      rule.jitter = random.mean_blocks - random.min_blocks;
       break;
     }
     default:

@@ -89,7 +89,8 @@ struct RandomBlocksOptions {
   double density = 0.1;     // share of tiles that are visible, in (0, 1]
   int64_t seed = 0;         // >= 0
   int64_t mean_blocks = 1;  // of a tile, along queries and along keys; >= 1
-  int64_t min_blocks = 1;   // of a tile; from 1 to mean_blocks, which makes all tiles equal
+  int64_t min_blocks = 1;   // of a tile; from 1 to mean_blocks, which makes all tiles equal. The
+                            // largest has as many more than the mean as the smallest has fewer
   bool bidirectional = false;
   bool per_head = false;  // every kv head draws its own
   bool own_block = true;  // every block sees itself, whatever was drawn

@@ -24,7 +24,7 @@ struct VisibleRule {
   int64_t block;        // tokens per block of the pattern
   int64_t local;        // blocks: local blocks, kDilated's neighbours
   int64_t stride;       // blocks: kS2's stride, kDilated's dilation, kRandomBlocks' mean tile
-  int64_t jitter;       // blocks: how far borders of kRandomBlocks' tiles move, either way
+  int64_t jitter;       // blocks: between the first and last place of a border of kRandomBlocks
   int64_t sink_blocks;  // kPower
   int64_t head_step;    // kS2; 0 when homogeneous
   int64_t head_offset;  // kS2
@@ -54,13 +54,15 @@ LONGSPAN_HD inline uint32_t Mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// What all tiles of one kv head draw with. Every row of a micro-batch draws the same.
+// What all tiles of one kv head draw with: a number of the sequence that SplitMix64 makes of the
+// seed, the first one for all heads together. Every row of a micro-batch draws the same.
 struct RandomKey {
   uint32_t low, high;
 };
 LONGSPAN_HD inline RandomKey RandomKeyOf(uint64_t seed, bool per_head, int64_t kv_head) {
-  uint64_t x = seed + (per_head ? static_cast<uint64_t>(kv_head) + 1 : 0) * 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;  // the final step of SplitMix64
+  const uint64_t number = per_head ? static_cast<uint64_t>(kv_head) + 2 : 1;
+  uint64_t x = seed + number * 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
   x = (x ^ x >> 27) * 0x94d049bb133111ebu;
   x ^= x >> 31;
   return {static_cast<uint32_t>(x), static_cast<uint32_t>(x >> 32)};
@@ -70,14 +72,14 @@ LONGSPAN_HD inline uint32_t PairHash(RandomKey key, uint32_t row, uint32_t colum
   return Mix(Mix(row ^ key.low) ^ (column * 0x9e3779b1u + key.high));
 }
 
-// Where tile `tile` begins, in blocks, along queries (side 0) or keys (side 1): tiles have `mean`
-// blocks on average, from mean - 2 jitter to mean + 2 jitter.
+// Where tile `tile` begins, in blocks, along queries (side 0) or keys (side 1): tiles have `stride`
+// blocks on average, from stride - jitter to stride + jitter.
 LONGSPAN_HD inline int64_t TileBegin(const VisibleRule& r, RandomKey key, uint32_t side,
                                      int64_t tile) {
   if (r.jitter == 0 || tile == 0) return tile * r.stride;
   const uint32_t hash = PairHash({key.high, key.low}, static_cast<uint32_t>(tile), side);
-  return tile * r.stride + static_cast<int64_t>(hash % static_cast<uint32_t>(2 * r.jitter + 1)) -
-         r.jitter;
+  return tile * r.stride + static_cast<int64_t>(hash % static_cast<uint32_t>(r.jitter + 1)) -
+         r.jitter / 2;
 }
 
 // The tile that holds block `block`; blocks and tiles count from the phase's origin.

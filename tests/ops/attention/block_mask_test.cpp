@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 
 #include "ops/attention/id_set.h"
@@ -221,6 +222,29 @@ TEST(BlockMaskTest, PhaseDocumentDoesNotDependOnTheNeighbours) {
     random.phase = ops::StridePhase::kRow;
     EXPECT_EQ(picture(alone, BlockList::All(*alone)), want);
     EXPECT_NE(picture(packed, shifted), want);
+  }
+}
+
+// The first tile is drawn like all others, also for the seed that is the default.
+TEST(BlockMaskTest, FirstTileIsVisibleAsOftenAsTheDensitySays) {
+  const auto documents = OneRow(16);
+  const auto sees = [&](double density, int64_t seed, bool per_head) {
+    const auto pattern = AttentionPattern::RandomBlocks({.block_size = 16,
+                                                         .density = density,
+                                                         .seed = seed,
+                                                         .per_head = per_head,
+                                                         .own_block = false});
+    return ops::Visible(ops::MakeVisibleRule(pattern, 1, *documents), 0, 0, 0);
+  };
+  constexpr int64_t kSeeds = 4000;
+  for (const bool per_head : {false, true}) {
+    for (const double density : {0.05, 0.5}) {
+      int64_t seen = 0;
+      for (int64_t seed = 0; seed < kSeeds; ++seed) seen += sees(density, seed, per_head);
+      const double share = static_cast<double>(seen) / kSeeds;
+      EXPECT_NEAR(share, density, 4 * std::sqrt(density * (1 - density) / kSeeds));
+    }
+    for (int64_t seed = 0; seed < 100; ++seed) EXPECT_FALSE(sees(1e-6, seed, per_head)) << seed;
   }
 }
 

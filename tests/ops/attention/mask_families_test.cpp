@@ -2,6 +2,9 @@
 // against the slices of tokens that the benchmark describes it by.
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <map>
+
 #include "ops/attention/block_mask.h"
 #include "ops/attention/token_sets.h"
 #include "ops/core/error.h"
@@ -211,29 +214,43 @@ TEST(MaskFamiliesTest, VariableBlockSparse) {
         {.block_size = 64, .density = density, .seed = 5, .mean_blocks = 4, .min_blocks = 2});
     ExpectRandomBlocks(
         {.block_size = 16, .density = density, .seed = 6, .mean_blocks = 9, .min_blocks = 3});
+    ExpectRandomBlocks(
+        {.block_size = 32, .density = density, .seed = 7, .mean_blocks = 2, .min_blocks = 1});
   }
 }
 
 // Tiles have the sizes that the pattern promises, and the borders of queries are not those of keys.
 TEST(MaskFamiliesTest, VariableTilesKeepTheirSizes) {
-  const ops::RandomBlocksOptions random{.mean_blocks = 8, .min_blocks = 3};
-  const RandomDraws draws(random, 0);
-  int64_t smallest = 100, largest = 0, equal = 0;
   constexpr int64_t kTiles = 2000;
-  for (int64_t i = 0; i < kTiles; ++i) {
-    for (const int side : {0, 1}) {
-      const int64_t size = draws.Begin(i + 1, side) - draws.Begin(i, side);
-      smallest = std::min(smallest, size);
-      largest = std::max(largest, size);
+  const Documents documents = Documents::OnePerRow(1, 64);
+  for (const auto& [mean, min] : {std::pair{8, 3}, {8, 2}, {9, 1}, {3, 2}, {2, 1}, {4, 4}}) {
+    SCOPED_TRACE(Str("mean ", mean, " min ", min));
+    const ops::RandomBlocksOptions random{.mean_blocks = mean, .min_blocks = min};
+    const AttentionPattern pattern = AttentionPattern::RandomBlocks(random);
+    const ops::VisibleRule rule = ops::MakeVisibleRule(pattern, 1, documents);
+    const ops::RandomKey key = ops::RandomKeyOf(rule.seed, rule.per_head, 0);
+    const RandomDraws draws(random, 0);
+    std::map<int64_t, int64_t> tiles_of_size;
+    int64_t equal = 0;
+    for (int64_t i = 0; i < kTiles; ++i) {
+      for (const int side : {0, 1}) {
+        const auto at = static_cast<uint32_t>(side);
+        const int64_t begin = ops::TileBegin(rule, key, at, i);
+        const int64_t end = ops::TileBegin(rule, key, at, i + 1);
+        ASSERT_EQ(begin, draws.Begin(i, side));
+        for (int64_t b = begin; b < end; ++b) ASSERT_EQ(ops::TileOf(rule, key, at, b), i);
+        ++tiles_of_size[end - begin];
+      }
+      equal += draws.Begin(i, 0) == draws.Begin(i, 1);
     }
-    equal += draws.Begin(i, 0) == draws.Begin(i, 1);
+    EXPECT_EQ(tiles_of_size.begin()->first, min);
+    EXPECT_EQ(tiles_of_size.rbegin()->first, 2 * mean - min);
+    for (const uint32_t side : {0u, 1u}) {
+      EXPECT_LE(std::abs(ops::TileBegin(rule, key, side, kTiles) - mean * kTiles), mean - min);
+    }
+    const double places = mean - min + 1;
+    EXPECT_NEAR(static_cast<double>(equal) / kTiles, 1 / places, 4 * std::sqrt(0.25 / kTiles));
   }
-  EXPECT_GE(smallest, 3);
-  EXPECT_LE(smallest, 5);
-  EXPECT_LE(largest, 13);
-  EXPECT_GE(largest, 11);
-  EXPECT_LT(equal, kTiles / 3);
-  EXPECT_NEAR(static_cast<double>(draws.Begin(kTiles, 0)), 8.0 * kTiles, 3);
 }
 
 }  // namespace

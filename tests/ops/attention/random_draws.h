@@ -10,8 +10,8 @@ namespace longspan::test {
 class RandomDraws {
  public:
   RandomDraws(const ops::RandomBlocksOptions& random, int64_t kv_head) : random_(random) {
-    uint64_t x = static_cast<uint64_t>(random.seed);
-    if (random.per_head) x += static_cast<uint64_t>(kv_head + 1) * 11400714819323198485u;
+    uint64_t x = static_cast<uint64_t>(random.seed) + 11400714819323198485u;
+    for (int64_t h = 0; random.per_head && h <= kv_head; ++h) x += 11400714819323198485u;
     x ^= x >> 30;
     x *= 13787848793156543929u;
     x ^= x >> 27;
@@ -22,10 +22,10 @@ class RandomDraws {
   }
   // Side 0: queries, side 1: keys.
   int64_t Begin(int64_t tile, int side) const {
-    const int64_t slack = (random_.mean_blocks - random_.min_blocks) / 2;
+    const int64_t slack = random_.mean_blocks - random_.min_blocks;
     if (tile == 0) return 0;
-    const int64_t moved = Hash(high_, low_, tile, side) % (2 * slack + 1);
-    return tile * random_.mean_blocks + moved - slack;
+    const int64_t moved = Hash(high_, low_, tile, side) % (slack + 1);
+    return tile * random_.mean_blocks + moved - slack / 2;
   }
   int64_t TileOf(int64_t block, int side) const {
     int64_t tile = 0;
