@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <map>
+#include <numeric>
 
 #include "ops/attention/block_mask.h"
 #include "ops/attention/token_sets.h"
@@ -250,6 +251,80 @@ TEST(MaskFamiliesTest, VariableTilesKeepTheirSizes) {
     }
     const double places = mean - min + 1;
     EXPECT_NEAR(static_cast<double>(equal) / kTiles, 1 / places, 4 * std::sqrt(0.25 / kTiles));
+  }
+}
+
+// Rows of more tiles than are hashed at a time (256), whole and in parts, by the draws of every
+// pair of blocks.
+void ExpectTiles(const ops::RandomBlocksOptions& random, int64_t mask_blocks, int32_t first_query,
+                 int32_t first_key) {
+  const AttentionPattern pattern = AttentionPattern::RandomBlocks(random);
+  SCOPED_TRACE(Str(pattern.ToString(), " from ", first_query, " and ", first_key));
+  const int64_t each = 64 / random.block_size;
+  const RandomDraws draws(random, 0);
+  std::vector<int64_t> tile[2];  // of every block, by side
+  for (const int side : {0, 1}) {
+    int64_t at = 0;
+    for (int64_t b = 0; b < mask_blocks * each; ++b) {
+      at += draws.Begin(at + 1, side) == b;
+      tile[side].push_back(at);
+    }
+    ASSERT_GT(at, 300);
+  }
+  const auto documents =
+      std::make_shared<Documents>(Documents::OnePerRow(1, mask_blocks * ops::kMaskBlock));
+  const auto from = [&](int32_t first) {
+    std::vector<int32_t> ids(static_cast<size_t>(mask_blocks - first));
+    std::iota(ids.begin(), ids.end(), first);
+    return ops::BlockList::FromIds(*documents, ids);
+  };
+  const ops::BlockList queries = from(first_query), keys = from(first_key);
+  const auto mask = ops::BlockMask::Build(pattern, 1, documents, queries, keys);
+  const auto cell = [&](int32_t i, int32_t j) {
+    int64_t seen = 0;
+    for (int64_t a = i * each; a < (i + 1) * each; ++a) {
+      for (int64_t b = j * each; b < (j + 1) * each; ++b) {
+        seen += draws.Drawn(tile[0][static_cast<size_t>(a)], tile[1][static_cast<size_t>(b)]);
+      }
+    }
+    return seen == 0 ? '.' : seen == each * each ? '#' : '+';
+  };
+  const auto line = [](std::span<const ops::BlockRun> runs, const ops::BlockList& others) {
+    std::string text(others.ids.size(), '.');
+    for (const ops::BlockRun& run : runs) {
+      for (int32_t n = 0; n < run.count; ++n) {
+        text[static_cast<size_t>(run.block(n) - others.ids.front())] =
+            run.kind() == ops::BlockKind::kFull ? '#' : '+';
+      }
+    }
+    return text;
+  };
+  std::map<char, int64_t> cells;
+  for (int64_t i = 0; i < queries.size(); ++i) {
+    std::string want;
+    for (const int32_t j : keys.ids) want += cell(queries.ids[static_cast<size_t>(i)], j);
+    ASSERT_EQ(line(mask->row_runs().Row(0, i), keys), want) << "query block " << i;
+    for (const char c : want) ++cells[c];
+  }
+  for (int64_t j = 0; j < keys.size(); ++j) {
+    std::string want;
+    for (const int32_t i : queries.ids) want += cell(i, keys.ids[static_cast<size_t>(j)]);
+    ASSERT_EQ(line(mask->column_runs().Row(0, j), queries), want) << "key block " << j;
+  }
+  EXPECT_GT(cells['+'], 20);
+  EXPECT_GT(cells[random.density < 0.5 ? '.' : '#'], 20);
+}
+
+TEST(MaskFamiliesTest, RowsOfManySmallTiles) {
+  for (const double density : {0.05, 0.9}) {
+    ops::RandomBlocksOptions random{
+        .block_size = 16, .density = density, .seed = 8, .bidirectional = true, .own_block = false};
+    ExpectTiles(random, 90, 0, 0);
+    ExpectTiles(random, 90, 85, 12);
+    ExpectTiles(random, 90, 12, 85);
+    random.mean_blocks = 2;
+    ExpectTiles(random, 165, 0, 0);
+    ExpectTiles(random, 165, 90, 3);
   }
 }
 
