@@ -200,10 +200,13 @@ TEST(MmaLayoutTest, WordsAgreeWithVisible) {
   std::erase_if(cases, [](const MaskCase& c) { return c.documents.documents->tokens() > 800; });
   ASSERT_GT(cases.size(), 80u);
   cases.resize(80);
+  std::set<ops::PatternKind> kinds;
   for (const MaskCase& c : cases) {
     ExpectWordsAgree(c);
     if (HasFailure()) return;
+    kinds.insert(c.pattern.pattern.kind);
   }
+  EXPECT_EQ(kinds.size(), static_cast<size_t>(ops::PatternKind::kSpans) + 1);
 }
 
 // Windows and sinks at every distance from the ends, and beyond what 64 bits of tokens could add.
