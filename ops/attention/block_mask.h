@@ -81,8 +81,9 @@ struct KeptBlocks {
 // Documents alive. Build throws InvalidArgument for a pattern with Problems().
 //
 // Memory is O(runs) for every pattern, and so is time, except that random blocks ask for every pair
-// of tiles. A row of a mask on one long document has a few runs for intervals and S2, about
-// log2(blocks) for power, and one for each group of adjacent visible blocks for the others.
+// of tiles. A row of a mask on one long document has a few runs for intervals and S2 and about
+// log2(blocks) for power; for dilated and random blocks one for each group of adjacent FULL blocks
+// and at most one for each PARTIAL block.
 class BlockMask {
  public:
   BlockMask() = default;
