@@ -15,6 +15,11 @@ namespace longspan::ops {
 // Tokens per mask block, whatever the pattern's own block size.
 inline constexpr int64_t kMaskBlock = 64;
 
+// Whether blocks of `tokens` tokens can be chosen by a gate: multiples of kMaskBlock up to 2^31.
+constexpr bool IsChoiceBlock(int64_t tokens) {
+  return tokens >= kMaskBlock && tokens % kMaskBlock == 0 && tokens <= int64_t{1} << 31;
+}
+
 // Blocks cut each row of a micro-batch: block b of row r covers positions [64 b, 64 b + 64) of the
 // row (the last may be short) and has the global id r * blocks_per_row + b. A shard is a list of
 // ids in local storage order: the tokens of each block follow right after those of the one before.

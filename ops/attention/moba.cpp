@@ -131,6 +131,23 @@ void RequireQueriesAndKeys(const Context& ctx, const char* op, const Tensor& q, 
   RequireTensor(ctx, op, "k", k, {tokens, kv_heads, q.dim(2)}, q.dtype(), q.dtype());
 }
 
+// What kernels index the lists by; what is in them is trusted.
+void RequireLists(const Context& ctx, const char* op, const RoutedLists& lists, const Tensor& q,
+                  const MobaPlan& plan) {
+  Require(lists.rows == q.dim(0) && lists.heads == q.dim(1) && lists.width == plan.width() &&
+              lists.blocks == plan.blocks->count(),
+          op,
+          Str("lists are of ", lists.rows, " rows, ", lists.heads, " heads, ", lists.blocks,
+              " blocks and width ", lists.width, "; they must be those of the forward pass"));
+  const auto require = [&](const char* name, const Tensor& t, Shape shape, DType dtype) {
+    RequireTensor(ctx, op, name, t, shape, dtype, dtype);
+  };
+  require("lists.selected", lists.selected, {lists.heads, lists.rows, lists.width}, DType::kI32);
+  require("lists.offsets", lists.offsets, {lists.blocks * lists.heads + 1}, DType::kI64);
+  require("lists.query_rows", lists.query_rows, {lists.heads * lists.rows * lists.width},
+          DType::kI32);
+}
+
 double RequireOptions(const char* op, const Tensor& q, const AttentionOptions& options) {
   Require(std::isfinite(options.scale), op, Str("options.scale is ", options.scale));
   Require(!options.round_output, op, "options.round_output is true; o is f32 (f64) here");
@@ -155,11 +172,13 @@ Tensor Select(Context& ctx, const Implementation& entry, const Tensor& q, const 
 
 std::vector<std::string> MobaOptions::Problems() const {
   std::vector<std::string> problems;
-  if (block_size < 64 || block_size % 64 != 0) {
+  if (!IsChoiceBlock(block_size)) {
     problems.push_back(
-        Str("moba.block_size is ", block_size, "; it must be a positive multiple of 64"));
+        Str("moba.block_size is ", block_size, "; it must be a multiple of 64 from 64 to 2^31"));
   }
-  if (top_k < 1) problems.push_back(Str("moba.top_k is ", top_k, "; it must be at least 1"));
+  if (top_k < 1 || top_k > int64_t{1} << 31) {
+    problems.push_back(Str("moba.top_k is ", top_k, "; it must be between 1 and 2^31"));
+  }
   return problems;
 }
 
@@ -245,11 +264,7 @@ MobaGradients MobaBackward(Context& ctx, const Tensor& d_out, const Tensor& q, c
   RequireTensor(ctx, kOp, "lse", lse, {q.dim(0), q.dim(1)}, wide, wide);
   RequireTensor(ctx, kOp, "delta", delta, {q.dim(0), q.dim(1)}, wide, wide);
   const int64_t width = plan.width();
-  Require(width == 0 || (lists.rows == q.dim(0) && lists.heads == q.dim(1) &&
-                         lists.width == width && lists.blocks == plan.blocks->count()),
-          kOp,
-          Str("lists are of ", lists.rows, " rows, ", lists.heads, " heads, ", lists.blocks,
-              " blocks and width ", lists.width, "; they must be those of the forward pass"));
+  if (width > 0) RequireLists(ctx, kOp, lists, q, plan);
   const Implementation& entry = Choose(kOp, options.implementation, ctx, ProblemOf(q, k));
   MobaGradients grads{.dq = ctx.Zeros(q.shape(), wide),
                       .dk = ctx.Zeros(k.shape(), wide),

@@ -21,8 +21,8 @@ namespace longspan::ops {
 // than top_k - 1 all are taken: top_k >= their number + 1 is causal attention. top_k = 1 is causal
 // attention inside each block.
 struct MobaOptions {
-  int64_t block_size = 512;  // tokens, a multiple of 64
-  int64_t top_k = 4;         // blocks, the token's own included; >= 1
+  int64_t block_size = 512;  // tokens, a multiple of 64 up to 2^31
+  int64_t top_k = 4;         // blocks, the token's own included; from 1 to 2^31
   bool operator==(const MobaOptions&) const = default;
 
   // Each one sentence that names the field and what would be right; empty when usable.

@@ -89,6 +89,15 @@ void CheckRandom(const RandomBlocksOptions& random, Checks& checks) {
   }
 }
 
+// end - begin and begin + length in the arithmetic modulo 2^64, so that lengths come back as they
+// were given however large they are.
+int64_t LengthOf(int64_t begin, int64_t end) {
+  return static_cast<int64_t>(static_cast<uint64_t>(end) - static_cast<uint64_t>(begin));
+}
+int64_t EndOf(int64_t begin, int64_t length) {
+  return static_cast<int64_t>(static_cast<uint64_t>(begin) + static_cast<uint64_t>(length));
+}
+
 void CheckSegments(const char* field, const std::vector<int64_t>& ends, Checks& checks) {
   if (ends.empty()) {
     checks.problems.push_back(
@@ -96,8 +105,9 @@ void CheckSegments(const char* field, const std::vector<int64_t>& ends, Checks& 
   }
   int64_t begin = 0;
   for (const int64_t end : ends) {
-    if (end <= begin || end - begin > kMaxTokens) {
-      checks.problems.push_back(Str(field, ": ", end - begin, " is not between 1 and ", kMaxTokens,
+    const int64_t length = LengthOf(begin, end);
+    if (length < 1 || length > kMaxTokens) {
+      checks.problems.push_back(Str(field, ": ", length, " is not between 1 and ", kMaxTokens,
                                     "; each one is a number of tokens"));
       return;
     }
@@ -158,14 +168,14 @@ std::string RandomText(const RandomBlocksOptions& random) {
 
 std::string SegmentsText(std::string text, const std::vector<int64_t>& ends) {
   int64_t begin = 0;
-  for (const int64_t end : ends) text += Str(" ", end - std::exchange(begin, end));
+  for (const int64_t end : ends) text += Str(" ", LengthOf(std::exchange(begin, end), end));
   return text;
 }
 
 std::vector<int64_t> Ends(const std::vector<int64_t>& lengths) {
   std::vector<int64_t> ends;
   int64_t end = 0;
-  for (const int64_t length : lengths) ends.push_back(end += length);
+  for (const int64_t length : lengths) ends.push_back(end = EndOf(end, length));
   return ends;
 }
 

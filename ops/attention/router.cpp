@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/attention/arguments.h"
+#include "ops/attention/block_mask.h"
 #include "ops/attention/cuda/routed_cuda.h"
 #include "ops/core/parallel_for.h"
 
@@ -45,9 +46,9 @@ std::vector<std::vector<int64_t>> RoutedBlocks::EndsByRow() const {
 
 std::shared_ptr<const RoutedBlocks> RoutedBlocks::Build(
     int64_t block_size, std::shared_ptr<const Documents> documents) {
-  if (block_size < 1 || block_size % 64 != 0) {
+  if (!IsChoiceBlock(block_size)) {
     throw InvalidArgument(Str("routed attention: block_size is ", block_size,
-                              "; it must be a positive multiple of 64"));
+                              "; it must be a multiple of 64 from 64 to 2^31"));
   }
   auto blocks = std::make_shared<RoutedBlocks>();
   blocks->block_size = block_size;

@@ -33,7 +33,7 @@ struct RoutedBlocks {
   // The ends of the blocks of each row, as documents.h takes them.
   std::vector<std::vector<int64_t>> EndsByRow() const;
 
-  // Errors    InvalidArgument unless block_size is a positive multiple of 64
+  // Errors    InvalidArgument unless block_size is a multiple of 64 from 64 to 2^31
   static std::shared_ptr<const RoutedBlocks> Build(int64_t block_size,
                                                    std::shared_ptr<const Documents> documents);
 };

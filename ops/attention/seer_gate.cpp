@@ -218,8 +218,8 @@ std::vector<int64_t> Choose(const GateRows<T>& gate, int64_t i, int64_t first,
 }  // namespace
 
 SeerBlocks SeerBlocks::Of(const Documents& documents, int64_t block_size) {
-  LONGSPAN_CHECK(block_size >= kMaskBlock && block_size % kMaskBlock == 0)
-      << "SeerBlocks: block_size " << block_size << " is not a multiple of " << kMaskBlock;
+  LONGSPAN_CHECK(IsChoiceBlock(block_size))
+      << "SeerBlocks: block_size " << block_size << " is not a multiple of 64 from 64 to 2^31";
   SeerBlocks blocks{documents.rows, documents.row_length, block_size, {}};
   for (int64_t n = 0; n < blocks.count(); ++n) {
     const int64_t row = n / blocks.per_row() * blocks.row_length;
@@ -298,8 +298,11 @@ KeptBlocks SeerSelect(Context& ctx, const Tensor& gate_q, const Tensor& gate_k,
                       const SeerBlocks& blocks, const SeerSelection& selection) {
   RequireCpu(ctx, "SeerSelect");
   CheckGate("SeerSelect", gate_q, gate_k, blocks);
-  LONGSPAN_CHECK((selection.top_k >= 1) != (selection.threshold > 0))
-      << "SeerSelect: give either top_k or threshold";
+  const bool by_rank = selection.top_k >= 1 && selection.threshold == 0;
+  const bool by_share = selection.top_k == 0 && selection.threshold > 0 && selection.threshold < 1;
+  LONGSPAN_CHECK(by_rank || by_share)
+      << "SeerSelect: top_k is " << selection.top_k << " and threshold " << selection.threshold
+      << "; give top_k of at least 1, or a threshold between 0 and 1, and leave the other at 0";
   const int64_t heads = gate_q.dim(0), n = blocks.count();
   std::vector<std::vector<int64_t>> chosen(static_cast<size_t>(heads * n));
   DispatchFloat(gate_q.dtype(), "SeerSelect", [&]<class T>() {

@@ -25,7 +25,7 @@ namespace longspan::ops {
 
 // Blocks of a micro-batch and which of them may see each other.
 struct SeerBlocks {
-  int64_t rows = 0, row_length = 0, block_size = 0;  // block_size: a multiple of 64 tokens
+  int64_t rows = 0, row_length = 0, block_size = 0;  // block_size: as IsChoiceBlock
   std::vector<int32_t> first_key;  // [N] block n sees tokens of blocks first_key[n] ... n
 
   static SeerBlocks Of(const Documents& documents, int64_t block_size);

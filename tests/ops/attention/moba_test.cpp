@@ -351,10 +351,45 @@ TEST(MobaTest, RefusesWhatDoesNotFit) {
                                    ctx.Zeros({200, 4}, DType::kF32), {}, *plan);
                }),
                "lists are of 0 rows");
-  expect_names(message([&] { ops::MobaPlan::Build({.block_size = 96}, 2, c.problem.documents); }),
-               "moba.block_size is 96");
-  expect_names(message([&] { ops::MobaPlan::Build({.top_k = 0}, 2, c.problem.documents); }),
-               "moba.top_k is 0");
+  const ops::RoutedLists lists = ops::MobaForward(ctx, q, k, k, *plan).lists;
+  const auto backward = [&](const std::function<void(ops::RoutedLists&)>& spoil) {
+    ops::RoutedLists changed = lists;
+    spoil(changed);
+    const Tensor rows = ctx.Zeros({200, 4}, DType::kF32);
+    return message([&] { ops::MobaBackward(ctx, q, q, k, k, rows, rows, changed, *plan); });
+  };
+  EXPECT_EQ(backward([](ops::RoutedLists&) {}), "no InvalidArgument");
+  expect_names(backward([](auto& l) { l.selected = {}; }), "lists.selected is undefined");
+  expect_names(backward([&](auto& l) {
+                 l.selected = ctx.Zeros({4, 199, 1}, DType::kI32);
+               }),
+               "lists.selected is i32[4, 199, 1]");
+  expect_names(backward([&](auto& l) { l.offsets = ctx.Zeros({16}, DType::kI64); }),
+               "lists.offsets is i64[16] but must be i64[17]");
+  expect_names(backward([&](auto& l) { l.offsets = ctx.Zeros({17}, DType::kI32); }),
+               "lists.offsets is i32[17]");
+  expect_names(backward([&](auto& l) { l.query_rows = ctx.Zeros({799}, DType::kI32); }),
+               "lists.query_rows is i32[799]");
+  if (OnCuda()) {
+    Context host;
+    expect_names(backward([&](auto& l) { l.query_rows = host.Zeros({800}, DType::kI32); }),
+                 "lists.query_rows");
+  }
+  for (const int64_t size : {int64_t{-64}, int64_t{0}, int64_t{96}, (int64_t{1} << 31) + 64,
+                             std::numeric_limits<int64_t>::max() - 63}) {
+    expect_names(
+        message([&] { ops::MobaPlan::Build({.block_size = size}, 2, c.problem.documents); }),
+        Str("moba.block_size is ", size));
+    expect_names(message([&] { ops::RoutedBlocks::Build(size, c.problem.documents); }),
+                 Str("block_size is ", size));
+  }
+  for (const int64_t top_k : {int64_t{-1}, int64_t{0}, (int64_t{1} << 31) + 1}) {
+    expect_names(message([&] { ops::MobaPlan::Build({.top_k = top_k}, 2, c.problem.documents); }),
+                 Str("moba.top_k is ", top_k));
+  }
+  const auto widest = ops::MobaPlan::Build(
+      {.block_size = int64_t{1} << 31, .top_k = int64_t{1} << 31}, 2, c.problem.documents);
+  EXPECT_EQ(widest->NominalPairs(), 200 * 201 / 2);
 }
 
 TEST(MobaTest, NominalPairsCountWholeBlocks) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 
 #include "ops/attention/documents.h"
 #include "ops/core/error.h"
@@ -75,6 +76,30 @@ TEST(PatternTest, ProblemsNameTheField) {
   ExpectProblem(AttentionPattern::Spans({{}, {-1, 0}, {}, {}}), 4, "spans.head[1].window");
   ExpectProblem(AttentionPattern::Spans({{}, {}, {5, -1}, {}}), 4, "spans.head[2].sinks");
   ExpectProblem(AttentionPattern::Spans({{0, 5}, {}, {}, {}}), 4, "spans.head[0].sinks");
+}
+
+// Sums of lengths that do not fit into 64 bits, and ends that callers set themselves.
+TEST(PatternTest, HugeSegmentsAreProblemsThatSayTheLength) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const auto expect = [](const AttentionPattern& pattern, int64_t length) {
+    const auto problems = pattern.Problems(1);
+    ASSERT_EQ(problems.size(), 1u);
+    EXPECT_NE(problems[0].find(Str(".segment: ", length, " is not")), std::string::npos)
+        << problems[0];
+    EXPECT_NE(pattern.ToString().find(Str(" ", length)), std::string::npos) << pattern.ToString();
+  };
+  for (const int64_t huge : {kMost, -kMost - 1, kMost - 4}) {
+    for (const auto& lengths :
+         {std::vector<int64_t>{huge}, {5, huge}, {5, huge, huge}, {7, 8, huge, 9}}) {
+      expect(AttentionPattern::SharedQuestion(lengths), huge);
+      expect(AttentionPattern::CausalBlockwise(lengths), huge);
+    }
+  }
+  AttentionPattern pattern = AttentionPattern::SharedQuestion({5, 6});
+  pattern.segment_ends = {5, -kMost - 1};
+  EXPECT_EQ(pattern.Problems(1).size(), 1u);
+  pattern.segment_ends = {-kMost - 1, kMost};
+  EXPECT_EQ(pattern.Problems(1).size(), 1u);
 }
 
 // Asked of many pairs of one document; the answer decides whether a pattern may be trained with.

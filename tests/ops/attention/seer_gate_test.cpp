@@ -136,7 +136,9 @@ TEST(SeerGateTest, BlocksKnowWhatTheyMaySee) {
   const SeerBlocks coarse = SeerBlocks::Of(*TwoRows(), 128);
   EXPECT_EQ(coarse.first_key, (std::vector<int32_t>{0, 0, 0, 3, 3, 4}));
   EXPECT_EQ(ops::SeerCountedRows(coarse, 1), 4);
-  EXPECT_THROW(SeerBlocks::Of(*TwoRows(), 96), InvalidArgument);
+  for (const int64_t size : {int64_t{0}, int64_t{96}, int64_t{1} << 40}) {
+    EXPECT_THROW(SeerBlocks::Of(*TwoRows(), size), InvalidArgument) << size;
+  }
 }
 
 TEST(SeerGateTest, PoolsQueriesOfTheGroupAndKeys) {
@@ -280,6 +282,25 @@ std::set<int32_t> KeptOf(const ops::KeptBlocks& kept, int64_t row) {
   EXPECT_TRUE(std::is_sorted(kept.blocks.begin() + kept.offsets[at],
                              kept.blocks.begin() + kept.offsets[at + 1]));
   return {kept.blocks.begin() + kept.offsets[at], kept.blocks.begin() + kept.offsets[at + 1]};
+}
+
+TEST(SeerGateTest, SelectionIsARankOrAShare) {
+  const GateCase c(64);
+  Context ctx({.threads = 1});
+  const auto select = [&](const ops::SeerSelection& selection) {
+    ops::SeerSelect(ctx, FromVec(ctx, c.shape(), DType::kF64, c.q),
+                    FromVec(ctx, c.shape(), DType::kF64, c.k), c.blocks, selection);
+  };
+  EXPECT_NO_THROW(select({.top_k = 1}));
+  EXPECT_NO_THROW(select({.threshold = 0.99}));
+  for (const ops::SeerSelection& wrong :
+       {ops::SeerSelection{}, ops::SeerSelection{.top_k = -1},
+        ops::SeerSelection{.top_k = -1, .threshold = 0.1},
+        ops::SeerSelection{.top_k = 2, .threshold = 0.1}, ops::SeerSelection{.threshold = 1},
+        ops::SeerSelection{.top_k = 2, .threshold = -0.1},
+        ops::SeerSelection{.threshold = std::nan("")}}) {
+    EXPECT_THROW(select(wrong), InvalidArgument) << wrong.top_k << " " << wrong.threshold;
+  }
 }
 
 TEST(SeerGateTest, KeepsTheEndsAndTheBest) {
