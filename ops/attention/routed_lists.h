@@ -23,9 +23,11 @@ struct RoutedLists {
   Tensor selected, offsets, query_rows;
 };
 
-// The lists of `selected`: histogram, prefix sum, fill. O(heads * rows * width) time and memory,
-// the same result for any number of threads.
+// The lists of `selected`: histogram, prefix sum, fill. O(heads * rows * width) time, the same
+// result for any number of threads.
 //
+// Memory    beside the result, counters of at most 8 heads * (rows * width + blocks) bytes; on a
+//           CPU fewer, and not of the Context
 // Errors    InvalidArgument unless selected is i32 [heads, rows, width] with fewer than 2^31 rows
 //           and blocks >= 0. Entries must be -1 or below `blocks`; on a CPU any other is
 //           InvalidArgument as well.

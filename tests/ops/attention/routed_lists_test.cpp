@@ -92,6 +92,21 @@ TEST(RoutedListsTest, SameBitsForAnyThreads) {
   }
 }
 
+// Exactly the result, and on a GPU counters that take as much again where blocks are many.
+TEST(RoutedListsTest, MemoryWhileListsAreMade) {
+  constexpr int64_t kHeads = 2, kRows = 4096, kWidth = 2, kBlocks = 512;
+  Context ctx = OpContext();
+  const ops::RoutedLists lists = ops::BuildRoutedLists(
+      ctx, TensorOf(ctx, RandomSelection(kHeads, kRows, kWidth, kBlocks, 6)), kBlocks);
+  const size_t result = Allocator::BlockBytes(lists.selected.bytes()) +
+                        Allocator::BlockBytes(lists.offsets.bytes()) +
+                        Allocator::BlockBytes(lists.query_rows.bytes());
+  EXPECT_EQ(ctx.allocator().used_bytes(), result);
+  constexpr size_t kCounters = 8 * kHeads * kRows * kWidth, kPieces = 8 * 5;
+  const size_t counters = Allocator::BlockBytes(kCounters) + Allocator::BlockBytes(kPieces);
+  EXPECT_EQ(ctx.allocator().peak_bytes(), result + (OnCuda() ? counters : 0));
+}
+
 TEST(RoutedListsTest, RefusesWhatIsNoSelection) {
   Context ctx = OpContext();
   EXPECT_THROW(ops::BuildRoutedLists(ctx, ctx.Zeros({2, 3}, DType::kI32), 4), InvalidArgument);
