@@ -46,6 +46,10 @@ struct Call {
       std::fill(to + filled, to + shape.padded, uint16_t{0});
     }
   }
+  // Operand p of several that follow each other.
+  uint16_t* Piece(uint16_t* operands, int64_t p) const {
+    return operands + p * 2 * shape.operand();
+  }
   void ToLanes(const uint16_t* rows, uint16_t* to) const {
     kernels.to_lanes(rows, shape.padded, padded(), to);
   }
@@ -82,11 +86,12 @@ Bf16Shape ShapeOf(const Tensor& q, const Tensor& k) {
           .padded = (q.dim(2) + 31) / 32 * 32};
 }
 
-// Calls chunk(KeyChunk) and then tile(KeyChunk, rows) for the rows of the segment that chose it,
-// key blocks ascending.
-template <class Chunk, class Tile>
+// Calls task.PrepareKeys(KeyChunk, kv_head) and then task.Tile(KeyChunk, rows) for the rows of the
+// segment that chose it, key blocks ascending.
+template <class Task>
 void ForEachTileOf(const Segment& segment, const RoutedBlocks& blocks, const RoutedLists& lists,
-                   const Call& call, const Chunk& chunk, const Tile& tile) {
+                   const Call& call, Task& task) {
+  const KernelTask running(call.kernels);
   std::vector<FlatRow> listed;
   for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
     call.clock.Time([&] { RowsOfSegment(lists, segment, block, call.shape.group, listed); });
@@ -95,9 +100,9 @@ void ForEachTileOf(const Segment& segment, const RoutedBlocks& blocks, const Rou
     const int64_t end = blocks.begin[b + 1];
     for (int64_t begin = blocks.begin[b]; begin < end; begin += kChunkKeys) {
       const KeyChunk keys{begin, std::min(end, begin + kChunkKeys)};
-      chunk(keys);
+      task.PrepareKeys(keys, segment.kv_head);
       for (size_t at = 0; at < listed.size(); at += 64) {
-        tile(keys, std::span(listed).subspan(at, std::min<size_t>(64, listed.size() - at)));
+        task.Tile(keys, std::span(listed).subspan(at, std::min<size_t>(64, listed.size() - at)));
       }
     }
   }
@@ -130,24 +135,15 @@ class ForwardTask {
   }
 
   void Run(const Segment& segment) {
-    const KernelTask running(call_.kernels);
-    ForEachTileOf(
-        segment, args_.blocks, args_.lists, call_,
-        [&](const KeyChunk& chunk) { PrepareKeys(chunk, segment.kv_head); },
-        [&](const KeyChunk& chunk, std::span<const FlatRow> rows) { Tile(chunk, rows); });
-  }
-
- private:
-  uint16_t* Piece(uint16_t* operands, int64_t p) const {
-    return operands + p * 2 * call_.shape.operand();
+    ForEachTileOf(segment, args_.blocks, args_.lists, call_, *this);
   }
 
   void PrepareKeys(const KeyChunk& chunk, int64_t kv_head) {
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
       const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
-      call_.KeyRows(args_.k, kv_head, token, keys, Piece(k_, p));
+      call_.KeyRows(args_.k, kv_head, token, keys, call_.Piece(k_, p));
       call_.KeyRows(args_.v, kv_head, token, keys, rows_);
-      call_.ToColumns(rows_, Piece(v_columns_, p));
+      call_.ToColumns(rows_, call_.Piece(v_columns_, p));
     }
   }
 
@@ -163,7 +159,7 @@ class ForwardTask {
     std::fill(weight_, weight_ + 64, 0.0f);
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
       const int64_t keys = chunk.KeysOf(p);
-      call_.Scores(Piece(k_, p), keys, q_lanes_, scores_);
+      call_.Scores(call_.Piece(k_, p), keys, q_lanes_, scores_);
       const bool raised = call_.kernels.softmax({.s = scores_,
                                                  .p = p_,
                                                  .keys = static_cast<int>(keys),
@@ -174,11 +170,12 @@ class ForwardTask {
                                                  .weight = weight_,
                                                  .rescale = rescale_});
       if (raised) call_.kernels.scale_lanes(o_, call_.dim(), rescale_);
-      call_.Accumulate(Piece(v_columns_, p), p_, keys, o_);
+      call_.Accumulate(call_.Piece(v_columns_, p), p_, keys, o_);
     }
     call_.clock.Time([&] { Merge(rows); });
   }
 
+ private:
   void Merge(std::span<const FlatRow> rows) {
     for (size_t i = 0; i < 64; ++i) rescale_[i] = i < rows.size() ? 1.0f / weight_[i] : 0.0f;
     const int64_t dim = call_.shape.dim;
@@ -240,24 +237,15 @@ class QueryGradientTask {
   }
 
   void Run(const Segment& segment) {
-    const KernelTask running(call_.kernels);
-    ForEachTileOf(
-        segment, args_.blocks, args_.lists, call_,
-        [&](const KeyChunk& chunk) { PrepareKeys(chunk, segment.kv_head); },
-        [&](const KeyChunk& chunk, std::span<const FlatRow> rows) { Tile(chunk, rows); });
-  }
-
- private:
-  uint16_t* Piece(uint16_t* operands, int64_t p) const {
-    return operands + p * 2 * call_.shape.operand();
+    ForEachTileOf(segment, args_.blocks, args_.lists, call_, *this);
   }
 
   void PrepareKeys(const KeyChunk& chunk, int64_t kv_head) {
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
       const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
-      call_.KeyRows(args_.k, kv_head, token, keys, Piece(k_, p));
-      call_.KeyRows(args_.v, kv_head, token, keys, Piece(v_, p));
-      call_.ToColumns(Piece(k_, p), Piece(k_columns_, p));
+      call_.KeyRows(args_.k, kv_head, token, keys, call_.Piece(k_, p));
+      call_.KeyRows(args_.v, kv_head, token, keys, call_.Piece(v_, p));
+      call_.ToColumns(call_.Piece(k_, p), call_.Piece(k_columns_, p));
     }
   }
 
@@ -272,8 +260,8 @@ class QueryGradientTask {
     std::fill(dq_, dq_ + call_.shape.result(), 0.0f);
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
       const int64_t keys = chunk.KeysOf(p);
-      call_.Scores(Piece(k_, p), keys, q_lanes_, s_);
-      call_.Scores(Piece(v_, p), keys, d_out_lanes_, dp_);
+      call_.Scores(call_.Piece(k_, p), keys, q_lanes_, s_);
+      call_.Scores(call_.Piece(v_, p), keys, d_out_lanes_, dp_);
       call_.kernels.gradient_by_query({.s = s_,
                                        .dp = dp_,
                                        .p = nullptr,
@@ -283,11 +271,12 @@ class QueryGradientTask {
                                        .bits = nullptr,
                                        .lse = lse_,
                                        .delta = delta_});
-      call_.Accumulate(Piece(k_columns_, p), ds_, keys, dq_);
+      call_.Accumulate(call_.Piece(k_columns_, p), ds_, keys, dq_);
     }
     call_.clock.Time([&] { Add(rows); });
   }
 
+ private:
   void Add(std::span<const FlatRow> rows) {
     const int64_t dim = call_.shape.dim;
     call_.kernels.store_f32({.from = dq_,
@@ -344,13 +333,13 @@ class KeyGradientTask {
 
   void Run(const KeyTask& task) {
     const KernelTask running(call_.kernels);
-    const int64_t lanes = 2 * call_.shape.operand(), sums = call_.shape.result();
+    const int64_t sums = call_.shape.result();
     for (int64_t p = 0; p < task.chunk.pieces(); ++p) {
       const int64_t token = task.chunk.begin + p * 64, keys = task.chunk.KeysOf(p);
       call_.KeyRows(args_.k, task.kv_head, token, keys, q_);
-      call_.ToLanes(q_, k_lanes_ + p * lanes);
+      call_.ToLanes(q_, call_.Piece(k_lanes_, p));
       call_.KeyRows(args_.v, task.kv_head, token, keys, q_);
-      call_.ToLanes(q_, v_lanes_ + p * lanes);
+      call_.ToLanes(q_, call_.Piece(v_lanes_, p));
     }
     std::fill(dk_, dk_ + task.chunk.pieces() * sums, 0.0f);
     std::fill(dv_, dv_ + task.chunk.pieces() * sums, 0.0f);
@@ -369,11 +358,11 @@ class KeyGradientTask {
       call_.ToColumns(d_out_, d_out_columns_);
       LoadRowStatistics(args_, rows, lse_, delta_);
     });
-    const int64_t lanes = 2 * call_.shape.operand(), sums = call_.shape.result();
+    const int64_t sums = call_.shape.result();
     const auto n = static_cast<int64_t>(rows.size());
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
-      call_.Scores(q_, n, k_lanes_ + p * lanes, s_);
-      call_.Scores(d_out_, n, v_lanes_ + p * lanes, dp_);
+      call_.Scores(q_, n, call_.Piece(k_lanes_, p), s_);
+      call_.Scores(d_out_, n, call_.Piece(v_lanes_, p), dp_);
       call_.kernels.gradient_by_key({.s = s_,
                                      .dp = dp_,
                                      .p = p_,
