@@ -19,6 +19,8 @@ bool Aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 float LowHalf(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 float HighHalf(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 
+float Flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
 uint32_t RoundToBf16(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   if (std::isnan(x)) return 0x7fff;
@@ -121,10 +123,8 @@ void MmaBf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 uint32_t PackBf16(float low, float high) { return RoundToBf16(high) << 16 | RoundToBf16(low); }
 
-float Exp2(float x) {
-  const float y = std::exp2(std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x);
-  return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
-}
+float Exp2(float x) { return Flushed(std::exp2(Flushed(x))); }
+float Reciprocal(float x) { return Flushed(1.0f / Flushed(x)); }
 
 }  // namespace longspan::cuda::ptx
 

@@ -254,5 +254,15 @@ TEST_F(PtxTest, Exp2FlushesSubnormals) {
   }
 }
 
+TEST_F(PtxTest, ReciprocalFlushesSubnormals) {
+  EXPECT_EQ(ptx::Reciprocal(1), 1);
+  EXPECT_EQ(ptx::Reciprocal(INFINITY), 0);
+  EXPECT_EQ(ptx::Reciprocal(std::ldexp(1.0f, 126)), std::ldexp(1.0f, -126));
+  EXPECT_EQ(ptx::Reciprocal(std::ldexp(1.5f, 126)), 0);
+  EXPECT_EQ(ptx::Reciprocal(std::ldexp(1.0f, -127)), INFINITY);
+  EXPECT_TRUE(std::isnan(ptx::Reciprocal(NAN)));
+  for (float x = 1; x < 1e30f; x *= 2.37f) EXPECT_NEAR(ptx::Reciprocal(x) * x, 1, 3e-7);
+}
+
 }  // namespace
 }  // namespace longspan::cuda

@@ -3,11 +3,22 @@
 #include "ops/core/context.h"
 
 // CUDA halves of attention.h: operands have been checked, outputs allocated on ctx's GPU. q, k and
-// v in f32 or bf16; results repeat bit for bit. Backward adds to dq, dk and dv.
+// v in f32 or bf16; either normalization; results repeat bit for bit. Backward adds to dq, dk and
+// dv.
 namespace longspan::ops::internal {
 
 // Largest head_dim of the kernels here.
 inline constexpr int64_t kMaxCudaHeadDim = 256;
+
+// Calls f.operator()<kNormalization>().
+template <class F>
+void DispatchNormalization(Normalization normalization, F&& f) {
+  if (normalization == Normalization::kSigmoid) {
+    f.template operator()<Normalization::kSigmoid>();
+  } else {
+    f.template operator()<Normalization::kSoftmax>();
+  }
+}
 
 // Products in f32 on the ordinary cores: f32 mode, and the second opinion for the other.
 void ReferenceCudaForward(Context& ctx, const ForwardArgs& args);

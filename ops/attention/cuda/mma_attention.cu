@@ -73,6 +73,23 @@ __global__ void RoundKernel(int64_t pieces, const float4* from, uint2* to) {
   to[i] = make_uint2(pack(value.x, value.y), pack(value.z, value.w));
 }
 
+// BackwardProblem::statistics; nothing of sigmoid.
+struct Statistics {
+  Tensor rows;
+  int64_t stride = 0;
+};
+Statistics MakeStatistics(Context& ctx, const BackwardArgs& args) {
+  if (args.normalization == Normalization::kSigmoid) return {};
+  const int64_t tokens = args.q.dim(0), heads = args.q.dim(1);
+  const int64_t stride = (tokens + 1) / 2 * 2 + 2;
+  const Statistics statistics{ctx.Empty({heads, stride, 2}, DType::kF32), stride};
+  cuda::Launch(ctx.cuda(), "AttentionBackward mma_bf16 rows", StatisticsKernel,
+               cuda::Cover(tokens * heads), tokens, heads, stride, args.lse.data<float>(),
+               args.delta.data<float>(), args.dlse.defined() ? args.dlse.data<float>() : nullptr,
+               reinterpret_cast<float2*>(statistics.rows.raw()));
+  return statistics;
+}
+
 Tensor RoundedToBf16(Context& ctx, const Tensor& t) {
   if (t.dtype() == DType::kBF16) return t;
   CheckAligned("d_out", t);
@@ -106,10 +123,11 @@ void MmaForward(Context& ctx, const ForwardArgs& args) {
       .kv_stride = 0,
       // Above 0, so that it times -inf is -inf.
       .scale_log2 = std::max(static_cast<float>(std::abs(args.scale) * kLog2E), FLT_MIN),
+      .bias_log2 = static_cast<float>(args.bias * kLog2E),
       .negate = args.scale < 0,
       .o_bf16 = args.o.dtype() == DType::kBF16,
       .o = args.o.raw(),
-      .lse = args.lse.data<float>()};
+      .lse = args.lse.defined() ? args.lse.data<float>() : nullptr};
   CheckAligned("q", args.q);
   if (!args.mask.empty()) {
     CheckKeys(args.kv);
@@ -118,28 +136,24 @@ void MmaForward(Context& ctx, const ForwardArgs& args) {
     p.v = args.kv.v.data<BF16>();
     p.kv_stride = CheckedStride("k", args.kv.token_stride());
   }
-  mma::DispatchDim(dim, [&]<int kDim>() {
-    ForTiles<mma::ForwardShape, kDim>(ctx, p.group, [&]<int kHeads>(const TileGrid& grid) {
-      mma::LaunchForward<kDim, kHeads>(ctx.cuda(), p, grid);
+  DispatchNormalization(args.normalization, [&]<Normalization kNormalization>() {
+    mma::DispatchDim(dim, [&]<int kDim>() {
+      ForTiles<mma::ForwardShape, kDim>(ctx, p.group, [&]<int kHeads>(const TileGrid& grid) {
+        mma::LaunchForward<kDim, kHeads, kNormalization>(ctx.cuda(), p, grid);
+      });
     });
   });
 }
 
 void MmaBackward(Context& ctx, const BackwardArgs& args) {
-  const int64_t tokens = args.q.dim(0), heads = args.q.dim(1), dim = args.q.dim(2);
+  const int64_t heads = args.q.dim(1), dim = args.q.dim(2);
   if (args.mask.empty()) return;
   CheckAligned("q", args.q);
   CheckKeys(args.kv);
   const Tensor d_out = RoundedToBf16(ctx, args.d_out);
   CheckAligned("d_out", d_out);
   CheckAligned("dq", args.dq);
-  const int64_t stride = (tokens + 1) / 2 * 2 + 2;
-  const Tensor statistics = ctx.Empty({heads, stride, 2}, DType::kF32);
-  auto* rows = reinterpret_cast<float2*>(statistics.raw());
-  cuda::Launch(ctx.cuda(), "AttentionBackward mma_bf16 rows", StatisticsKernel,
-               cuda::Cover(tokens * heads), tokens, heads, stride, args.lse.data<float>(),
-               args.delta.data<float>(), args.dlse.defined() ? args.dlse.data<float>() : nullptr,
-               rows);
+  const Statistics statistics = MakeStatistics(ctx, args);
   const BackwardProblem p{.mask = OnDevice(ctx, args.mask),
                           .table = OnDevice(ctx, *args.kv.table),
                           .gradient_table = OnDevice(ctx, *args.dkv.table),
@@ -147,8 +161,8 @@ void MmaBackward(Context& ctx, const BackwardArgs& args) {
                           .k = args.kv.k.data<BF16>(),
                           .v = args.kv.v.data<BF16>(),
                           .d_out = d_out.data<BF16>(),
-                          .statistics = rows,
-                          .statistics_stride = stride,
+                          .statistics = reinterpret_cast<const float2*>(statistics.rows.raw()),
+                          .statistics_stride = statistics.stride,
                           .heads = heads,
                           .group = static_cast<int>(heads / args.mask.kv_heads()),
                           .dim = static_cast<int>(dim),
@@ -156,16 +170,19 @@ void MmaBackward(Context& ctx, const BackwardArgs& args) {
                           .kv_stride = CheckedStride("k", args.kv.token_stride()),
                           .scale = static_cast<float>(args.scale),
                           .scale_log2 = static_cast<float>(args.scale * kLog2E),
+                          .bias_log2 = static_cast<float>(args.bias * kLog2E),
                           .dq = args.dq.data<float>(),
                           .dk = args.dkv.dk.data<float>(),
                           .dv = args.dkv.dv.data<float>()};
   // Before anything is added: a refusal would leave half of the gradients there.
   cuda::GridSize(p.mask.columns.busy_tasks);
   cuda::GridSize(p.mask.rows.busy_tasks * p.group);
-  mma::DispatchDim(dim, [&]<int kDim>() {
-    mma::LaunchKeyGradient<kDim>(ctx.cuda(), p);
-    ForTiles<mma::QueryGradientShape, kDim>(ctx, p.group, [&]<int kHeads>(const TileGrid& grid) {
-      mma::LaunchQueryGradient<kDim, kHeads>(ctx.cuda(), p, grid);
+  DispatchNormalization(args.normalization, [&]<Normalization kNormalization>() {
+    mma::DispatchDim(dim, [&]<int kDim>() {
+      mma::LaunchKeyGradient<kDim, kNormalization>(ctx.cuda(), p);
+      ForTiles<mma::QueryGradientShape, kDim>(ctx, p.group, [&]<int kHeads>(const TileGrid& grid) {
+        mma::LaunchQueryGradient<kDim, kHeads, kNormalization>(ctx.cuda(), p, grid);
+      });
     });
   });
 }

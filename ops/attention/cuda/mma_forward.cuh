@@ -1,73 +1,13 @@
 #pragma once
+#include <type_traits>
+
 #include "ops/attention/cuda/mma_arguments.cuh"
+#include "ops/attention/cuda/mma_normalization.cuh"
 #include "ops/attention/cuda/mma_tile.cuh"
 #include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/launch.h"
 
 namespace longspan::ops::mma {
-
-// Online softmax of the rows of a warp. Scores are those before the scale, which is positive here.
-template <int kM>
-struct SoftmaxRows {
-  // Of rows 16 m + g and + 8. The maximum is that of the scaled scores as it was rounded, so that
-  // one that stays leaves what was summed alone; the sum is this thread's share.
-  float maximum[kM][2], sum[kM][2];
-
-  __device__ SoftmaxRows() {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      maximum[m][0] = maximum[m][1] = kMinusInfinity;
-      sum[m][0] = sum[m][1] = 0;
-    }
-  }
-
-  // s becomes exp2(scale * s - maximum); `o` and the sums follow the new maxima. A row that has
-  // seen nothing keeps maximum -inf, and 0 stands for it in the exponent. A NaN is no maximum but
-  // reaches the sum.
-  template <int kN, int kO>
-  __device__ __forceinline__ void Step(Accumulator<kM, kN>& s, Accumulator<kM, kO>& o,
-                                       float scale) {
-    float rescale[kM][2];
-    bool raised = false;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float top = kMinusInfinity;
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          top = fmaxf(top, fmaxf(s.at[m][n][2 * r], s.at[m][n][2 * r + 1]));
-        }
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top = fmaxf(maximum[m][r], top * scale);
-        const float shift = top == kMinusInfinity ? 0.0f : top;
-        rescale[m][r] = cuda::ptx::Exp2(maximum[m][r] - shift);  // 1 where the maximum stays
-        raised |= rescale[m][r] != 1.0f;
-        maximum[m][r] = top;
-        float total = 0;
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            s.at[m][n][e] = cuda::ptx::Exp2(fmaf(s.at[m][n][e], scale, -shift));
-            total += s.at[m][n][e];
-          }
-        }
-        sum[m][r] = sum[m][r] * rescale[m][r] + total;
-      }
-    }
-    if (!__any_sync(0xffffffffu, raised)) return;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kO; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o.at[m][n][e] *= rescale[m][e / 2];
-      }
-    }
-  }
-};
 
 // Hidden scores become -inf. `token` is the warp's first row among the queries of the block.
 template <int kM>
@@ -95,11 +35,12 @@ __device__ __forceinline__ void HideScores(Accumulator<kM, kBlock / 8>& s, const
 }
 
 // One tile: the 64 tokens of query block task.index for query heads [first_head, + kHeads).
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, Normalization kNormalization>
 class ForwardTile {
  public:
   using Shape = ForwardShape<kDim, kHeads>;
   static constexpr int kM = kHeads;  // 16-row pieces of a warp
+  using Rows = std::conditional_t<kNormalization == kSoftmax, SoftmaxRows<kM>, SigmoidRows<kM>>;
 
   __device__ ForwardTile(const ForwardProblem& problem, std::byte* shared)
       : p_(problem), tiles_{shared} {}
@@ -110,7 +51,7 @@ class ForwardTile {
     __syncthreads();
     Accumulator<kM, kDim / 8> o;
     o.Clear();
-    SoftmaxRows<kM> softmax;
+    Rows rows;
     int32_t now = State().StepAt(0);
     if (now >= 0) {
       LoadQueries();
@@ -134,14 +75,15 @@ class ForwardTile {
       Accumulator<kM, kBlock / 8> s;
       MultiplyRows<kDim>(s, tiles_, Shape::kQ + WarpRow() * kDim * 2, k);
       if (masked) HideScores(s, tiles_.shared + Shape::kMask, WarpRow() % kBlock);
-      softmax.Step(s, o, p_.scale_log2);
+      rows.Step(s, o, p_.scale_log2, p_.bias_log2);
       const Weights<kM, kBlock / 16> weights(s);
+      rows.Count(weights);
       const int v = Arrived();
       Load(Shape::kRing == 3 ? p_.v : p_.k, next);
       AddProduct<kDim>(o, tiles_, weights, v);
       now = next;
     }
-    Store(o, softmax);
+    Store(o, rows);
   }
 
  private:
@@ -193,31 +135,24 @@ class ForwardTile {
     __syncthreads();
   }
 
-  __device__ void Store(const Accumulator<kM, kDim / 8>& o, const SoftmaxRows<kM>& softmax) const {
+  __device__ void Store(const Accumulator<kM, kDim / 8>& o, const Rows& rows) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float sum = softmax.sum[m][r];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const RowResult result = rows.Finish(m, r);
         const int tile_row = WarpRow() + 16 * m + 8 * r + lane / 4;
         const int token = tile_row % kBlock;
         if (token >= State().Tokens(State().block)) continue;
         const int64_t row = State().first_row + token * p_.heads + tile_row / kBlock;
-        // Scores of NaN alone have no maximum either, but a sum.
-        const bool empty = softmax.maximum[m][r] == kMinusInfinity && sum == 0;
-        if (lane % 4 == 0) {
-          const double maximum = softmax.maximum[m][r];  // in units of log2
-          p_.lse[row] = empty ? kMinusInfinity : static_cast<float>(kLn2 * maximum) + logf(sum);
-        }
-        const float inverse = empty ? 0.0f : 1.0f / sum;
+        if (kNormalization == kSoftmax && lane % 4 == 0) p_.lse[row] = result.lse;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
           const int column = 8 * n + lane % 4 * 2;
           if (column >= p_.dim) break;
-          const float a = o.at[m][n][2 * r] * inverse, b = o.at[m][n][2 * r + 1] * inverse;
+          const float a = o.at[m][n][2 * r] * result.factor;
+          const float b = o.at[m][n][2 * r + 1] * result.factor;
           if (p_.o_bf16) {
             auto* to = reinterpret_cast<uint32_t*>(static_cast<BF16*>(p_.o) + row * p_.dim);
             to[column / 2] = cuda::ptx::PackBf16(a, b);
@@ -235,19 +170,19 @@ class ForwardTile {
   int fill_ = Shape::kTiles, use_ = Shape::kTiles;  // in the ring
 };
 
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, Normalization kNormalization>
 __global__ __launch_bounds__(kThreads, (ForwardShape<kDim, kHeads>::kResident)) void ForwardKernel(
     const ForwardProblem problem, const TileGrid grid) {
   LONGSPAN_DYNAMIC_SHARED(shared);
   const BlockTask task = problem.mask.rows.tasks[blockIdx.x / grid.tiles];
   const int64_t head = task.kv_head * problem.group + grid.first_head +
                        static_cast<int64_t>(blockIdx.x % grid.tiles) * kHeads;
-  ForwardTile<kDim, kHeads>(problem, shared).Run(task, head);
+  ForwardTile<kDim, kHeads, kNormalization>(problem, shared).Run(task, head);
 }
 
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, Normalization kNormalization>
 void LaunchForward(cuda::Runtime& runtime, const ForwardProblem& problem, const TileGrid& grid) {
-  cuda::Launch(runtime, "AttentionForward mma_bf16", ForwardKernel<kDim, kHeads>,
+  cuda::Launch(runtime, "AttentionForward mma_bf16", ForwardKernel<kDim, kHeads, kNormalization>,
                {dim3(cuda::GridSize(problem.mask.rows.task_count * grid.tiles)), dim3(kThreads),
                 ForwardShape<kDim, kHeads>::kBytes},
                problem, grid);

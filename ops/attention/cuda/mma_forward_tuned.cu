@@ -1,11 +1,15 @@
-// Head sizes 64 and 128.
+// Softmax: head sizes 64 and 128.
 #include "ops/attention/cuda/mma_forward.cuh"
 
 namespace longspan::ops::mma {
 
-template void LaunchForward<64, 1>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
-template void LaunchForward<64, 2>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
-template void LaunchForward<128, 1>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
-template void LaunchForward<128, 2>(cuda::Runtime&, const ForwardProblem&, const TileGrid&);
+template void LaunchForward<64, 1, kSoftmax>(cuda::Runtime&, const ForwardProblem&,
+                                             const TileGrid&);
+template void LaunchForward<64, 2, kSoftmax>(cuda::Runtime&, const ForwardProblem&,
+                                             const TileGrid&);
+template void LaunchForward<128, 1, kSoftmax>(cuda::Runtime&, const ForwardProblem&,
+                                              const TileGrid&);
+template void LaunchForward<128, 2, kSoftmax>(cuda::Runtime&, const ForwardProblem&,
+                                              const TileGrid&);
 
 }  // namespace longspan::ops::mma

@@ -1,5 +1,6 @@
 #pragma once
 #include "ops/attention/cuda/mma_arguments.cuh"
+#include "ops/attention/cuda/mma_normalization.cuh"
 #include "ops/attention/cuda/mma_tile.cuh"
 #include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/launch.h"
@@ -8,7 +9,7 @@
 // through one after another, so that each sum has one owner and one order.
 namespace longspan::ops::mma {
 
-template <int kDim>
+template <int kDim, Normalization kNormalization>
 class KeyGradientTile {
  public:
   using Shape = KeyGradientShape<kDim>;
@@ -26,7 +27,7 @@ class KeyGradientTile {
     if (now < 0) return;
     LoadKeys();
     LoadQueries(Shape::kQ, p_.q, now, 0);
-    LoadStatistics(0, now, 0);
+    if constexpr (kNormalization == kSoftmax) LoadStatistics(0, now, 0);
     cuda::ptx::CopyAsyncCommit();
     LoadQueries(Shape::kDOut, p_.d_out, now, 0);
     cuda::ptx::CopyAsyncCommit();
@@ -51,7 +52,7 @@ class KeyGradientTile {
       head_ = same ? head_ + 1 : 0;
       index += !same;
       LoadQueries(Shape::kQ + (1 - turn) * TileBytes<kDim>(), p_.q, next, head_);
-      LoadStatistics(1 - turn, next, head_);
+      if constexpr (kNormalization == kSoftmax) LoadStatistics(1 - turn, next, head_);
       if constexpr (Shape::kDOuts == 2) {
         LoadQueries(Shape::kDOut + (1 - turn) * TileBytes<kDim>(), p_.d_out, next, head_);
       }
@@ -122,7 +123,8 @@ class KeyGradientTile {
                            p_.statistics + first + (inside ? 2 * pair : 0), inside);
   }
 
-  // s becomes p = exp2(scale s - lse) and dp becomes ds = p (dp - delta); columns are queries.
+  // s becomes p and dp becomes ds; columns are queries. Of softmax p = exp2(scale s - lse) and ds =
+  // p (dp - delta); of sigmoid ds = p (1 - p) dp.
   __device__ __forceinline__ void Gradients(Scores& s, Scores& dp, int turn, int first) const {
     const auto* rows = reinterpret_cast<const float2*>(tiles_.shared + Shape::kStatistics +
                                                        turn * kStatisticsBytes) +
@@ -131,12 +133,22 @@ class KeyGradientTile {
     for (int n = 0; n < kQueries / 8; ++n) {
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const float2 row = rows[8 * n + column];
+        if constexpr (kNormalization == kSoftmax) {
+          const float2 row = rows[8 * n + column];
 #pragma unroll
-        for (int e = column; e < 4; e += 2) {
-          const float p = cuda::ptx::Exp2(fmaf(s.at[0][n][e], p_.scale_log2, -row.x));
-          s.at[0][n][e] = p;
-          dp.at[0][n][e] = p * (dp.at[0][n][e] - row.y);
+          for (int e = column; e < 4; e += 2) {
+            const float p = cuda::ptx::Exp2(fmaf(s.at[0][n][e], p_.scale_log2, -row.x));
+            s.at[0][n][e] = p;
+            dp.at[0][n][e] = p * (dp.at[0][n][e] - row.y);
+          }
+        } else {
+#pragma unroll
+          for (int e = column; e < 4; e += 2) {
+            const Logistic<float> weight =
+                SigmoidWeight(fmaf(s.at[0][n][e], p_.scale_log2, p_.bias_log2));
+            s.at[0][n][e] = weight.p;
+            dp.at[0][n][e] *= weight.slope;
+          }
         }
       }
     }
@@ -182,18 +194,18 @@ class KeyGradientTile {
   int head_ = 0;  // of the group
 };
 
-template <int kDim>
+template <int kDim, Normalization kNormalization>
 __global__ __launch_bounds__(kThreads, KeyGradientShape<kDim>::kResident) void KeyGradientKernel(
     const BackwardProblem problem) {
   LONGSPAN_DYNAMIC_SHARED(shared);
-  KeyGradientTile<kDim>(problem, shared)
+  KeyGradientTile<kDim, kNormalization>(problem, shared)
       .Run(problem.mask.columns.tasks[blockIdx.x], static_cast<int>(blockIdx.y));
 }
 
-template <int kDim>
+template <int kDim, Normalization kNormalization>
 void LaunchKeyGradient(cuda::Runtime& runtime, const BackwardProblem& problem) {
   using Shape = KeyGradientShape<kDim>;
-  cuda::Launch(runtime, "AttentionBackward mma_bf16 dk dv", KeyGradientKernel<kDim>,
+  cuda::Launch(runtime, "AttentionBackward mma_bf16 dk dv", KeyGradientKernel<kDim, kNormalization>,
                {dim3(cuda::GridSize(problem.mask.columns.busy_tasks), Shape::kParts),
                 dim3(kThreads), Shape::kBytes},
                problem);

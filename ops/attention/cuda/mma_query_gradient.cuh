@@ -1,5 +1,6 @@
 #pragma once
 #include "ops/attention/cuda/mma_arguments.cuh"
+#include "ops/attention/cuda/mma_normalization.cuh"
 #include "ops/attention/cuda/mma_tile.cuh"
 #include "ops/core/cuda/kernel.cuh"
 #include "ops/core/cuda/launch.h"
@@ -7,7 +8,7 @@
 // dq += scale * ds k: tasks over query blocks like the forward pass, scores computed again.
 namespace longspan::ops::mma {
 
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, Normalization kNormalization>
 class QueryGradientTile {
  public:
   using Shape = QueryGradientShape<kDim, kHeads>;
@@ -28,7 +29,8 @@ class QueryGradientTile {
     LoadQueries();
     Load(Shape::kK, p_.k, now);
     Load(Shape::kV, p_.v, now);
-    LoadStatistics(first_head * p_.statistics_stride + first_token);
+    if constexpr (kNormalization == kSoftmax)
+      LoadStatistics(first_head * p_.statistics_stride + first_token);
     Accumulator<kM, kDim / 8> dq;
     dq.Clear();
     for (int index = 0; now >= 0; ++index) {
@@ -116,7 +118,7 @@ class QueryGradientTile {
     }
   }
 
-  // dp becomes ds = p (dp - delta), p = exp2(scale s - lse).
+  // dp becomes ds: of softmax p (dp - delta), p = exp2(scale s - lse); of sigmoid p (1 - p) dp.
   __device__ __forceinline__ void ScoreGradients(const Scores& s, Scores& dp) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -124,8 +126,12 @@ class QueryGradientTile {
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float p = cuda::ptx::Exp2(fmaf(s.at[m][n][e], p_.scale_log2, -lse_[m][e / 2]));
-          dp.at[m][n][e] = p * (dp.at[m][n][e] - delta_[m][e / 2]);
+          if constexpr (kNormalization == kSoftmax) {
+            const float p = cuda::ptx::Exp2(fmaf(s.at[m][n][e], p_.scale_log2, -lse_[m][e / 2]));
+            dp.at[m][n][e] = p * (dp.at[m][n][e] - delta_[m][e / 2]);
+          } else {
+            dp.at[m][n][e] *= SigmoidWeight(fmaf(s.at[m][n][e], p_.scale_log2, p_.bias_log2)).slope;
+          }
         }
       }
     }
@@ -174,10 +180,10 @@ class QueryGradientTile {
 
   const BackwardProblem& p_;
   const Tiles<kDim> tiles_;
-  float lse_[kM][2], delta_[kM][2];  // of this thread's rows
+  float lse_[kM][2], delta_[kM][2];  // of this thread's rows; of softmax
 };
 
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, Normalization kNormalization>
 __global__
 __launch_bounds__(kThreads, (QueryGradientShape<kDim, kHeads>::kResident)) void QueryGradientKernel(
     const BackwardProblem problem, const TileGrid grid) {
@@ -185,13 +191,14 @@ __launch_bounds__(kThreads, (QueryGradientShape<kDim, kHeads>::kResident)) void 
   const BlockTask task = problem.mask.rows.tasks[blockIdx.x / grid.tiles];
   const int64_t head = task.kv_head * problem.group + grid.first_head +
                        static_cast<int64_t>(blockIdx.x % grid.tiles) * kHeads;
-  QueryGradientTile<kDim, kHeads>(problem, shared).Run(task, head);
+  QueryGradientTile<kDim, kHeads, kNormalization>(problem, shared).Run(task, head);
 }
 
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, Normalization kNormalization>
 void LaunchQueryGradient(cuda::Runtime& runtime, const BackwardProblem& problem,
                          const TileGrid& grid) {
-  cuda::Launch(runtime, "AttentionBackward mma_bf16 dq", QueryGradientKernel<kDim, kHeads>,
+  cuda::Launch(runtime, "AttentionBackward mma_bf16 dq",
+               QueryGradientKernel<kDim, kHeads, kNormalization>,
                {dim3(cuda::GridSize(problem.mask.rows.busy_tasks * grid.tiles)), dim3(kThreads),
                 QueryGradientShape<kDim, kHeads>::kBytes},
                problem, grid);

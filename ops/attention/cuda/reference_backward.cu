@@ -18,15 +18,22 @@ struct BackwardProblem {
   Problem problem;
   const void* d_out;
   bool d_out_bf16;
-  const float *lse, *delta, *dlse;  // dlse may be null
+  const float *lse, *delta;  // of softmax
+  const float* dlse;         // of softmax; may be null
   float *dq, *dk, *dv;
   DeviceKvTable grads;
 };
 
-// lse in units of log2 and delta - dlse of a thread's rows.
-struct RowState {
-  float lse[kOwn], delta[kOwn];
-  __device__ RowState(const BackwardProblem& args, int64_t token, int64_t head, int queries) {
+// How the rows of a thread turn a score, in units of log2, into its weight p and the gradient dp of
+// p into ds, that of the score.
+template <Normalization kNormalization>
+struct Rows;
+
+// ds = p (dp - delta + dlse)
+template <>
+struct Rows<Normalization::kSoftmax> {
+  float lse[kOwn], delta[kOwn];  // in units of log2; less dlse
+  __device__ Rows(const BackwardProblem& args, int64_t token, int64_t head, int queries) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int row = ThreadY() * kOwn + i;
@@ -35,15 +42,33 @@ struct RowState {
       delta[i] = args.delta[at] - (args.dlse != nullptr ? args.dlse[at] : 0.0f);
     }
   }
+  __device__ void Turn(int i, float& score, float& gradient) const {
+    score = exp2f(score - lse[i]);
+    gradient = score * (gradient - delta[i]);
+  }
 };
 
-// Probabilities p and score gradients ds = p (dp - delta) of a tile. Hidden pairs are exactly 0,
-// whatever their scores and rows hold.
+// ds = p (1 - p) dp
+template <>
+struct Rows<Normalization::kSigmoid> {
+  float bias;
+  __device__ Rows(const BackwardProblem& args, int64_t, int64_t, int)
+      : bias(args.problem.bias_log2) {}
+  __device__ void Turn(int, float& score, float& gradient) const {
+    const Logistic<float> weight = SigmoidWeight(score + bias);
+    score = weight.p;
+    gradient *= weight.slope;
+  }
+};
+
+// Weights p and score gradients ds of a tile. Hidden pairs are exactly 0, whatever their scores and
+// rows hold.
 struct TileGradient {
   float p[kOwn][kOwn] = {}, ds[kOwn][kOwn] = {};
+  template <Normalization kNormalization>
   __device__ TileGradient(const Problem& problem, const TilePair& pair, const RowBlock& q,
                           const RowBlock& k, const RowBlock& d_out, const RowBlock& v,
-                          const RowState& rows, Shared& shared) {
+                          const Rows<kNormalization>& rows, Shared& shared) {
     ScoreProduct(q, k, shared, p);
     ScoreProduct(d_out, v, shared, ds);
     const uint32_t visible = VisiblePairs(problem.mask, pair);
@@ -53,14 +78,16 @@ struct TileGradient {
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
         const bool sees = (visible >> (i * kOwn + j) & 1u) != 0;
-        p[i][j] = sees ? exp2f(scale * p[i][j] - rows.lse[i]) : 0.0f;
-        ds[i][j] = sees ? p[i][j] * (ds[i][j] - rows.delta[i]) : 0.0f;
+        float weight = scale * p[i][j], gradient = ds[i][j];
+        rows.Turn(i, weight, gradient);
+        p[i][j] = sees ? weight : 0.0f;
+        ds[i][j] = sees ? gradient : 0.0f;
       }
     }
   }
 };
 
-template <int kDim>
+template <int kDim, Normalization kNormalization>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     QueryGradientKernel(BackwardProblem args) {
   LONGSPAN_DYNAMIC_SHARED(dynamic);
@@ -74,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   const int queries = mask.Tokens(id);
   const RowBlock q = p.Queries(p.q, p.bf16, token, head, queries);
   const RowBlock d_out = p.Queries(args.d_out, args.d_out_bf16, token, head, queries);
-  const RowState rows(args, token, head, queries);
+  const Rows<kNormalization> rows(args, token, head, queries);
 
   Accumulator<kDim> dq;
   for (EntryCursor entry = mask.Entries(mask.rows, task); !entry.done(); entry.Next()) {
@@ -91,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   });
 }
 
-template <int kDim>
+template <int kDim, Normalization kNormalization>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) KeyGradientKernel(BackwardProblem args) {
   LONGSPAN_DYNAMIC_SHARED(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -112,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) KeyGradientKernel(Bac
       const int64_t head = task.kv_head * p.group + g;
       const RowBlock q = p.Queries(p.q, p.bf16, token, head, queries);
       const RowBlock d_out = p.Queries(args.d_out, args.d_out_bf16, token, head, queries);
-      const TileGradient tile(p, pair, q, k, d_out, v, RowState(args, token, head, queries),
-                              shared);
+      const Rows<kNormalization> rows(args, token, head, queries);
+      const TileGradient tile(p, pair, q, k, d_out, v, rows, shared);
       StoreByQuery(tile.p, shared);
       dv.AddProduct(d_out, shared);
       StoreByQuery(tile.ds, shared);
@@ -137,17 +164,19 @@ namespace longspan::ops::internal {
 void ReferenceCudaBackward(Context& ctx, const BackwardArgs& args) {
   namespace reference = reference_cuda;
   if (args.mask.empty()) return;  // and the tensors of keys may be undefined
-  const reference::BackwardProblem problem{
-      reference::MakeProblem(ctx, args.q, args.kv, args.mask, args.scale),
-      args.d_out.raw(),
-      args.d_out.dtype() == DType::kBF16,
-      args.lse.data<float>(),
-      args.delta.data<float>(),
-      args.dlse.defined() ? args.dlse.data<float>() : nullptr,
-      args.dq.data<float>(),
-      args.dkv.dk.data<float>(),
-      args.dkv.dv.data<float>(),
-      OnDevice(ctx, *args.dkv.table)};
+  const auto read = [](const Tensor& t) -> const float* {
+    return t.defined() ? t.data<float>() : nullptr;
+  };
+  const reference::BackwardProblem problem{reference::MakeProblem(ctx, args),
+                                           args.d_out.raw(),
+                                           args.d_out.dtype() == DType::kBF16,
+                                           read(args.lse),
+                                           read(args.delta),
+                                           read(args.dlse),
+                                           args.dq.data<float>(),
+                                           args.dkv.dk.data<float>(),
+                                           args.dkv.dv.data<float>(),
+                                           OnDevice(ctx, *args.dkv.table)};
   const auto shape = [](int64_t blocks) {
     return cuda::LaunchShape{dim3(cuda::GridSize(blocks)), dim3(reference::kThreads),
                              sizeof(reference::Shared)};
@@ -155,11 +184,13 @@ void ReferenceCudaBackward(Context& ctx, const BackwardArgs& args) {
   const DeviceMask& mask = problem.problem.mask;
   const cuda::LaunchShape rows = shape(mask.rows.busy_tasks * problem.problem.group),
                           columns = shape(mask.columns.busy_tasks);
-  reference::DispatchDim(args.kv.head_dim, [&]<int kDim>() {
-    cuda::Launch(ctx.cuda(), "AttentionBackward dQ(reference_cuda)",
-                 reference::QueryGradientKernel<kDim>, rows, problem);
-    cuda::Launch(ctx.cuda(), "AttentionBackward dKdV(reference_cuda)",
-                 reference::KeyGradientKernel<kDim>, columns, problem);
+  DispatchNormalization(args.normalization, [&]<Normalization kNormalization>() {
+    reference::DispatchDim(args.kv.head_dim, [&]<int kDim>() {
+      cuda::Launch(ctx.cuda(), "AttentionBackward dQ(reference_cuda)",
+                   reference::QueryGradientKernel<kDim, kNormalization>, rows, problem);
+      cuda::Launch(ctx.cuda(), "AttentionBackward dKdV(reference_cuda)",
+                   reference::KeyGradientKernel<kDim, kNormalization>, columns, problem);
+    });
   });
 }
 

@@ -1,4 +1,5 @@
-// A block per (query block, query head): online softmax over the block's entries.
+// A block per (query block, query head): online softmax, or a plain sum of sigmoid weights, over
+// the block's entries.
 #include <cmath>
 
 #include "ops/attention/cuda/attention_cuda.h"
@@ -16,10 +17,10 @@ struct ForwardProblem {
   Problem problem;
   void* o;
   bool o_bf16;
-  float* lse;
+  float* lse;  // of softmax
 };
 
-template <int kDim>
+template <int kDim, Normalization kNormalization>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) ForwardKernel(ForwardProblem args) {
   LONGSPAN_DYNAMIC_SHARED(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -32,6 +33,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) ForwardKernel(Forward
   const int queries = mask.Tokens(id);
   const RowBlock q = p.Queries(p.q, p.bf16, token, head, queries);
   const float scale = p.scale * kLog2E;
+  constexpr bool kSoftmax = kNormalization == Normalization::kSoftmax;
 
   Accumulator<kDim> o;
   float top[kOwn], sum[kOwn] = {};
@@ -46,23 +48,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>) ForwardKernel(Forward
 #pragma unroll
     for (int n = 0; n < kOwn * kOwn; ++n) {
       float& x = s[n / kOwn][n % kOwn];
-      x = (visible >> n & 1u) != 0 ? x * scale : -INFINITY;
+      const bool sees = (visible >> n & 1u) != 0;
+      if constexpr (kSoftmax) {
+        x = sees ? x * scale : -INFINITY;
+      } else {
+        x = sees ? SigmoidWeight(x * scale + p.bias_log2).p : 0.0f;
+      }
     }
-    Softmax(s, top, sum, o);
+    if constexpr (kSoftmax) Softmax(s, top, sum, o);
     StoreByKey(s, shared);
     o.AddProduct(p.Keys(p.v, task.kv_head, entry.block()), shared);
   }
 
-  // A NaN score is no empty row.
+  if constexpr (kSoftmax) {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const bool empty = sum[i] == 0;
-    const int row = ThreadY() * kOwn + i;
-    if (ThreadX() == 0 && row < queries) {
-      args.lse[(token + row) * p.heads + head] =
-          empty ? -INFINITY : static_cast<float>(kLn2 * static_cast<double>(top[i])) + logf(sum[i]);
+    for (int i = 0; i < kOwn; ++i) {
+      const bool empty = sum[i] == 0;  // which a row with a NaN score is not
+      const int row = ThreadY() * kOwn + i;
+      if (ThreadX() == 0 && row < queries) {
+        const auto maximum = static_cast<float>(kLn2 * static_cast<double>(top[i]));
+        args.lse[(token + row) * p.heads + head] = empty ? -INFINITY : maximum + logf(sum[i]);
+      }
+      o.ScaleRow(i, empty ? 0.0f : 1.0f / sum[i]);
     }
-    o.ScaleRow(i, empty ? 0.0f : 1.0f / sum[i]);
   }
   o.ForEach(queries, p.dim, [&](int row, int d, float value) {
     const int64_t at = ((token + row) * p.heads + head) * p.dim + d;
@@ -81,15 +89,18 @@ namespace longspan::ops::internal {
 
 void ReferenceCudaForward(Context& ctx, const ForwardArgs& args) {
   namespace reference = reference_cuda;
-  const reference::ForwardProblem problem{
-      reference::MakeProblem(ctx, args.q, args.kv, args.mask, args.scale), args.o.raw(),
-      args.o.dtype() == DType::kBF16, args.lse.data<float>()};
+  const reference::ForwardProblem problem{reference::MakeProblem(ctx, args), args.o.raw(),
+                                          args.o.dtype() == DType::kBF16,
+                                          args.lse.defined() ? args.lse.data<float>() : nullptr};
   const int64_t blocks = problem.problem.mask.rows.task_count * problem.problem.group;
-  reference::DispatchDim(args.kv.head_dim, [&]<int kDim>() {
-    cuda::Launch(
-        ctx.cuda(), "AttentionForward(reference_cuda)", reference::ForwardKernel<kDim>,
-        {dim3(cuda::GridSize(blocks)), dim3(reference::kThreads), sizeof(reference::Shared)},
-        problem);
+  DispatchNormalization(args.normalization, [&]<Normalization kNormalization>() {
+    reference::DispatchDim(args.kv.head_dim, [&]<int kDim>() {
+      cuda::Launch(
+          ctx.cuda(), "AttentionForward(reference_cuda)",
+          reference::ForwardKernel<kDim, kNormalization>,
+          {dim3(cuda::GridSize(blocks)), dim3(reference::kThreads), sizeof(reference::Shared)},
+          problem);
+    });
   });
 }
 

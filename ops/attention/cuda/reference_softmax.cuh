@@ -2,8 +2,9 @@
 #include <cmath>
 
 #include "ops/attention/cuda/reference_tile.cuh"
+#include "ops/attention/logistic.h"
 
-// Online softmax over the score tiles of reference_tile.cuh.
+// Weights of the score tiles of reference_tile.cuh: online softmax, and sigmoid.
 namespace longspan::ops::reference_cuda {
 
 // Maximum and sum over the 16 threads of a row.
@@ -43,6 +44,9 @@ __device__ void Softmax(float (&s)[kOwn][kOwn], float (&top)[kOwn], float (&sum)
     o.ScaleRow(i, rescale);
   }
 }
+
+// The weight of a score of sigmoid in units of log2, and its slope.
+__device__ inline Logistic<float> SigmoidWeight(float t) { return LogisticOf(t, exp2f(-fabsf(t))); }
 
 // shared.tile = s transposed: [key][query], where Accumulator::AddProduct reads it.
 __device__ inline void StoreByKey(const float (&s)[kOwn][kOwn], Shared& shared) {

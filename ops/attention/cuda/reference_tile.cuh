@@ -194,6 +194,7 @@ struct Problem {
   int64_t heads, group;
   int dim;
   float scale;
+  float bias_log2;  // of sigmoid
 
   // Rows of a [Tq, Hq, D] tensor.
   __device__ RowBlock Queries(const void* data, bool is_bf16, int64_t token, int64_t head,
@@ -205,18 +206,20 @@ struct Problem {
   }
 };
 
-inline Problem MakeProblem(Context& ctx, const Tensor& q, const KvView& kv, const BlockMask& mask,
-                           double scale) {
-  return {.mask = OnDevice(ctx, mask),
-          .table = OnDevice(ctx, *kv.table),
-          .q = q.raw(),
-          .k = kv.k.raw(),
-          .v = kv.v.raw(),
-          .bf16 = q.dtype() == DType::kBF16,
-          .heads = q.dim(1),
-          .group = q.dim(1) / kv.kv_heads(),
-          .dim = static_cast<int>(q.dim(2)),
-          .scale = static_cast<float>(scale)};
+// Of ForwardArgs or BackwardArgs.
+template <class Args>
+Problem MakeProblem(Context& ctx, const Args& args) {
+  return {.mask = OnDevice(ctx, args.mask),
+          .table = OnDevice(ctx, *args.kv.table),
+          .q = args.q.raw(),
+          .k = args.kv.k.raw(),
+          .v = args.kv.v.raw(),
+          .bf16 = args.q.dtype() == DType::kBF16,
+          .heads = args.q.dim(1),
+          .group = args.q.dim(1) / args.kv.kv_heads(),
+          .dim = static_cast<int>(args.q.dim(2)),
+          .scale = static_cast<float>(args.scale),
+          .bias_log2 = static_cast<float>(args.bias / kLn2)};
 }
 
 // Calls f.operator()<kDim>() with the smallest kernel that holds head_dim.

@@ -1,9 +1,9 @@
 #pragma once
 
 // Instructions without an equivalent in CUDA C++, for sm_80 and newer: asynchronous copies to
-// shared memory, matrix fragments and products, the fast exponential. Addresses in shared memory
-// are ordinary pointers into it, aligned to 16 bytes. Devices: GPU; the emulated device has a twin
-// with the same contract.
+// shared memory, matrix fragments and products, the fast exponential and reciprocal. Addresses in
+// shared memory are ordinary pointers into it, aligned to 16 bytes. Devices: GPU; the emulated
+// device has a twin with the same contract.
 //
 // Fragments of a warp, lane = 4 * g + t with g in [0, 8) and t in [0, 4); "lo, hi" are the halves
 // of a register (columns or rows n and n + 1):
@@ -90,6 +90,13 @@ __device__ __forceinline__ uint32_t ThreadIndexAnew() {
 __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x within 1 ulp, 0 where that is below 2^-126; infinity of what is below 2^-126.
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

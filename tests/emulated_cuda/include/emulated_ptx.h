@@ -21,5 +21,6 @@ void LoadMatrix4Transposed(uint32_t (&r)[4], const void* row);
 void MmaBf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t PackBf16(float low, float high);
 float Exp2(float x);
+float Reciprocal(float x);
 
 }  // namespace longspan::cuda::ptx

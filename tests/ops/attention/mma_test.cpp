@@ -24,29 +24,37 @@ Vec Finite(Vec lse) {
   return lse;
 }
 
-double WorstRms(const AttentionRun& run, const NaiveOutput& out, const NaiveGradients& grads) {
-  double worst = RelRms(run.o, out.o);
-  worst = std::max(worst, RelRms(run.dv, grads.dv));
-  worst = std::max(worst, 100 * RelRms(Finite(run.lse), Finite(out.lse)));
+double WorstRms(const AttentionRun& run, const AttentionRun& want) {
+  double worst = RelRms(run.o, want.o);
+  worst = std::max(worst, RelRms(run.dv, want.dv));
+  worst = std::max(worst, 100 * RelRms(Finite(run.lse), Finite(want.lse)));
   // Where rows see one key each, dq and dk cancel to nothing.
   const auto gradient = [](Vec a, Vec b) {
     a.push_back(1);
     b.push_back(1);
     return RelRms(a, b);
   };
-  worst = std::max(worst, gradient(run.dq, grads.dq));
-  return std::max(worst, gradient(run.dk, grads.dk));
+  worst = std::max(worst, gradient(run.dq, want.dq));
+  return std::max(worst, gradient(run.dk, want.dk));
 }
 
-void Check(const AttentionCase& c) {
+void CheckOne(const AttentionCase& c) {
   SCOPED_TRACE(c.Name());
   Context ctx = OpContext(1);
-  const AttentionInputs in = MakeInputs(c);
+  AttentionInputs in = MakeInputs(c);
+  if (c.sigmoid()) {  // weights are small, and gradients are added to 0.5
+    for (double& x : in.d_out) x *= 256;
+  }
   const AttentionRun run = RunAttention(ctx, c, in, kName);
   EXPECT_EQ(run.implementation, kName);
-  EXPECT_LT(WorstRms(run, NaiveForward(in.problem, in.q, in.k, in.v),
-                     NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse)),
-            kRmsError);
+  EXPECT_LT(WorstRms(run, RunNaive(c, in)), kRmsError);
+}
+
+void Check(AttentionCase c) {
+  for (const ops::Normalization normalization : kNormalizations) {
+    c.normalization = normalization;
+    CheckOne(c);
+  }
 }
 
 std::shared_ptr<const ops::Documents> OneRow(int64_t tokens) {
@@ -179,6 +187,114 @@ TEST_F(MmaTest, LongRowsKeepTheWeightOfTheirMaximum) {
   }
 }
 
+// One key scores 0 and all others -1, where the weight e^-1 is 1.9e-3 away from the nearest bf16:
+// what the values are multiplied by has to sum to 1 all the same, wherever the maximum comes.
+TEST_F(MmaTest, RoundedWeightsSumToOne) {
+  Context ctx = OpContext(1);
+  for (const int64_t tokens : {65, 190, 1000}) {
+    for (const int64_t dim : {32, 128, 192}) {
+      for (const bool last : {false, true}) {
+        const auto documents = OneRow(tokens);
+        const auto all = ops::BlockList::All(*documents);
+        const auto first_block = ops::BlockList::FromIds(*documents, {0});
+        const auto mask =
+            ops::BlockMask::Build(ops::AttentionPattern::Full(), 1, documents, first_block, all);
+        Vec q(static_cast<size_t>(64 * 3 * dim)), k(static_cast<size_t>(tokens * dim));
+        for (size_t i = 0; i < q.size(); i += static_cast<size_t>(dim)) q[i] = 1;
+        for (size_t i = 0; i < k.size(); i += static_cast<size_t>(dim)) k[i] = -1;
+        k[last ? k.size() - static_cast<size_t>(dim) : 0] = 0;
+        const Shape kv_shape{tokens, 1, dim};
+        const auto kv =
+            ops::MakeKvView(FromVec(ctx, kv_shape, DType::kBF16, k),
+                            FromVec(ctx, kv_shape, DType::kBF16, Vec(k.size(), 1.0)), *mask);
+        const auto result = ops::AttentionForward(ctx, FromVec(ctx, {64, 3, dim}, DType::kBF16, q),
+                                                  kv, *mask, {.scale = 1, .implementation = kName});
+        SCOPED_TRACE(Str("T ", tokens, " D ", dim, last ? " last" : " first"));
+        EXPECT_LT(RelMax(ToVec(result.o), Vec(q.size(), 1.0)), 1e-5);
+        const double sum = 1 + static_cast<double>(tokens - 1) * std::exp(-1.0);
+        EXPECT_LT(RelMax(ToVec(result.lse), Vec(64 * 3, std::log(sum))), 1e-6);
+      }
+    }
+  }
+}
+
+// Sigmoid attention of plain tensors over a whole row, gradients from 0.
+AttentionRun RunSigmoid(Context& ctx, const ops::BlockMask& mask, const AttentionInputs& in,
+                        double bias) {
+  const int64_t tokens = in.problem.queries.tokens(), dim = in.problem.dim;
+  const Shape shape{tokens, in.problem.heads, dim}, kv_shape{tokens, in.problem.kv_heads, dim};
+  const auto tensor = [&](const Shape& of, const Vec& values) {
+    return FromVec(ctx, of, DType::kBF16, values);
+  };
+  const Tensor q = tensor(shape, in.q);
+  const auto kv = ops::MakeKvView(tensor(kv_shape, in.k), tensor(kv_shape, in.v), mask);
+  const ops::AttentionOptions options{.scale = in.problem.scale,
+                                      .implementation = kName,
+                                      .normalization = ops::Normalization::kSigmoid,
+                                      .bias = bias};
+  const auto result = ops::AttentionForward(ctx, q, kv, mask, options);
+  EXPECT_FALSE(result.lse.defined());
+  Tensor dq = ctx.Zeros(shape, DType::kF32);
+  const Tensor dk = ctx.Zeros(kv_shape, DType::kF32), dv = ctx.Zeros(kv_shape, DType::kF32);
+  ops::AttentionBackward(ctx, tensor(shape, in.d_out), q, kv, {}, {}, mask, dq,
+                         ops::MakeKvGradView(dk, dv, mask), options);
+  return {.o = ToVec(result.o),
+          .lse = {},
+          .dq = ToVec(dq),
+          .dk = ToVec(dk),
+          .dv = ToVec(dv),
+          .implementation = result.implementation};
+}
+
+// Weights next to 0 and next to 1, where 1 - p is far below the spacing of numbers at 1.
+TEST_F(MmaTest, SigmoidOfLargeBias) {
+  Context ctx = OpContext(1);
+  AttentionCase c = Case(ops::AttentionPattern::Causal(), OneRow(150));
+  c.group = 3;
+  for (const double bias : {-60.0, -20.0, 14.0, 40.0}) {
+    for (const int64_t dim : {64, 192}) {
+      SCOPED_TRACE(Str("bias ", bias, " D ", dim));
+      c.dim = dim;
+      const AttentionInputs in = MakeInputs(c);
+      const AttentionRun run = RunSigmoid(ctx, *BuildMask(c.mask_case), in, bias);
+      const NaiveGradients grads =
+          NaiveSigmoidBackward(in.problem, bias, in.q, in.k, in.v, in.d_out);
+      EXPECT_LT(RelRms(run.o, NaiveSigmoidForward(in.problem, bias, in.q, in.k, in.v)), kRmsError);
+      EXPECT_LT(RelRms(run.dq, grads.dq), kRmsError);
+      EXPECT_LT(RelRms(run.dk, grads.dk), kRmsError);
+      EXPECT_LT(RelRms(run.dv, grads.dv), kRmsError);
+    }
+  }
+}
+
+// Weights of exactly 0 and 1: o and dv are plain sums, and no score has a gradient.
+TEST_F(MmaTest, SigmoidOfScoresBeyondTheExponent) {
+  Context ctx = OpContext(1);
+  AttentionCase c = Case(ops::AttentionPattern::Full(), OneRow(100));
+  c.dim = 16;
+  c.scale = 1;
+  AttentionInputs in = MakeInputs(c);
+  Vec o(in.q.size()), dv(in.q.size());
+  for (size_t i = 0; i < in.q.size(); ++i) {
+    const size_t token = i / 16;
+    in.q[i] = i % 16 == 0 ? 1 : 0;
+    in.k[i] = token % 3 == 0 ? 4000 : -4000;
+    in.v[i] = static_cast<double>(token % 5) + 1;
+    in.d_out[i] = static_cast<double>(token % 4) - 1;
+  }
+  for (size_t i = 0; i < o.size(); ++i) {
+    for (size_t token = 0; token < 100; ++token) {
+      if (token % 3 == 0) o[i] += in.v[token * 16];
+      if (i / 16 % 3 == 0) dv[i] += in.d_out[token * 16];
+    }
+  }
+  const AttentionRun run = RunSigmoid(ctx, *BuildMask(c.mask_case), in, -1);
+  EXPECT_EQ(run.o, o);
+  EXPECT_EQ(run.dv, dv);
+  EXPECT_EQ(run.dq, Vec(in.q.size()));
+  EXPECT_EQ(run.dk, Vec(in.k.size()));
+}
+
 // Scores of padding are 0 and those of real keys far below: the padding may not take part.
 TEST_F(MmaTest, ShortBlocksBesideLowScores) {
   const auto documents = OneRow(70);
@@ -191,11 +307,10 @@ TEST_F(MmaTest, ShortBlocksBesideLowScores) {
   for (double& x : in.k) x = -std::abs(x);
   Context ctx = OpContext(1);
   const AttentionRun run = RunAttention(ctx, c, in, kName);
-  const NaiveOutput out = NaiveForward(in.problem, in.q, in.k, in.v);
-  const NaiveGradients grads = NaiveBackward(in.problem, in.q, in.k, in.v, in.d_out, in.dlse);
-  EXPECT_LT(*std::max_element(out.lse.begin(), out.lse.end()), -128);
-  EXPECT_LT(RelRms(run.lse, out.lse), 1e-5);
-  EXPECT_LT(WorstRms(run, out, grads), 1e-2);  // scores of 1000 carry 1e-4 in f32
+  const AttentionRun want = RunNaive(c, in);
+  EXPECT_LT(*std::max_element(want.lse.begin(), want.lse.end()), -128);
+  EXPECT_LT(RelRms(run.lse, want.lse), 1e-5);
+  EXPECT_LT(WorstRms(run, want), 1e-2);  // scores of 1000 carry 1e-4 in f32
 }
 
 // d_out in f32 is rounded to bf16, and nothing else changes.
@@ -233,14 +348,17 @@ TEST_F(MmaTest, RepeatsBitForBit) {
   c.dim = 80;
   const AttentionInputs in = MakeInputs(c);
   Context ctx = OpContext(1);
-  const AttentionRun first = RunAttention(ctx, c, in, kName);
-  for (int i = 0; i < 3; ++i) {
-    const AttentionRun again = RunAttention(ctx, c, in, kName);
-    EXPECT_EQ(again.o, first.o);
-    EXPECT_EQ(again.lse, first.lse);
-    EXPECT_EQ(again.dq, first.dq);
-    EXPECT_EQ(again.dk, first.dk);
-    EXPECT_EQ(again.dv, first.dv);
+  for (const ops::Normalization normalization : kNormalizations) {
+    c.normalization = normalization;
+    const AttentionRun first = RunAttention(ctx, c, in, kName);
+    for (int i = 0; i < 3; ++i) {
+      const AttentionRun again = RunAttention(ctx, c, in, kName);
+      EXPECT_EQ(again.o, first.o);
+      EXPECT_EQ(again.lse, first.lse);
+      EXPECT_EQ(again.dq, first.dq);
+      EXPECT_EQ(again.dk, first.dk);
+      EXPECT_EQ(again.dv, first.dv);
+    }
   }
 }
 
