@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <array>
+#include <span>
 
 #include "ops/attention/cpu/bf16_blocks.h"
 #include "ops/attention/cpu/bf16_pieces.h"
@@ -46,24 +48,17 @@ struct Backward {
     kernels.to_columns(rows.at, rows.ld, static_cast<int>(shape.padded), to);
   }
   // scores [tokens][lanes] = rows . lanes over head_dim.
-  void Scores(const OperandRows& rows, int64_t tokens, const uint16_t* lanes, float* scores) const {
-    kernels.gemm({.a = rows.at,
-                  .a_row = rows.ld,
-                  .b = lanes,
-                  .c = scores,
-                  .rows = static_cast<int>(tokens),
-                  .inner = dim(),
-                  .add = false});
+  void Scores(const OperandRows& rows, int64_t tokens, const uint16_t* lanes, float* scores,
+              const Bf16Ahead& ahead) const {
+    Multiply(kernels, rows, lanes, dim(), scores, tokens, false, ahead);
   }
-  // to [head_dim][lanes] (+)= columns . pairs over `tokens`.
-  void Accumulate(const uint16_t* columns, const uint16_t* pairs, int64_t tokens, bool add,
-                  float* to) const {
-    kernels.gemm({.a = columns,
+  // to [head_dim][lanes] (+)= columns . pairs, summed over the products.
+  void Accumulate(std::span<const Bf16Product> products, bool add, float* to) const {
+    kernels.gemm({.products = products.data(),
+                  .count = static_cast<int>(products.size()),
                   .a_row = kMaskBlock,
-                  .b = pairs,
                   .c = to,
                   .rows = dim(),
-                  .inner = static_cast<int>(tokens),
                   .add = add});
   }
   // out[lane * stride + d] += scale * from[d][lane].
@@ -93,8 +88,13 @@ struct Backward {
 
 // ---- dK, dV and dS of part of a column: lanes are keys -----------------------------------------
 
+// Tiles whose shares of dK and dV are summed up before the sums, which do not fit the first cache,
+// are read and written.
+constexpr int kTilesAtOnce = 4;
+
 int64_t PieceFloats(const Bf16Shape& shape) {
-  return 6 * shape.operand() + 2 * shape.result() + 2 * Bf16Shape::kScores + 3 * Bf16Shape::kPairs;
+  return (4 + 2 * kTilesAtOnce) * shape.operand() + 2 * shape.result() + 2 * Bf16Shape::kScores +
+         (1 + 2 * kTilesAtOnce) * Bf16Shape::kPairs;
 }
 
 class PieceTask {
@@ -107,16 +107,17 @@ class PieceTask {
         key_(call.KeyBlock(piece.column)),
         keys_(call.Tokens(key_)) {
     const Bf16Shape& shape = call.shape;
-    for (uint16_t** operand :
-         {&k_lanes_, &v_lanes_, &q_rows_, &d_out_rows_, &q_columns_, &d_out_columns_}) {
+    for (uint16_t** operand : {&k_lanes_, &v_lanes_, &q_rows_, &d_out_rows_}) {
       *operand = Halves(scratch.Take(shape.operand()));
     }
+    q_columns_ = Halves(scratch.Take(kTilesAtOnce * shape.operand()));
+    d_out_columns_ = Halves(scratch.Take(kTilesAtOnce * shape.operand()));
     dk_dv_ = scratch.Take(2 * shape.result());
     s_ = scratch.Take(Bf16Shape::kScores);
     dp_ = scratch.Take(Bf16Shape::kScores);
-    for (uint16_t** pairs : {&p_, &ds_, &ds_rows_}) {
-      *pairs = Halves(scratch.Take(Bf16Shape::kPairs));
-    }
+    p_ = Halves(scratch.Take(kTilesAtOnce * Bf16Shape::kPairs));
+    ds_ = Halves(scratch.Take(kTilesAtOnce * Bf16Shape::kPairs));
+    ds_rows_ = Halves(scratch.Take(Bf16Shape::kPairs));
   }
 
   // Leaves dS in `tiles` and adds dK and dV to their place, or, where other tasks share it, leaves
@@ -140,55 +141,70 @@ class PieceTask {
                              entry.query, key_, visible);
       }
       for (int64_t g = 0; g < b_.shape.group; ++g) {
-        if (g + 1 < b_.shape.group) {
-          Prefetch(entry, g + 1);
-        } else if (&entry != &entries.back()) {
-          Prefetch(*(&entry + 1), 0);
-        }
-        const bool first = &entry == entries.data() && g == 0;
         const int64_t tile = part_.TileOf(piece_, entry) + g;
-        Step(entry, bits, g, first, tiles + tile * 2 * Bf16Shape::kPairs);
+        const bool last_head = g + 1 == b_.shape.group;
+        const PieceEntry* next = !last_head                  ? &entry
+                                 : &entry != &entries.back() ? &entry + 1
+                                                             : nullptr;
+        Step(entry, bits, g, next, tiles + tile * 2 * Bf16Shape::kPairs);
+        if (waiting_ == kTilesAtOnce) AddWaiting();
       }
     }
+    if (waiting_ > 0) AddWaiting();
     if (piece_.shared < 0) b_.AddKeyGradients(dk_dv_, piece_.kv_head, piece_.column);
   }
 
  private:
-  // What Step will read of a query head.
-  void Prefetch(const PieceEntry& entry, int64_t g) const {
+  // What Step will read of a query head's block of `t`.
+  Bf16Ahead Ahead(const Tensor& t, const PieceEntry& entry, int64_t g) const {
     const int64_t token = b_.query_tokens[static_cast<size_t>(entry.query)];
-    const int64_t row =
-        (token * b_.shape.heads + piece_.kv_head * b_.shape.group + g) * b_.shape.dim;
-    for (const Tensor* t : {&b_.args.q, &b_.args.d_out}) {
-      const auto size = static_cast<int64_t>(SizeOf(t->dtype()));
-      PrefetchRows(t->raw() + row * size, b_.shape.heads * b_.shape.dim * size, b_.shape.dim * size,
+    const int64_t head = piece_.kv_head * b_.shape.group + g,
+                  stride = b_.shape.heads * b_.shape.dim;
+    return AheadOf(t, token * stride + head * b_.shape.dim, stride, b_.shape.dim,
                    b_.Tokens(entry.query));
-    }
   }
-  void Step(const PieceEntry& entry, const uint64_t* bits, int64_t g, bool first,
-            uint16_t* tile) const {
+  // dS of a tile goes to `tile`; its shares of dK and dV wait for AddWaiting. The next tile is that
+  // of the next query head of the group, or of the first one and entry `next` (null: none).
+  void Step(const PieceEntry& entry, const uint64_t* bits, int64_t g, const PieceEntry* next,
+            uint16_t* tile) {
     const int64_t token = b_.query_tokens[static_cast<size_t>(entry.query)];
     const int64_t tokens = b_.Tokens(entry.query);
     const int64_t h = piece_.kv_head * b_.shape.group + g;
     const OperandRows q = b_.QueryRows(b_.args.q, token, tokens, h, q_rows_);
     const OperandRows d_out = b_.QueryRows(b_.args.d_out, token, tokens, h, d_out_rows_);
-    b_.Scores(q, tokens, k_lanes_, s_);
-    b_.Scores(d_out, tokens, v_lanes_, dp_);
+    const int64_t operand = waiting_ * 2 * b_.shape.operand();
+    const int64_t pairs = waiting_ * 2 * Bf16Shape::kPairs;
+    Bf16Ahead next_q, next_d_out;
+    if (next != nullptr) {
+      const int64_t next_g = (g + 1) % b_.shape.group;
+      next_q = Ahead(b_.args.q, *next, next_g);
+      next_d_out = Ahead(b_.args.d_out, *next, next_g);
+    }
+    b_.Scores(q, tokens, k_lanes_, s_, next_q);
+    b_.Scores(d_out, tokens, v_lanes_, dp_, next_d_out);
     b_.GradientByKey({.s = s_,
                       .dp = dp_,
-                      .p = p_,
-                      .ds = ds_,
+                      .p = p_ + pairs,
+                      .ds = ds_ + pairs,
                       .ds_rows = ds_rows_,
                       .rows = static_cast<int>(tokens),
                       .scale = static_cast<float>(b_.args.scale * kLog2E),
                       .bits = bits,
                       .lse = b_.statistics.Lse(entry.query, h),
                       .delta = b_.statistics.Delta(entry.query, h)});
-    b_.ToColumns(d_out, d_out_columns_);
-    b_.Accumulate(d_out_columns_, p_, tokens, !first, dk_dv_ + b_.shape.result());
-    b_.ToColumns(q, q_columns_);
-    b_.Accumulate(q_columns_, ds_, tokens, !first, dk_dv_);
+    b_.ToColumns(d_out, d_out_columns_ + operand);
+    b_.ToColumns(q, q_columns_ + operand);
     b_.kernels.to_lanes(ds_rows_, kMaskBlock, kMaskBlock, tile);
+    dv_products_[waiting_] = {d_out_columns_ + operand, p_ + pairs, static_cast<int>(tokens)};
+    dk_products_[waiting_] = {q_columns_ + operand, ds_ + pairs, static_cast<int>(tokens)};
+    ++waiting_;
+  }
+  void AddWaiting() {
+    const auto count = static_cast<size_t>(waiting_);
+    b_.Accumulate(std::span(dv_products_).first(count), started_, dk_dv_ + b_.shape.result());
+    b_.Accumulate(std::span(dk_products_).first(count), started_, dk_dv_);
+    started_ = true;
+    waiting_ = 0;
   }
 
   const Backward& b_;
@@ -199,6 +215,9 @@ class PieceTask {
   uint16_t *k_lanes_, *v_lanes_, *q_rows_, *d_out_rows_, *q_columns_, *d_out_columns_;
   float *dk_dv_, *s_, *dp_;
   uint16_t *p_, *ds_, *ds_rows_;
+  int waiting_ = 0;  // tiles
+  bool started_ = false;
+  std::array<Bf16Product, kTilesAtOnce> dv_products_, dk_products_;
 };
 
 // ---- dQ of a row: lanes are queries ------------------------------------------------------------
@@ -213,12 +232,17 @@ void RowTask(const Backward& b, const MaskPart& part, int64_t row, const uint16_
   const int64_t tokens = queries.token_begin[index + 1] - first;
   float* dq = scratch.Take(b.shape.result());
   for (int64_t g = 0; g < b.shape.group; ++g) {
-    bool add = false;
-    for (const RowTile& tile : part.TilesOfRow(row)) {
-      const int32_t key = b.KeyBlock(tile.column);
-      b.Accumulate(b.keys.Of(kv_head, key), tiles + (tile.tile + g) * 2 * Bf16Shape::kPairs,
-                   b.Tokens(key), add, dq);
-      add = true;
+    const std::span<const RowTile> entries = part.TilesOfRow(row);
+    std::array<Bf16Product, kTilesAtOnce> products;
+    for (size_t begin = 0; begin < entries.size(); begin += kTilesAtOnce) {
+      const size_t count = std::min<size_t>(kTilesAtOnce, entries.size() - begin);
+      for (size_t i = 0; i < count; ++i) {
+        const RowTile& tile = entries[begin + i];
+        const int32_t key = b.KeyBlock(tile.column);
+        products[i] = {b.keys.Of(kv_head, key), tiles + (tile.tile + g) * 2 * Bf16Shape::kPairs,
+                       static_cast<int>(b.Tokens(key))};
+      }
+      b.Accumulate(std::span(products).first(count), begin > 0, dq);
     }
     const int64_t stride = b.shape.heads * b.shape.dim;
     b.AddRows(

@@ -26,16 +26,6 @@ struct OperandRows {
 OperandRows RowsOf(const Bf16Kernels& kernels, const Bf16Shape& shape, const Tensor& from,
                    int64_t offset, int64_t stride, int64_t tokens, uint16_t* scratch);
 
-// Asks for `tokens` rows of `bytes` bytes, `stride` bytes apart, that are needed soon: rows of one
-// head lie too far apart for the processor to guess them.
-inline void PrefetchRows(const void* at, int64_t stride, int64_t bytes, int64_t tokens) {
-  constexpr int64_t kLine = 64;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const char* row = static_cast<const char*>(at) + t * stride;
-    for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(row + b);
-  }
-}
-
 // The columns form of the keys (or values) that a mask needs: computed once and shared by all tasks
 // of a call. O(tokens).
 class KeyColumns {
@@ -83,6 +73,30 @@ class KernelTask {
  private:
   const Bf16Kernels& kernels_;
 };
+
+// The rows of one head lie too far apart for the processor to guess them.
+inline Bf16Ahead AheadOf(const Tensor& t, int64_t offset, int64_t stride, int64_t elements,
+                         int64_t tokens) {
+  const auto size = static_cast<int64_t>(SizeOf(t.dtype()));
+  return {.at = t.raw() + offset * size,
+          .stride = stride * size,
+          .bytes = static_cast<int>(elements * size),
+          .rows = static_cast<int>(tokens)};
+}
+
+// One product of operands with rows of `a` `a_row` elements apart.
+inline void Multiply(const Bf16Kernels& kernels, const OperandRows& a, const uint16_t* b,
+                     int64_t inner, float* c, int64_t rows, bool add, const Bf16Ahead& ahead = {},
+                     const Bf16Ahead& also = {}) {
+  const Bf16Product product{a.at, b, static_cast<int>(inner)};
+  kernels.gemm({.products = &product,
+                .count = 1,
+                .a_row = a.ld,
+                .c = c,
+                .rows = static_cast<int>(rows),
+                .add = add,
+                .ahead = {ahead, also}});
+}
 
 inline uint16_t* Halves(float* scratch) { return reinterpret_cast<uint16_t*>(scratch); }
 

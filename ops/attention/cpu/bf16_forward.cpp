@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -19,6 +20,10 @@ struct Forward {
   const KeyColumns values;
 };
 
+// Key blocks whose share of o is summed up before o, which does not fit the first cache, is read
+// and written.
+constexpr int kBlocksAtOnce = 4;
+
 // Running state of one query head of a task; its queries are the lanes.
 struct HeadState {
   uint16_t* q;     // lanes form
@@ -26,11 +31,19 @@ struct HeadState {
   float* maximum;  // [64], in units of log2; of softmax, as what follows
   float* sum;      // [64]
   float* weight;   // [64]
+  uint16_t* p;     // [kBlocksAtOnce] in lanes form
 };
-int64_t HeadFloats(const Bf16Shape& shape) { return shape.operand() + shape.result() + 3 * 64; }
+// Shares that o still lacks.
+struct Waiting {
+  std::array<Bf16Product, kBlocksAtOnce> products;
+  size_t count = 0;
+  int next_place = 0;  // in HeadState::p
+};
+int64_t HeadFloats(const Bf16Shape& shape) {
+  return shape.operand() + shape.result() + 3 * 64 + kBlocksAtOnce * Bf16Shape::kPairs;
+}
 int64_t WorkerFloats(const Bf16Shape& shape) {
-  return shape.group * HeadFloats(shape) + shape.operand() + Bf16Shape::kScores +
-         Bf16Shape::kPairs + 64;
+  return shape.group * HeadFloats(shape) + shape.operand() + Bf16Shape::kScores + 64;
 }
 
 class ForwardTask {
@@ -46,26 +59,27 @@ class ForwardTask {
         tokens_(mask_.queries().token_begin[static_cast<size_t>(task.index) + 1] - first_token_),
         rows_(Halves(scratch.Take(shape_.operand()))),
         scores_(scratch.Take(Bf16Shape::kScores)),
-        p_(Halves(scratch.Take(Bf16Shape::kPairs))),
         rescale_(scratch.Take(64)),
-        heads_(scratch) {}
+        heads_(scratch),
+        waiting_(static_cast<size_t>(shape_.group)) {}
 
-  void Run() const {
+  void Run() {
     const KernelTask running(kernels_);
     for (int64_t g = 0; g < shape_.group; ++g) Start(g);
     const std::span<const BlockRun> runs =
         mask_.row_runs().Row(mask_.pattern_of(task_.kv_head), task_.index);
     for (size_t r = 0; r < runs.size(); ++r) {
       for (int32_t n = 0; n < runs[r].count; ++n) {
-        if (n + 1 < runs[r].count) {
-          Prefetch(runs[r].block(n + 1));
-        } else if (r + 1 < runs.size()) {
-          Prefetch(runs[r + 1].first);
-        }
-        Step(runs[r].block(n), runs[r].kind());
+        const int32_t next = n + 1 < runs[r].count ? runs[r].block(n + 1)
+                             : r + 1 < runs.size() ? runs[r + 1].first
+                                                   : -1;
+        Step(runs[r].block(n), runs[r].kind(), next);
       }
     }
-    for (int64_t g = 0; g < shape_.group; ++g) Finish(g);
+    for (int64_t g = 0; g < shape_.group; ++g) {
+      AddWaiting(g);
+      Finish(g);
+    }
   }
 
  private:
@@ -78,6 +92,7 @@ class ForwardTask {
     head.maximum = at.Take(64);
     head.sum = at.Take(64);
     head.weight = at.Take(64);
+    head.p = Halves(at.Take(kBlocksAtOnce * Bf16Shape::kPairs));
     return head;
   }
   int64_t QueryHead(int64_t g) const { return task_.kv_head * shape_.group + g; }
@@ -95,16 +110,8 @@ class ForwardTask {
     std::fill(head.weight, head.weight + 64, 0.0f);
   }
 
-  void Prefetch(int32_t key) const {
-    const int64_t bytes = static_cast<int64_t>(sizeof(BF16));
-    PrefetchRows(call_.args.kv.k.data<BF16>() + call_.args.kv.Offset(task_.kv_head, key),
-                 call_.args.kv.token_stride() * bytes, shape_.dim * bytes,
-                 BlockTokens(mask_.documents().row_length, key));
-    PrefetchRows(call_.values.Of(task_.kv_head, key), kMaskBlock * bytes, kMaskBlock * bytes,
-                 shape_.dim);
-  }
-
-  void Step(int32_t key, BlockKind kind) const {
+  // Block `next` (-1: none) is asked for meanwhile.
+  void Step(int32_t key, BlockKind kind, int32_t next) {
     const int64_t keys = BlockTokens(mask_.documents().row_length, key);
     const OperandRows k =
         RowsOf(kernels_, shape_, call_.args.kv.k, call_.args.kv.Offset(task_.kv_head, key),
@@ -116,47 +123,63 @@ class ForwardTask {
       VisibleBitsOfKeys(mask_.rule(), mask_.documents(), task_.kv_head, query_, key, bits);
     }
     const int dim = static_cast<int>(shape_.dim);
+    Bf16Ahead next_k, next_v;
+    if (next >= 0) {
+      next_k = AheadOf(call_.args.kv.k, call_.args.kv.Offset(task_.kv_head, next),
+                       call_.args.kv.token_stride(), shape_.dim,
+                       BlockTokens(mask_.documents().row_length, next));
+      next_v = {call_.values.Of(task_.kv_head, next), kMaskBlock * 2, kMaskBlock * 2, dim};
+    }
     for (int64_t g = 0; g < shape_.group; ++g) {
       const HeadState head = Head(g);
-      kernels_.gemm({.a = k.at,
-                     .a_row = k.ld,
-                     .b = head.q,
-                     .c = scores_,
-                     .rows = static_cast<int>(keys),
-                     .inner = dim,
-                     .add = false});
-      ScoresToWeights(head, keys, partial ? bits : nullptr);
-      kernels_.gemm({.a = v,
-                     .a_row = kMaskBlock,
-                     .b = p_,
-                     .c = head.o,
-                     .rows = dim,
-                     .inner = static_cast<int>(keys),
-                     .add = true});
+      Multiply(kernels_, k, head.q, dim, scores_, keys, false, g == 0 ? next_k : Bf16Ahead{},
+               g == 0 ? next_v : Bf16Ahead{});
+      Waiting& waiting = waiting_[static_cast<size_t>(g)];
+      uint16_t* p = head.p + waiting.next_place * 2 * Bf16Shape::kPairs;
+      waiting.next_place = (waiting.next_place + 1) % kBlocksAtOnce;
+      if (ScoresToWeights(head, keys, partial ? bits : nullptr, p)) {
+        AddWaiting(g);  // which is relative to the maximum of before
+        kernels_.scale_lanes(head.o, dim, rescale_);
+      }
+      waiting.products[waiting.count++] = {v, p, static_cast<int>(keys)};
+      if (waiting.count == kBlocksAtOnce) AddWaiting(g);
     }
   }
 
-  void ScoresToWeights(const HeadState& head, int64_t keys, const uint64_t* bits) const {
+  // Whether earlier output must be multiplied by rescale_.
+  bool ScoresToWeights(const HeadState& head, int64_t keys, const uint64_t* bits,
+                       uint16_t* p) const {
     const float scale = static_cast<float>(call_.args.scale * kLog2E);
     if (call_.args.normalization == Normalization::kSigmoid) {
       kernels_.sigmoid({.s = scores_,
-                        .p = p_,
+                        .p = p,
                         .keys = static_cast<int>(keys),
                         .scale = scale,
                         .bias = static_cast<float>(call_.args.bias * kLog2E),
                         .bits = bits});
-      return;
+      return false;
     }
-    const bool raised = kernels_.softmax({.s = scores_,
-                                          .p = p_,
-                                          .keys = static_cast<int>(keys),
-                                          .scale = scale,
-                                          .bits = bits,
-                                          .maximum = head.maximum,
-                                          .sum = head.sum,
-                                          .weight = head.weight,
-                                          .rescale = rescale_});
-    if (raised) kernels_.scale_lanes(head.o, static_cast<int>(shape_.dim), rescale_);
+    return kernels_.softmax({.s = scores_,
+                             .p = p,
+                             .keys = static_cast<int>(keys),
+                             .scale = scale,
+                             .bits = bits,
+                             .maximum = head.maximum,
+                             .sum = head.sum,
+                             .weight = head.weight,
+                             .rescale = rescale_});
+  }
+
+  void AddWaiting(int64_t g) {
+    Waiting& waiting = waiting_[static_cast<size_t>(g)];
+    if (waiting.count == 0) return;
+    kernels_.gemm({.products = waiting.products.data(),
+                   .count = static_cast<int>(waiting.count),
+                   .a_row = kMaskBlock,
+                   .c = Head(g).o,
+                   .rows = static_cast<int>(shape_.dim),
+                   .add = true});
+    waiting.count = 0;
   }
 
   // Writes lse and returns what o is to be multiplied by; of sigmoid, 1.
@@ -198,9 +221,9 @@ class ForwardTask {
   const int64_t first_token_, tokens_;
   uint16_t* const rows_;
   float* const scores_;
-  uint16_t* const p_;
   float* const rescale_;
   const Scratch::Cursor heads_;
+  std::vector<Waiting> waiting_;  // of each query head
 };
 
 }  // namespace

@@ -14,16 +14,43 @@ namespace longspan::ops {
 //            64 output columns ("lanes") whose right-hand side a dot product instruction takes
 // Results have 64 lanes: [rows][64] f32. All but rows start at 64 bytes.
 
-// c[r][n] (+)= sum_t a[r * a_row + t] * b[t / 2][n][t % 2] for n < 64 lanes. a is 0 and b finite up
-// to the next multiple of 32 of `inner`, and a and c have memory for the next multiple of 16 of
-// `rows`: an implementation may compute those too.
-struct Bf16Gemm {
+// sum_t a[r * a_row + t] * b[t / 2][n][t % 2] over t < inner, for r < rows and n < 64 lanes.
+struct Bf16Product {
   const uint16_t* a;
-  int64_t a_row;
   const uint16_t* b;
+  int inner;
+};
+
+// Rows of memory that are needed soon.
+struct Bf16Ahead {
+  const void* at = nullptr;
+  int64_t stride = 0;  // bytes
+  int bytes = 0;       // of a row
+  int rows = 0;
+};
+
+// Asks for part `part` of `parts` of them. Inlined whatever it costs: a call of a function that
+// only prefetches counts as one without effect and is dropped.
+__attribute__((always_inline)) static inline void AskForRows(const Bf16Ahead& ahead, int part,
+                                                             int parts) {
+  const char* base = static_cast<const char*>(ahead.at);
+  for (int r = ahead.rows * part / parts; r < ahead.rows * (part + 1) / parts; ++r) {
+    for (int b = 0; b < ahead.bytes; b += 64) __builtin_prefetch(base + r * ahead.stride + b);
+  }
+}
+
+// c[r][n] (+)= the sum of `count` products. a is 0 and b finite up to the next multiple of 32 of
+// `inner`, and a and c have memory for the next multiple of 16 of `rows`: an implementation may
+// compute those too. What is summed at once is read and written once. On the way it asks for
+// `ahead`: asking for all of it at once would wait for memory.
+struct Bf16Gemm {
+  const Bf16Product* products;
+  int count;
+  int64_t a_row;
   float* c;
-  int rows, inner;
+  int rows;
   bool add;
+  Bf16Ahead ahead[2] = {};
 };
 
 // One step of the online softmax over `keys` rows of scores; lanes are queries. Probabilities
@@ -81,6 +108,12 @@ struct LaneStore {
   int tokens, dim;
   int64_t stride;
 };
+
+__attribute__((always_inline)) static inline void AskFor(const Bf16Gemm& gemm, int part,
+                                                         int parts) {
+  AskForRows(gemm.ahead[0], part, parts);
+  AskForRows(gemm.ahead[1], part, parts);
+}
 
 struct Bf16Kernels {
   // Around each task: set up and give back what `gemm` needs of the processor.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "ops/attention/tasks.h"
 
@@ -29,12 +30,15 @@ bool MaskParts::Next(MaskPart& part) {
   FindSharedColumns(part);
   part.piece_order_.resize(part.pieces_.size());
   std::iota(part.piece_order_.begin(), part.piece_order_.end(), 0);
-  const auto size = [&](int32_t i) {
+  // Pieces of the same queries follow each other: queries and their gradients come from a cache
+  // then.
+  const auto key = [&](int32_t i) {
     const MaskPiece& piece = part.pieces_[static_cast<size_t>(i)];
-    return piece.end - piece.begin;
+    return std::tuple(piece.begin - piece.end, piece.kv_head,
+                      part.EntriesOf(piece).front().query / piece_entries_, piece.column);
   };
   std::stable_sort(part.piece_order_.begin(), part.piece_order_.end(),
-                   [&](int32_t a, int32_t b) { return size(a) > size(b); });
+                   [&](int32_t a, int32_t b) { return key(a) < key(b); });
   MakeRows(part);
   return true;
 }

@@ -21,51 +21,60 @@ struct alignas(64) TileConfig {
 constexpr TileConfig kConfig = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
+// `rows` x 32 lanes of a product joins what is there in one addition: small terms would be lost one
+// by one in the sum of a long row.
+inline void AddTiles(const float* product, int rows, float* c) {
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < 2 * kTile; n += kTile) {
+      float* at = c + r * kLanes + n;
+      _mm512_store_ps(
+          at, _mm512_add_ps(_mm512_load_ps(at), _mm512_load_ps(product + r * 2 * kTile + n)));
+    }
+  }
+}
+
 // 32 (or, without a second row of tiles, 16) rows x 32 lanes of the product stay in tiles over the
 // whole inner sum.
 template <bool kTwo>
 inline void Tiles(const Bf16Gemm& g, int row, int lane) {
-  constexpr long kResultStride = kLanes * sizeof(float), kPairStride = kLaneRow * sizeof(uint16_t);
+  constexpr int kRows = kTwo ? 2 * kTile : kTile;
+  constexpr long kPairStride = kLaneRow * sizeof(uint16_t);
   const long a_stride = static_cast<long>(g.a_row) * static_cast<long>(sizeof(uint16_t));
-  float* c = g.c + row * kLanes + lane;
-  float* lower = c + kTile * kLanes;
-  if (g.add) {
-    _tile_loadd(0, c, kResultStride);
-    _tile_loadd(1, c + kTile, kResultStride);
-    if constexpr (kTwo) {
-      _tile_loadd(2, lower, kResultStride);
-      _tile_loadd(3, lower + kTile, kResultStride);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kTwo) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  }
-  const uint16_t* a = g.a + row * g.a_row;
-  const uint16_t* b = g.b + 2 * lane;
-  for (int t = 0; t < g.inner; t += kInner) {
-    _tile_loadd(6, b, kPairStride);
-    _tile_loadd(4, a, a_stride);
-    _tile_loadd(7, b + 2 * kTile, kPairStride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTwo) {
-      _tile_loadd(5, a + kTile * g.a_row, a_stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    a += kInner;
-    b += kInner / 2 * kLaneRow;
-  }
-  _tile_stored(0, c, kResultStride);
-  _tile_stored(1, c + kTile, kResultStride);
+  _tile_zero(0);
+  _tile_zero(1);
   if constexpr (kTwo) {
-    _tile_stored(2, lower, kResultStride);
-    _tile_stored(3, lower + kTile, kResultStride);
+    _tile_zero(2);
+    _tile_zero(3);
   }
+  for (int i = 0; i < g.count; ++i) {
+    const uint16_t* a = g.products[i].a + row * g.a_row;
+    const uint16_t* b = g.products[i].b + 2 * lane;
+    for (int t = 0; t < g.products[i].inner; t += kInner) {
+      _tile_loadd(6, b, kPairStride);
+      _tile_loadd(4, a, a_stride);
+      _tile_loadd(7, b + 2 * kTile, kPairStride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kTwo) {
+        _tile_loadd(5, a + kTile * g.a_row, a_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      a += kInner;
+      b += kInner / 2 * kLaneRow;
+    }
+  }
+  alignas(64) float product[kRows * 2 * kTile];
+  float* c = g.c + row * kLanes + lane;
+  float* to = g.add ? product : c;
+  const long ld = g.add ? 2 * kTile : kLanes, stride = ld * static_cast<long>(sizeof(float));
+  _tile_stored(0, to, stride);
+  _tile_stored(1, to + kTile, stride);
+  if constexpr (kTwo) {
+    _tile_stored(2, to + kTile * ld, stride);
+    _tile_stored(3, to + kTile * ld + kTile, stride);
+  }
+  if (g.add) AddTiles(product, kRows, c);
 }
 
 }  // namespace
@@ -74,10 +83,17 @@ void Configure() { _tile_loadconfig(&kConfig); }
 void Release() { _tile_release(); }
 
 void Gemm(const Bf16Gemm& g) {
+  const int parts = kLanes / (2 * kTile) * ((g.rows + 2 * kTile - 1) / (2 * kTile));
+  int part = 0;
   for (int lane = 0; lane < kLanes; lane += 2 * kTile) {
-    int row = 0;
-    for (; g.rows - row > kTile; row += 2 * kTile) Tiles<true>(g, row, lane);
-    if (row < g.rows) Tiles<false>(g, row, lane);
+    for (int row = 0; row < g.rows; row += 2 * kTile) {
+      AskFor(g, part++, parts);
+      if (g.rows - row > kTile) {
+        Tiles<true>(g, row, lane);
+      } else {
+        Tiles<false>(g, row, lane);
+      }
+    }
   }
 }
 

@@ -41,20 +41,29 @@ inline void Tile(const Bf16Gemm& g, int row) {
       sum[r][n] = _mm512_setzero_ps();
     }
   }
-  const uint16_t* a = g.a + row * g.a_row;
-  const uint16_t* b = g.b;
-  for (int t = 0; t < g.inner; t += 2) {
-    __m512bh v[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) v[n] = LoadPairs(b + 2 * n * kVector);
+  if (g.add) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh x = PairEverywhere(a + r * g.a_row);
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], x, v[n]);
+      for (int n = 0; n < 4; ++n) __builtin_prefetch(c + r * kLanes + n * kVector, 1);
     }
-    a += 2;
-    b += kLaneRow;
+  }
+  for (int i = 0; i < g.count; ++i) {
+    const uint16_t* a = g.products[i].a + row * g.a_row;
+    const uint16_t* b = g.products[i].b;
+    for (int t = 0; t < g.products[i].inner; t += 2) {
+      __m512bh v[4];
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) v[n] = LoadPairs(b + 2 * n * kVector);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512bh x = PairEverywhere(a + r * g.a_row);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], x, v[n]);
+      }
+      a += 2;
+      b += kLaneRow;
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -69,11 +78,14 @@ inline void Tile(const Bf16Gemm& g, int row) {
 // Six rows at a time; what is left in pieces of at least three where there are that many, since few
 // sums in flight wait for each other.
 void Gemm(const Bf16Gemm& g) {
+  const int parts = (g.rows + 5) / 6;
   int row = 0;
   while (g.rows - row >= 6 && g.rows - row != 8) {
+    AskFor(g, row / 6, parts);
     Tile<6>(g, row);
     row += 6;
   }
+  for (int part = row / 6; part < parts; ++part) AskFor(g, part, parts);
   if (g.rows - row == 8) {
     Tile<4>(g, row);
     row += 4;

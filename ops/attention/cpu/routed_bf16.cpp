@@ -58,23 +58,11 @@ struct Call {
   }
   // scores [count][lanes] = rows . lanes over head_dim.
   void Scores(const uint16_t* rows, int64_t count, const uint16_t* lanes, float* scores) const {
-    kernels.gemm({.a = rows,
-                  .a_row = shape.padded,
-                  .b = lanes,
-                  .c = scores,
-                  .rows = static_cast<int>(count),
-                  .inner = dim(),
-                  .add = false});
+    Multiply(kernels, {rows, shape.padded}, lanes, dim(), scores, count, false);
   }
   // to [head_dim][lanes] += columns . pairs over `count` tokens.
   void Accumulate(const uint16_t* columns, const uint16_t* pairs, int64_t count, float* to) const {
-    kernels.gemm({.a = columns,
-                  .a_row = 64,
-                  .b = pairs,
-                  .c = to,
-                  .rows = dim(),
-                  .inner = static_cast<int>(count),
-                  .add = true});
+    Multiply(kernels, {columns, 64}, pairs, count, to, dim(), true);
   }
 };
 
