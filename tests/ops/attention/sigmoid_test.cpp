@@ -90,11 +90,15 @@ TEST(SigmoidTest, EveryImplementationOfSoftmaxDoesIt) {
 TEST(SigmoidTest, AllImplementationsMatchNaiveOnSampledMasks) {
   Context ctx = OneThread();
   std::vector<MaskCase> cases = SampleMaskCases(400, 21);
-  std::erase_if(cases, [](const MaskCase& c) {  // the naive sums are quadratic
-    return c.documents.documents->tokens() > 800;
+  const std::set<PatternKind> needed = {PatternKind::kFull, PatternKind::kCausal,
+                                        PatternKind::kWindow, PatternKind::kS2,
+                                        PatternKind::kRandomBlocks};
+  std::erase_if(cases, [&](const MaskCase& c) {
+    return c.documents.documents->tokens() > 800 ||  // the naive sums are quadratic
+           (OnCuda() && !needed.contains(c.pattern.pattern.kind));
   });
   cases.resize(OnCuda() ? 30 : 100);  // the emulated device is slow
-  std::set<PatternKind> kinds;
+  std::set<PatternKind> missing = needed;
   size_t with_empty_rows = 0;
   for (size_t i = 0; i < cases.size(); ++i) {
     const bool large = cases[i].documents.documents->tokens() > 300;
@@ -110,13 +114,10 @@ TEST(SigmoidTest, AllImplementationsMatchNaiveOnSampledMasks) {
     c.seed = 500 + i;
     Check(ctx, c);
     if (testing::Test::HasFailure()) return;
-    kinds.insert(cases[i].pattern.pattern.kind);
+    missing.erase(cases[i].pattern.pattern.kind);
     with_empty_rows += cases[i].shard.name.starts_with("ring step");
   }
-  for (const PatternKind kind : {PatternKind::kFull, PatternKind::kCausal, PatternKind::kWindow,
-                                 PatternKind::kS2, PatternKind::kRandomBlocks}) {
-    EXPECT_EQ(kinds.count(kind), 1u) << static_cast<int>(kind);
-  }
+  EXPECT_TRUE(missing.empty());
   EXPECT_GT(with_empty_rows, 0u);
 }
 
