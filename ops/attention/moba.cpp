@@ -151,6 +151,8 @@ void RequireLists(const Context& ctx, const char* op, const RoutedLists& lists, 
 double RequireOptions(const char* op, const Tensor& q, const AttentionOptions& options) {
   Require(std::isfinite(options.scale), op, Str("options.scale is ", options.scale));
   Require(!options.round_output, op, "options.round_output is true; o is f32 (f64) here");
+  Require(options.normalization == Normalization::kSoftmax, op,
+          "options.normalization is sigmoid; attention to chosen blocks computes softmax only");
   return options.scale != 0 ? options.scale : 1.0 / std::sqrt(static_cast<double>(q.dim(2)));
 }
 

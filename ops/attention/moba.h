@@ -65,7 +65,8 @@ struct MobaResult {
   RoutedLists lists;           // what was chosen; no rows for width 0
   const char* implementation;  // of the attention to chosen blocks
 };
-// options.round_output must be false; options.implementation also forces that of the own block.
+// options.round_output must be false and options.normalization softmax; options.implementation also
+// forces that of the own block.
 MobaResult MobaForward(Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                        const MobaPlan& plan, const AttentionOptions& options = {});
 

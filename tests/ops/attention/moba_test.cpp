@@ -357,6 +357,14 @@ TEST(MobaTest, RefusesWhatDoesNotFit) {
   expect_names(forward(q, k, ctx.Zeros({200, 2, 8}, DType::kBF16)), "v is bf16[200, 2, 8]");
   expect_names(forward(q, k, k, {.implementation = "magic"}), "magic");
   expect_names(forward(q, k, k, {.implementation = {}, .round_output = true}), "round_output");
+  ops::AttentionOptions sigmoid;
+  sigmoid.normalization = ops::Normalization::kSigmoid;
+  expect_names(forward(q, k, k, sigmoid), "options.normalization is sigmoid");
+  expect_names(message([&] {
+                 ops::MobaBackward(ctx, q, q, k, k, ctx.Zeros({200, 4}, DType::kF32),
+                                   ctx.Zeros({200, 4}, DType::kF32), {}, *plan, sigmoid);
+               }),
+               "options.normalization is sigmoid");
   expect_names(message([&] {
                  ops::MobaBackward(ctx, q, q, k, k, ctx.Zeros({200, 4}, DType::kF32),
                                    ctx.Zeros({200, 4}, DType::kF32), {}, *plan);
