@@ -96,7 +96,8 @@ def machine(records):
     p = max(peaks, key=lambda r: r["bf16_gflops"])
     return [f"{p['threads']} thread{'s' if p['threads'] > 1 else ''}: f32 {p['f32_gflops']:.0f} GFLOP/s "
             f"({p['f32_set']}), bf16 {p['bf16_gflops']:.0f} GFLOP/s ({p['bf16_set']}), copy "
-            f"{p['copy_gbps']:.1f} GB/s; implementations: {', '.join(p.get('implementations', []))}", ""]
+            f"{p['copy_gbps']:.1f} GB/s; implementations: {', '.join(p.get('implementations', []))}"
+            + "".join(f"; commit {r['commit']}" for r in records if r.get("op") == "revision"), ""]
 
 
 def dense(records, of_peak, times_peer):
@@ -259,6 +260,14 @@ def write(folder, doc):
         file.write(text)
 
 
+def revision():
+    """The commit of this tree, with a + if files of it were changed since."""
+    git = ["git", "-C", ROOT]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
+    return (commit.stdout.strip() or "unknown") + ("+" if changed else "")
+
+
 def measure(arguments):
     os.makedirs(arguments.out, exist_ok=True)
     failed = 0
@@ -277,6 +286,8 @@ def measure(arguments):
                 if status not in (0, 3):  # 3: the peer did not run
                     break
         if status in (0, 3):
+            with open(temporary, "a", encoding="utf-8") as out:
+                out.write(json.dumps({"op": "revision", "commit": revision()}) + "\n")
             os.replace(temporary, path)
         else:
             failed += 1

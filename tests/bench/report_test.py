@@ -121,9 +121,10 @@ class DocumentTest(unittest.TestCase):
                 "peak_gflops": 400}
         peaks = {"op": "machine", "threads": 2, "f32_gflops": 200.0, "f32_set": "avx512", "bf16_gflops": 400.0,
                  "bf16_set": "avx512_bf16", "copy_gbps": 40.0, "implementations": ["onednn"]}
-        filled = self.write({"gemm": [peaks, gemm]})
+        filled = self.write({"gemm": [peaks, gemm, {"op": "revision", "commit": "1234abc+"}]})
         self.assertIn("| gemm_x | onednn | 2.00 | 200 | 50.0% |", filled)
         self.assertIn("2 threads: f32 200 GFLOP/s (avx512)", filled)
+        self.assertIn("implementations: onednn; commit 1234abc+\n", filled)
         self.assertEqual(filled.count(report.NOT_MEASURED), len(report.TABLES) - 1)
         os.remove(os.path.join(self.folder, "gemm.jsonl"))
         self.assertEqual(self.write({}), empty)
@@ -135,7 +136,9 @@ class DocumentTest(unittest.TestCase):
                                   "--out", self.folder, "--only", "gemm"], capture_output=True, check=False)
             self.assertEqual(run.returncode, status, run.stderr)
             with open(out, encoding="utf-8") as file:
-                self.assertIn(kept, file.read())
+                kept_text = file.read()
+            self.assertIn(kept, kept_text)
+            self.assertRegex(kept_text, r'"op": "revision", "commit": "[0-9a-f]+\+?"')
 
 
 if __name__ == "__main__":
