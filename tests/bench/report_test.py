@@ -138,7 +138,7 @@ class DocumentTest(unittest.TestCase):
             with open(out, encoding="utf-8") as file:
                 kept_text = file.read()
             self.assertIn(kept, kept_text)
-            self.assertRegex(kept_text, r'"op": "revision", "commit": "[0-9a-f]+\+?"')
+            self.assertRegex(kept_text, r'"op": "revision", "commit": "\w+\+?"')
 
 
 if __name__ == "__main__":
