@@ -54,18 +54,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   LONGSPAN_DYNAMIC_SHARED(dynamic);
   RoutedShared& shared = *reinterpret_cast<RoutedShared*>(dynamic);
   const RoutedProblem& p = args.problem;
-  const int64_t head = blockIdx.x % p.heads, kv_head = head / p.group;
-  const int64_t segment = p.segments() - 1 - blockIdx.x / p.heads;
-  p.ForEachTile(segment, head, [&](int64_t block, int64_t at, int rows) {
-    p.LoadNumbers(at, rows, head, shared.numbers);
+  const RoutedProblem::Share own = p.RowsOf(blockIdx.x);
+  p.ForEachTile(own.segment, own.head, [&](int64_t block, int64_t at, int rows) {
+    p.LoadNumbers(at, rows, own.head, shared.numbers);
     const GatheredRows q = p.Gathered(p.q, p.bf16, shared.numbers, rows);
     const GatheredRows d_out = p.Gathered(args.d_out, args.d_out_bf16, shared.numbers, rows);
     Accumulator<kDim> dq;
     const int64_t end = p.blocks.begin[block + 1];
     for (int64_t token = p.blocks.begin[block]; token < end; token += kTile) {
       const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
-      const RowBlock k = p.Keys(p.k, kv_head, token, keys);
-      const RoutedGradient tile(args, q, d_out, k, p.Keys(p.v, kv_head, token, keys), shared.tiles);
+      const RowBlock k = p.Keys(p.k, own.kv_head, token, keys);
+      const RoutedGradient tile(args, q, d_out, k, p.Keys(p.v, own.kv_head, token, keys),
+                                shared.tiles);
       StoreByKey(tile.ds, shared.tiles);
       dq.AddProduct(k, shared.tiles);
     }
@@ -136,12 +136,9 @@ void RoutedBackwardCuda(Context& ctx, const RoutedBackwardArgs& args) {
       args.dv.data<float>(),
       (longest + reference::kTile - 1) / reference::kTile};
   const reference::RoutedProblem& p = problem.problem;
-  const auto shape = [](int64_t blocks) {
-    return cuda::LaunchShape{dim3(cuda::GridSize(blocks)), dim3(reference::kThreads),
-                             sizeof(reference::RoutedShared)};
-  };
-  const cuda::LaunchShape queries = shape((p.tokens + p.segment - 1) / p.segment * p.heads);
-  const cuda::LaunchShape keys = shape(args.blocks.count() * problem.pieces * p.kv_heads);
+  const cuda::LaunchShape queries = reference::RoutedLaunch(p.segments() * p.heads);
+  const cuda::LaunchShape keys =
+      reference::RoutedLaunch(args.blocks.count() * problem.pieces * p.kv_heads);
   reference::DispatchDim(args.q.dim(2), [&]<int kDim>() {
     cuda::Launch(ctx.cuda(), "MobaBackward dQ(reference_cuda)",
                  reference::RoutedQueryGradientKernel<kDim>, queries, problem);

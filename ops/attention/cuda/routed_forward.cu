@@ -23,12 +23,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   LONGSPAN_DYNAMIC_SHARED(dynamic);
   RoutedShared& shared = *reinterpret_cast<RoutedShared*>(dynamic);
   const RoutedProblem& p = args.problem;
-  const int64_t head = blockIdx.x % p.heads, kv_head = head / p.group;
-  // Later tokens have more blocks to choose from.
-  const int64_t segment = p.segments() - 1 - blockIdx.x / p.heads;
+  const RoutedProblem::Share own = p.RowsOf(blockIdx.x);
   const float scale = p.scale * kLog2E;
-  p.ForEachTile(segment, head, [&](int64_t block, int64_t at, int rows) {
-    p.LoadNumbers(at, rows, head, shared.numbers);
+  p.ForEachTile(own.segment, own.head, [&](int64_t block, int64_t at, int rows) {
+    p.LoadNumbers(at, rows, own.head, shared.numbers);
     const GatheredRows q = p.Gathered(p.q, p.bf16, shared.numbers, rows);
     Accumulator<kDim> o;
     float top[kOwn], sum[kOwn];
@@ -45,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     for (int64_t token = p.blocks.begin[block]; token < end; token += kTile) {
       const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
       float s[kOwn][kOwn] = {};
-      ScoreProduct(q, p.Keys(p.k, kv_head, token, keys), shared.tiles, s);
+      ScoreProduct(q, p.Keys(p.k, own.kv_head, token, keys), shared.tiles, s);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
@@ -55,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
       }
       Softmax(s, top, sum, o);
       StoreByKey(s, shared.tiles);
-      o.AddProduct(p.Keys(p.v, kv_head, token, keys), shared.tiles);
+      o.AddProduct(p.Keys(p.v, own.kv_head, token, keys), shared.tiles);
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -82,13 +80,10 @@ void RoutedForwardCuda(Context& ctx, const RoutedForwardArgs& args) {
   namespace reference = reference_cuda;
   const reference::RoutedForwardProblem problem{reference::MakeRoutedProblem(ctx, args),
                                                 args.o.data<float>(), args.lse.data<float>()};
-  const int64_t tokens = problem.problem.tokens, segment = problem.problem.segment;
-  const int64_t blocks = (tokens + segment - 1) / segment * problem.problem.heads;
+  const int64_t blocks = problem.problem.segments() * problem.problem.heads;
   reference::DispatchDim(args.q.dim(2), [&]<int kDim>() {
-    cuda::Launch(
-        ctx.cuda(), "MobaForward(reference_cuda)", reference::RoutedForwardKernel<kDim>,
-        {dim3(cuda::GridSize(blocks)), dim3(reference::kThreads), sizeof(reference::RoutedShared)},
-        problem);
+    cuda::Launch(ctx.cuda(), "MobaForward(reference_cuda)", reference::RoutedForwardKernel<kDim>,
+                 reference::RoutedLaunch(blocks), problem);
   });
 }
 

@@ -5,6 +5,8 @@
 #include "ops/attention/cuda/device_routed.h"
 #include "ops/attention/cuda/reference_softmax.cuh"
 #include "ops/attention/routed_arguments.h"
+#include "ops/core/cuda/launch.h"
+#include "ops/core/device_code.h"
 
 // What the kernels of routed attention share: the tiles of reference_tile.cuh with gathered query
 // rows.
@@ -41,7 +43,16 @@ struct RoutedProblem {
   int dim;
   float scale;
 
-  __device__ int64_t segments() const { return (tokens + segment - 1) / segment; }
+  LONGSPAN_HD int64_t segments() const { return (tokens + segment - 1) / segment; }
+  // What a block of threads owns of the query rows, those of the last segment first: later tokens
+  // have more blocks to choose from.
+  struct Share {
+    int64_t head, kv_head, segment;
+  };
+  __device__ Share RowsOf(int64_t block) const {
+    const int64_t head = block % heads;
+    return {head, head / group, segments() - 1 - block / heads};
+  }
   __device__ GatheredRows Gathered(const void* data, bool is_bf16, const int64_t* numbers,
                                    int count) const {
     return {data, is_bf16, numbers, count, dim};
@@ -100,6 +111,11 @@ struct RoutedProblem {
     }
   }
 };
+
+// Of `blocks` blocks of threads.
+inline cuda::LaunchShape RoutedLaunch(int64_t blocks) {
+  return {dim3(cuda::GridSize(blocks)), dim3(kThreads), sizeof(RoutedShared)};
+}
 
 // Lists of one segment fill a tile on average, where tokens have many blocks to choose from.
 inline int64_t SegmentTokens(const RoutedBlocks& blocks, int64_t width) {
