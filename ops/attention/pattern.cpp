@@ -190,94 +190,59 @@ std::string SpansText(const std::vector<HeadSpan>& spans) {
 
 }  // namespace
 
-AttentionPattern AttentionPattern::Full() {
-  AttentionPattern p;
-  p.kind = PatternKind::kFull;
-  return p;
-}
+AttentionPattern AttentionPattern::Full() { return {.kind = PatternKind::kFull}; }
 
 AttentionPattern AttentionPattern::Causal() { return {}; }
 
 AttentionPattern AttentionPattern::Window(int64_t window, int64_t sinks, bool bidirectional) {
-  AttentionPattern p;
-  p.kind = PatternKind::kWindow;
-  p.window = window;
-  p.sinks = sinks;
-  p.bidirectional = bidirectional;
-  return p;
+  return {.kind = PatternKind::kWindow,
+          .window = window,
+          .sinks = sinks,
+          .bidirectional = bidirectional};
 }
 
 AttentionPattern AttentionPattern::S2(const S2Options& s2) {
-  AttentionPattern p;
-  p.kind = PatternKind::kS2;
-  p.s2 = s2;
-  return p;
+  return {.kind = PatternKind::kS2, .s2 = s2};
 }
 
 AttentionPattern AttentionPattern::GlobalWindow(int64_t window, int64_t global_tokens,
                                                 bool bidirectional) {
-  AttentionPattern p;
-  p.kind = PatternKind::kGlobalWindow;
-  p.window = window;
-  p.global_tokens = global_tokens;
-  p.bidirectional = bidirectional;
-  return p;
+  return {.kind = PatternKind::kGlobalWindow,
+          .window = window,
+          .bidirectional = bidirectional,
+          .global_tokens = global_tokens};
 }
 
 AttentionPattern AttentionPattern::Power(const PowerOptions& power) {
-  AttentionPattern p;
-  p.kind = PatternKind::kPower;
-  p.power = power;
-  return p;
+  return {.kind = PatternKind::kPower, .power = power};
 }
 
 AttentionPattern AttentionPattern::Dilated(const DilatedOptions& dilated) {
-  AttentionPattern p;
-  p.kind = PatternKind::kDilated;
-  p.dilated = dilated;
-  return p;
+  return {.kind = PatternKind::kDilated, .dilated = dilated};
 }
 
 AttentionPattern AttentionPattern::Prefix(int64_t prefix) {
-  AttentionPattern p;
-  p.kind = PatternKind::kPrefix;
-  p.prefix = prefix;
-  return p;
+  return {.kind = PatternKind::kPrefix, .prefix = prefix};
 }
 
 AttentionPattern AttentionPattern::SharedQuestion(const std::vector<int64_t>& lengths) {
-  AttentionPattern p;
-  p.kind = PatternKind::kSharedQuestion;
-  p.segment_ends = Ends(lengths);
-  return p;
+  return {.kind = PatternKind::kSharedQuestion, .segment_ends = Ends(lengths)};
 }
 
 AttentionPattern AttentionPattern::CausalBlockwise(const std::vector<int64_t>& lengths) {
-  AttentionPattern p;
-  p.kind = PatternKind::kCausalBlockwise;
-  p.segment_ends = Ends(lengths);
-  return p;
+  return {.kind = PatternKind::kCausalBlockwise, .segment_ends = Ends(lengths)};
 }
 
 AttentionPattern AttentionPattern::BlockCausal(int64_t block_size) {
-  AttentionPattern p;
-  p.kind = PatternKind::kBlockCausal;
-  p.block_size = block_size;
-  return p;
+  return {.kind = PatternKind::kBlockCausal, .block_size = block_size};
 }
 
 AttentionPattern AttentionPattern::RandomBlocks(const RandomBlocksOptions& random) {
-  AttentionPattern p;
-  p.kind = PatternKind::kRandomBlocks;
-  p.random = random;
-  return p;
+  return {.kind = PatternKind::kRandomBlocks, .random = random};
 }
 
 AttentionPattern AttentionPattern::Spans(std::vector<HeadSpan> spans) {
-  AttentionPattern p;
-  p.kind = PatternKind::kSpans;
-  p.spans = std::move(spans);
-  return p;
+  return {.kind = PatternKind::kSpans, .spans = std::move(spans)};
 }
 
 std::vector<std::string> AttentionPattern::Problems(int64_t kv_heads) const {

@@ -117,8 +117,8 @@ struct AttentionPattern {
   PowerOptions power{};
   DilatedOptions dilated{};
   RandomBlocksOptions random{};
-  std::vector<int64_t> segment_ends;  // kSharedQuestion, kCausalBlockwise: ascending, in tokens
-  std::vector<HeadSpan> spans;        // kSpans: one for each kv head
+  std::vector<int64_t> segment_ends{};  // kSharedQuestion, kCausalBlockwise: ascending, in tokens
+  std::vector<HeadSpan> spans{};        // kSpans: one for each kv head
   bool operator==(const AttentionPattern&) const = default;
 
   static AttentionPattern Full();
