@@ -23,6 +23,16 @@ void AddHop(std::vector<Send>& sends, std::vector<Recv>& recvs, const Communicat
   if (in.defined()) recvs.push_back(RecvInto(from, in));
 }
 
+// Adds the result over keys that `o` and `lse` have not seen yet.
+void Merge(Context& ctx, ops::Normalization normalization, Tensor& o, Tensor& lse,
+           const ops::AttentionResult& part) {
+  if (normalization == ops::Normalization::kSigmoid) {
+    ops::AddInto(ctx, o, part.o);
+  } else {
+    ops::MergePartial(ctx, o, lse, part.o, part.lse);
+  }
+}
+
 void WaitTraced(Context& ctx, Work& work) {
   TraceScope scope(ctx.trace(), "communication wait");
   work.Wait();
@@ -52,7 +62,7 @@ ContextAttentionResult RingForward(Context& ctx, Communicator& comm, const Atten
         o = part.o;
         lse = part.lse;
       } else {
-        ops::MergePartial(ctx, o, lse, part.o, part.lse);
+        Merge(ctx, options.normalization, o, lse, part);
       }
     }
     WaitTraced(ctx, hop);

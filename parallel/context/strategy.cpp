@@ -81,7 +81,8 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
   const DType sum = AccumulatorOf(q.dtype());
   Tensor dq = ctx.Zeros(q.shape(), sum);
   Tensor dkv = ctx.Zeros({2, k.dim(0), k.dim(1), k.dim(2)}, sum);
-  const Tensor delta = ops::AttentionDelta(ctx, d_out, saved.o);
+  const bool softmax = options.normalization == ops::Normalization::kSoftmax;
+  const Tensor delta = softmax ? ops::AttentionDelta(ctx, d_out, saved.o) : Tensor();
   if (plan.ranks == 1) {
     const ops::BlockMask& mask = *plan.stages[0].mask;
     const Tensor dk = internal::FirstHalf(dkv), dv = internal::SecondHalf(dkv);

@@ -7,18 +7,21 @@ namespace longspan::parallel {
 
 // Attention with the sequence split over the cp axis. Every rank passes its own tokens in the order
 // of its placement and gets the outputs and gradients of exactly those tokens; results do not
-// depend on placement, strategy or rank count beyond rounding.
+// depend on placement, strategy or rank count beyond rounding. The backward pass takes the options
+// of the forward pass.
 //
-// Shapes    q, o [T, Hq, D]; k, v [T, Hkv, D] with T = placement.local_tokens(); lse [T, Hq]
+// Shapes    q, o [T, Hq, D]; k, v [T, Hkv, D] with T = placement.local_tokens(); lse [T, Hq],
+//           undefined of sigmoid
 // Dtypes    q, k, v all f32, bf16 or f64; o in that dtype; lse and travelling dK/dV f32 (f64)
-// Numerics  partial outputs are merged in f32 and rounded once; dK/dV partials travel and add in
-//           f32, in an order fixed by the plan
+// Numerics  partial outputs are merged (of sigmoid added) in f32 and rounded once; dK/dV partials
+//           travel and add in f32, in an order fixed by the plan
+// Sigmoid   an absent bias is that of the whole row on every rank
 // Overlap   the transfer of the next stage is in flight while a stage computes: on a CPU kernels
 //           move it through ctx.Progress(), on a GPU it runs on the communicator's stream
 // Devices   cpu, cuda (f32 and bf16); `comm` has been given the runtime of `ctx` (UseDevice)
 struct ContextAttentionResult {
   Tensor o;
-  Tensor lse;
+  Tensor lse;  // softmax only
   // ring with P > 2: the last keys and values received [2, T, Hkv, D], where the backward pass
   // starts
   Tensor last_kv;

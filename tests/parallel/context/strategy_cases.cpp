@@ -54,7 +54,8 @@ Outcome RunCase(const StrategyCase& c, const Tensors& in) {
   Outcome all;
   all.o.resize(static_cast<size_t>(tokens * kHeads * kDim));
   all.dq = all.o;
-  all.lse.resize(static_cast<size_t>(tokens * kHeads));
+  const bool softmax = c.options.normalization == ops::Normalization::kSoftmax;
+  if (softmax) all.lse.resize(static_cast<size_t>(tokens * kHeads));
   all.dk.resize(static_cast<size_t>(tokens * kKvHeads * kDim));
   all.dv = all.dk;
   std::mutex mutex;
@@ -73,15 +74,16 @@ Outcome RunCase(const StrategyCase& c, const Tensors& in) {
     const auto plan = MakePlan(c.pattern, kKvHeads, documents, placement, c.strategy, rank);
     const auto traffic = PlannedTraffic(*plan, t, kKvHeads, kDim, c.dtype);
 
-    const auto saved = ContextAttentionForward(ctx, comm, *plan, q, k, v);
+    const auto saved = ContextAttentionForward(ctx, comm, *plan, q, k, v, c.options);
+    EXPECT_EQ(softmax, saved.lse.defined());
     EXPECT_EQ(comm.counts().Total().bytes, traffic.forward_bytes);
     comm.ResetCounts();
-    const auto grads = ContextAttentionBackward(ctx, comm, *plan, d_out, q, k, v, saved);
+    const auto grads = ContextAttentionBackward(ctx, comm, *plan, d_out, q, k, v, saved, c.options);
     EXPECT_EQ(comm.counts().Total().bytes, traffic.backward_bytes);
 
     std::lock_guard lock(mutex);
     Scatter(placement, rank, kHeads * kDim, ToVec(saved.o), all.o);
-    Scatter(placement, rank, kHeads, ToVec(saved.lse), all.lse);
+    if (softmax) Scatter(placement, rank, kHeads, ToVec(saved.lse), all.lse);
     Scatter(placement, rank, kHeads * kDim, ToVec(grads.dq), all.dq);
     Scatter(placement, rank, kKvHeads * kDim, ToVec(grads.dk), all.dk);
     Scatter(placement, rank, kKvHeads * kDim, ToVec(grads.dv), all.dv);

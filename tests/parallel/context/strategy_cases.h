@@ -1,4 +1,5 @@
 #pragma once
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,7 +21,14 @@ struct StrategyCase {
   int ranks;
   DType dtype = DType::kF64;
   Device device{};
+  ops::AttentionOptions options{};
 };
+inline ops::AttentionOptions Sigmoid(std::optional<double> bias = {}) {
+  ops::AttentionOptions options;
+  options.normalization = ops::Normalization::kSigmoid;
+  options.bias = bias;
+  return options;
+}
 
 inline constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 8;
 
@@ -29,7 +37,7 @@ struct Tensors {
 };
 
 struct Outcome {
-  Vec o, lse, dq, dk, dv;
+  Vec o, lse, dq, dk, dv;  // of sigmoid lse is empty
 };
 inline constexpr std::pair<const char*, Vec Outcome::*> kOutputs[] = {{"o", &Outcome::o},
                                                                       {"lse", &Outcome::lse},
@@ -41,7 +49,7 @@ inline constexpr std::pair<const char*, Vec Outcome::*> kOutputs[] = {{"o", &Out
 Tensors Inputs(int64_t tokens, DType representable);
 
 // Outputs and gradients in global order. Fails the test when a rank sends other bytes than
-// PlannedTraffic says. Fresh memory is poisoned.
+// PlannedTraffic says, or has an lse of sigmoid. Fresh memory is poisoned.
 Outcome RunCase(const StrategyCase& c, const Tensors& in);
 
 std::vector<std::pair<std::string, ops::AttentionPattern>> Patterns();

@@ -18,7 +18,8 @@ using namespace parallel;
 // in both strategies and placements; every pattern on a CPU, one for each number of ranks on a GPU,
 // which may be an emulated one.
 void RunLowPrecision(
-    DType dtype, const std::function<void(const Outcome&, const Outcome&, const Outcome&)>& check) {
+    DType dtype, const std::function<void(const Outcome&, const Outcome&, const Outcome&)>& check,
+    const ops::AttentionOptions& options = {}) {
   const auto patterns = Patterns();
   // On a GPU: a window, S2 with blocks of two mask blocks, causal.
   for (const auto& [ranks, gpu_pattern] : {std::pair{2, 2}, {3, 4}, {4, 0}}) {
@@ -30,6 +31,7 @@ void RunLowPrecision(
       const auto& [name, pattern] = patterns[OnCuda() ? static_cast<size_t>(gpu_pattern) : i];
       StrategyCase c{name, pattern, ends, length, PlacementKind::kContiguous, StrategyKind::kRing,
                      1};
+      c.options = options;
       const Outcome exact = RunCase(c, in);
       c.dtype = dtype, c.device = TestDevice();
       const Outcome one = RunCase(c, in);
@@ -45,22 +47,28 @@ void RunLowPrecision(
   }
 }
 
-TEST(StrategyPrecisionTest, SinglePrecisionFollowsF64) {
-  RunLowPrecision(DType::kF32, [](const Outcome& exact, const Outcome& one, const Outcome& got) {
-    for (const auto& [output, vec] : kOutputs) {
-      EXPECT_LT(RelMax(got.*vec, exact.*vec), 1e-5) << output;
-      EXPECT_LT(RelMax(got.*vec, one.*vec), 1e-5) << output;
-    }
-  });
+void ExpectNear(const Outcome& exact, const Outcome& one, const Outcome& got) {
+  for (const auto& [output, vec] : kOutputs) {
+    EXPECT_LT(RelMax(got.*vec, exact.*vec), 1e-5) << output;
+    EXPECT_LT(RelMax(got.*vec, one.*vec), 1e-5) << output;
+  }
+}
+// Partial results travel and merge in f32, so nothing is rounded to bf16 twice.
+void ExpectAsNear(const Outcome& exact, const Outcome& one, const Outcome& got) {
+  for (const auto& [output, vec] : kOutputs) {
+    EXPECT_LT(RelRms(got.*vec, exact.*vec), 1.1 * RelRms(one.*vec, exact.*vec) + 1e-6) << output;
+  }
 }
 
+TEST(StrategyPrecisionTest, SinglePrecisionFollowsF64) { RunLowPrecision(DType::kF32, ExpectNear); }
 TEST(StrategyPrecisionTest, Bf16IsAsNearToF64AsOneRank) {
-  RunLowPrecision(DType::kBF16, [](const Outcome& exact, const Outcome& one, const Outcome& got) {
-    for (const auto& [output, vec] : kOutputs) {
-      // Partial results travel and merge in f32, so nothing is rounded to bf16 twice.
-      EXPECT_LT(RelRms(got.*vec, exact.*vec), 1.1 * RelRms(one.*vec, exact.*vec) + 1e-6) << output;
-    }
-  });
+  RunLowPrecision(DType::kBF16, ExpectAsNear);
+}
+TEST(StrategyPrecisionTest, SigmoidInSinglePrecisionFollowsF64) {
+  RunLowPrecision(DType::kF32, ExpectNear, Sigmoid());
+}
+TEST(StrategyPrecisionTest, SigmoidInBf16IsAsNearToF64AsOneRank) {
+  RunLowPrecision(DType::kBF16, ExpectAsNear, Sigmoid());
 }
 
 }  // namespace
