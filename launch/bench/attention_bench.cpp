@@ -7,29 +7,23 @@
 #include <tuple>
 #include <utility>
 
+#include "launch/bench/attention_operands.h"
 #include "launch/bench/moba_bench.h"
-#include "launch/bench/operands.h"
 #include "launch/picture/mask_facts.h"
 #include "ops/attention/attention.h"
 
 namespace longspan::launch {
 namespace {
 
-// Operands of the cases of one shape.
-struct Operands {
-  Operands(Context& ctx, const AttentionCase& c) {
-    const Shape query_shape{c.tokens, c.heads, c.head_dim},
-        key_shape{c.tokens, c.kv_heads, c.head_dim};
-    q = RandomTensor(ctx, query_shape, c.dtype, 1);
-    k = RandomTensor(ctx, key_shape, c.dtype, 2);
-    v = RandomTensor(ctx, key_shape, c.dtype, 3);
-    d_out = RandomTensor(ctx, query_shape, c.dtype, 4);
+// Operands of the cases of one shape, and gradients, which are added to.
+struct Operands : AttentionOperands {
+  Operands(Context& ctx, const AttentionCase& c) : AttentionOperands(ctx, c) {
     const DType wide = AccumulatorOf(c.dtype);
-    dq = ctx.Zeros(query_shape, wide);
-    dk = ctx.Zeros(key_shape, wide);
-    dv = ctx.Zeros(key_shape, wide);
+    dq = ctx.Zeros(q.shape(), wide);
+    dk = ctx.Zeros(k.shape(), wide);
+    dv = ctx.Zeros(v.shape(), wide);
   }
-  Tensor q, k, v, d_out, dq, dk, dv;
+  Tensor dq, dk, dv;
 };
 
 // The mask of one case over its operands; forward and backward of any implementation.
@@ -56,10 +50,14 @@ class AttentionRun {
                            Options(implementation));
   }
 
+  // Both passes, the first ones.
+  AttentionValues Values(const std::string& implementation) {
+    const ops::AttentionResult result = Forward(implementation);
+    Backward(implementation, result);
+    return {result.o, result.lse, operands_->dq, operands_->dk, operands_->dv};
+  }
+
   const ops::BlockMask& mask() const { return *mask_; }
-  const Tensor& dq() const { return operands_->dq; }
-  const Tensor& dk() const { return operands_->dk; }
-  const Tensor& dv() const { return operands_->dv; }
 
  private:
   static ops::AttentionOptions Options(const std::string& implementation) {
@@ -76,19 +74,8 @@ class AttentionRun {
 void Check(Context& ctx, const AttentionCase& problem, const std::string& implementation) {
   const AttentionCase small = SmallVersion(problem);
   Context host(ContextOptions{.threads = ctx.threads()});
-  AttentionRun expected(host, small), got(ctx, small);
-  const ops::AttentionResult reference = expected.Forward(kReference);
-  const ops::AttentionResult result = got.Forward(implementation);
-  const auto require = [&](const char* what, const Tensor& a, const Tensor& b) {
-    RequireAgreement(problem.name, implementation, what, RelativeDifference(a, b), problem.dtype);
-  };
-  require("o", result.o, reference.o);
-  require("lse", result.lse, reference.lse);
-  expected.Backward(kReference, reference);
-  got.Backward(implementation, result);
-  require("dq", got.dq(), expected.dq());
-  require("dk", got.dk(), expected.dk());
-  require("dv", got.dv(), expected.dv());
+  RequireSameValues(problem, implementation, AttentionRun(ctx, small).Values(implementation),
+                    AttentionRun(host, small).Values(kReference));
 }
 
 // What is run of a case: all of it, or its first kv heads.
@@ -144,19 +131,12 @@ BenchRecord Describe(const Contender& contender, bool backward, const MachinePea
   const double size = static_cast<double>(SizeOf(c.dtype));
   const double gradient_size = static_cast<double>(SizeOf(AccumulatorOf(c.dtype)));
   const double forward_flops = 4 * pairs * static_cast<double>(c.head_dim);
-  BenchRecord r;
-  r.op = "attention";
-  r.name = c.name;
-  r.pass = backward ? "backward" : "forward";
-  r.device = peaks.device;
-  r.threads = peaks.threads;
+  BenchRecord r = RecordOf("attention", c.name, backward, c.dtype, peaks);
   r.flops = backward ? 2.5 * forward_flops : forward_flops;
   r.bytes = backward ? (3 * q + kv) * size + (q + kv) * gradient_size : (2 * q + kv) * size;
   r.visible_fraction = facts.visible_fraction;
   r.block_fraction = facts.block_fraction;
   r.timed_kv_heads = c.timed_kv_heads;
-  r.peak_gflops = PeakGflops(peaks, c.dtype);
-  r.peak_gbps = peaks.copy_gbps;
   return r;
 }
 
@@ -223,19 +203,8 @@ std::vector<BenchRecord> RecordsOf(const std::vector<Contender>& contenders,
 
 std::vector<BenchRecord> BenchMasks(Context& ctx, const std::vector<AttentionCase>& group,
                                     const BenchOptions& options, const MachinePeaks& peaks) {
-  const AttentionCase& problem = group.front();
-  std::vector<Candidate> candidates;
-  for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
-    if (entry.device != ctx.device().kind) continue;
-    candidates.push_back(
-        {entry.name, entry.rejects({.dtype = problem.dtype,
-                                    .heads = problem.heads,
-                                    .kv_heads = problem.kv_heads,
-                                    .head_dim = problem.head_dim,
-                                    .shared_bytes = ops::AttentionSharedBytes(ctx)})});
-  }
   const std::vector<std::string> implementations =
-      ChooseImplementations(problem.name, candidates, options.implementation);
+      ChooseAttention(ctx, group.front(), options.implementation);
   for (const AttentionCase& c : group) {
     for (const std::string& name : implementations) {
       if (name != kReference) Check(ctx, c, name);

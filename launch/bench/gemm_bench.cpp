@@ -71,19 +71,12 @@ std::vector<BenchRecord> BenchGemm(Context& ctx, const GemmCase& problem,
   const std::vector<Timing> timings = options.Time(ctx, runs);
   std::vector<BenchRecord> records;
   for (size_t i = 0; i < implementations.size(); ++i) {
-    BenchRecord r;
-    r.op = "gemm";
-    r.name = problem.name;
-    r.pass = backward ? "backward" : "forward";
+    BenchRecord r = RecordOf("gemm", problem.name, backward, problem.dtype, peaks);
     r.implementation = implementations[i];
-    r.device = peaks.device;
-    r.threads = peaks.threads;
     r.timing = timings[i];
     r.flops = 2.0 * static_cast<double>(problem.m) * static_cast<double>(problem.n) *
               static_cast<double>(problem.k);
     r.bytes = run.bytes();
-    r.peak_gflops = PeakGflops(peaks, problem.dtype);
-    r.peak_gbps = peaks.copy_gbps;
     records.push_back(r);
   }
   return records;

@@ -275,17 +275,10 @@ std::vector<BenchRecord> BenchMemory(Context& ctx, const MemoryCase& problem,
       timings[0].median_ms = std::max(least, timings[0].median_ms - product);
       timings[0].p90_ms = std::max(timings[0].median_ms, timings[0].p90_ms - product);
     }
-    BenchRecord r;
-    r.op = "memory";
-    r.name = problem.name;
-    r.pass = backward ? "backward" : "forward";
+    BenchRecord r = RecordOf("memory", problem.name, backward, problem.dtype, peaks);
     r.implementation = name;
-    r.device = peaks.device;
-    r.threads = peaks.threads;
     r.timing = timings[0];
     r.bytes = pass.bytes;
-    r.peak_gflops = PeakGflops(peaks, problem.dtype);
-    r.peak_gbps = peaks.copy_gbps;
     records.push_back(r);
   }
   return records;

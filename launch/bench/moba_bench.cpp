@@ -5,7 +5,7 @@
 #include <map>
 #include <memory>
 
-#include "launch/bench/operands.h"
+#include "launch/bench/attention_operands.h"
 
 namespace longspan::launch {
 namespace {
@@ -18,33 +18,33 @@ class MobaRun {
   MobaRun(Context& ctx, const AttentionCase& c)
       : ctx_(ctx),
         plan_(ops::MobaPlan::Build(*c.moba, c.kv_heads,
-                                   std::make_shared<const ops::Documents>(c.Documents()))) {
-    const Shape query_shape{c.tokens, c.heads, c.head_dim},
-        key_shape{c.tokens, c.kv_heads, c.head_dim};
-    q_ = RandomTensor(ctx, query_shape, c.dtype, 1);
-    k_ = RandomTensor(ctx, key_shape, c.dtype, 2);
-    v_ = RandomTensor(ctx, key_shape, c.dtype, 3);
-    d_out_ = RandomTensor(ctx, query_shape, c.dtype, 4);
-  }
+                                   std::make_shared<const ops::Documents>(c.Documents()))),
+        x_(ctx, c) {}
 
   ops::MobaResult Forward(const std::string& implementation) {
     const TraceScope trace(ctx_.trace(), kWhole);
-    return ops::MobaForward(ctx_, q_, k_, v_, *plan_, {.implementation = implementation});
+    return ops::MobaForward(ctx_, x_.q, x_.k, x_.v, *plan_, {.implementation = implementation});
   }
   ops::MobaGradients Backward(const std::string& implementation, const ops::MobaResult& saved) {
     const TraceScope trace(ctx_.trace(), kWhole);
-    const Tensor delta = ops::AttentionDelta(ctx_, d_out_, saved.o);
-    return ops::MobaBackward(ctx_, d_out_, q_, k_, v_, saved.lse, delta, saved.lists, *plan_,
-                             {.implementation = implementation});
+    const Tensor delta = ops::AttentionDelta(ctx_, x_.d_out, saved.o);
+    return ops::MobaBackward(ctx_, x_.d_out, x_.q, x_.k, x_.v, saved.lse, delta, saved.lists,
+                             *plan_, {.implementation = implementation});
+  }
+  AttentionValues Values(const std::string& implementation) {
+    const ops::MobaResult result = Forward(implementation);
+    const ops::MobaGradients grads = Backward(implementation, result);
+    return {result.o, result.lse, grads.dq, grads.dk, grads.dv};
   }
 
   // (query, key) pairs over all query heads.
   double ChosenPairs(const ops::MobaResult& result) const {
-    double pairs = static_cast<double>(plan_->own->TotalVisiblePairs() * (q_.dim(1) / k_.dim(1)));
+    double pairs =
+        static_cast<double>(plan_->own->TotalVisiblePairs() * (x_.q.dim(1) / x_.k.dim(1)));
     if (plan_->width() == 0) return pairs;
     std::vector<int64_t> offsets(static_cast<size_t>(result.lists.offsets.numel()));
     result.lists.offsets.ReadTo(offsets.data());
-    const size_t heads = static_cast<size_t>(q_.dim(1));
+    const size_t heads = static_cast<size_t>(x_.q.dim(1));
     for (int64_t b = 0; b < plan_->blocks->count(); ++b) {
       const size_t list = static_cast<size_t>(b) * heads;
       pairs +=
@@ -56,44 +56,14 @@ class MobaRun {
  private:
   Context& ctx_;
   std::shared_ptr<const ops::MobaPlan> plan_;
-  Tensor q_, k_, v_, d_out_;
+  AttentionOperands x_;
 };
 
 void Check(Context& ctx, const AttentionCase& problem, const std::string& implementation) {
   const AttentionCase small = SmallVersion(problem);
   Context host(ContextOptions{.threads = ctx.threads()});
-  MobaRun expected(host, small), got(ctx, small);
-  const ops::MobaResult reference = expected.Forward(kReference);
-  const ops::MobaResult result = got.Forward(implementation);
-  const auto require = [&](const char* what, const Tensor& a, const Tensor& b) {
-    RequireAgreement(problem.name, implementation, what, RelativeDifference(a, b), problem.dtype);
-  };
-  require("o", result.o, reference.o);
-  require("lse", result.lse, reference.lse);
-  const ops::MobaGradients want = expected.Backward(kReference, reference);
-  const ops::MobaGradients grads = got.Backward(implementation, result);
-  require("dq", grads.dq, want.dq);
-  require("dk", grads.dk, want.dk);
-  require("dv", grads.dv, want.dv);
-}
-
-std::vector<std::string> Implementations(Context& ctx, const AttentionCase& problem,
-                                         const std::string& wanted) {
-  const std::vector<std::string> routed = ops::MobaImplementations(ctx.device().kind);
-  std::vector<Candidate> candidates;
-  for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
-    if (entry.device != ctx.device().kind ||
-        std::find(routed.begin(), routed.end(), entry.name) == routed.end()) {
-      continue;
-    }
-    candidates.push_back(
-        {entry.name, entry.rejects({.dtype = problem.dtype,
-                                    .heads = problem.heads,
-                                    .kv_heads = problem.kv_heads,
-                                    .head_dim = problem.head_dim,
-                                    .shared_bytes = ops::AttentionSharedBytes(ctx)})});
-  }
-  return ChooseImplementations(problem.name, candidates, wanted);
+  RequireSameValues(problem, implementation, MobaRun(ctx, small).Values(implementation),
+                    MobaRun(host, small).Values(kReference));
 }
 
 // Shares of the runs since `before`, from the categories of the Context's trace.
@@ -118,7 +88,7 @@ std::vector<std::pair<std::string, double>> SharesSince(
 std::vector<BenchRecord> BenchMoba(Context& ctx, const AttentionCase& problem,
                                    const BenchOptions& options, const MachinePeaks& peaks) {
   const std::vector<std::string> implementations =
-      Implementations(ctx, problem, options.implementation);
+      ChooseAttention(ctx, problem, options.implementation);
   for (const std::string& name : implementations) {
     if (name != kReference) Check(ctx, problem, name);
   }
@@ -130,37 +100,28 @@ std::vector<BenchRecord> BenchMoba(Context& ctx, const AttentionCase& problem,
   const double kv = 2 * tokens * static_cast<double>(problem.kv_heads) * dim;
   const double size = static_cast<double>(SizeOf(problem.dtype));
   const double wide = static_cast<double>(SizeOf(AccumulatorOf(problem.dtype)));
-  BenchRecord record;
-  record.op = "attention";
-  record.name = problem.name;
-  record.device = peaks.device;
-  record.threads = peaks.threads;
-  record.visible_fraction =
-      pairs / (static_cast<double>(problem.heads) * tokens * (tokens + 1) / 2);
-  record.peak_gflops = PeakGflops(peaks, problem.dtype);
-  record.peak_gbps = peaks.copy_gbps;
-
   std::vector<BenchRecord> records;
-  const auto measure = [&](const std::function<void(const std::string&)>& once) {
+  const auto measure = [&](bool backward, double flops, double bytes,
+                           const std::function<void(const std::string&)>& once) {
+    BenchRecord r = RecordOf("attention", problem.name, backward, problem.dtype, peaks);
+    r.flops = flops;
+    r.bytes = bytes;
+    r.visible_fraction = pairs / (static_cast<double>(problem.heads) * tokens * (tokens + 1) / 2);
     for (const std::string& name : implementations) {
       const std::map<std::string, double> before = ctx.trace().Totals();
-      record.implementation = name;
-      record.timing = options.Time(ctx, {[&] { once(name); }}).front();
-      if (ctx.device().kind == DeviceKind::kCpu) record.shares = SharesSince(ctx, before);
-      records.push_back(record);
+      r.implementation = name;
+      r.timing = options.Time(ctx, {[&] { once(name); }}).front();
+      if (ctx.device().kind == DeviceKind::kCpu) r.shares = SharesSince(ctx, before);
+      records.push_back(r);
     }
   };
   if (options.forward) {
-    record.pass = "forward";
-    record.flops = 4 * pairs * dim;
-    record.bytes = (q + kv) * size + q * wide;
-    measure([&](const std::string& name) { run.Forward(name); });
+    measure(false, 4 * pairs * dim, (q + kv) * size + q * wide,
+            [&](const std::string& name) { run.Forward(name); });
   }
   if (options.backward) {
-    record.pass = "backward";
-    record.flops = 10 * pairs * dim;
-    record.bytes = (2 * q + kv) * size + q * wide + (q + kv) * wide;
-    measure([&](const std::string& name) { run.Backward(name, saved); });
+    measure(true, 10 * pairs * dim, (2 * q + kv) * size + q * wide + (q + kv) * wide,
+            [&](const std::string& name) { run.Backward(name, saved); });
   }
   return records;
 }

@@ -29,6 +29,19 @@ std::vector<Timing> BenchOptions::Time(Context& ctx,
   return timer ? timer(ctx, runs, seconds, repeats) : TimeInterleaved(ctx, runs, seconds, repeats);
 }
 
+BenchRecord RecordOf(const char* op, const std::string& name, bool backward, DType dtype,
+                     const MachinePeaks& peaks) {
+  BenchRecord r;
+  r.op = op;
+  r.name = name;
+  r.pass = backward ? "backward" : "forward";
+  r.device = peaks.device;
+  r.threads = peaks.threads;
+  r.peak_gflops = PeakGflops(peaks, dtype);
+  r.peak_gbps = peaks.copy_gbps;
+  return r;
+}
+
 double BenchRecord::floor_ms() const {
   return std::max(flops / peak_gflops, bytes / peak_gbps) * 1e-6;
 }

@@ -50,6 +50,10 @@ struct BenchRecord {
   std::vector<std::pair<std::string, double>> more;  // further keys of the JSON
 };
 
+// What is known of a record before anything is measured.
+BenchRecord RecordOf(const char* op, const std::string& name, bool backward, DType dtype,
+                     const MachinePeaks& peaks);
+
 // Peak of the arithmetic that a dtype allows, on the threads of `peaks`. f64 is taken as half of
 // f32, which has twice the lanes.
 double PeakGflops(const MachinePeaks& peaks, DType dtype);
