@@ -63,11 +63,13 @@ LONGSPAN_HD_INLINE Real Sigmoid(Real x) {
   return Real(1) / (Real(1) + Exp(-x));
 }
 
-// Sigmoid of a value that has been rounded and is below 87.5 in magnitude: of these some
-// instruction sets compute it with less work.
+// 1 / (1 + 2^-x) for x of at most 126 in magnitude.
 template <class Real>
-LONGSPAN_HD_INLINE Real BoundedSigmoid(Real x) {
-  return Sigmoid(x);
+LONGSPAN_HD_INLINE Real SigmoidBase2(Real x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<Real, float>) return __fdividef(1.0f, 1.0f + exp2f(-x));
+#endif
+  return Sigmoid(x * Real(0.6931471805599453));
 }
 
 }  // namespace longspan::ops::internal

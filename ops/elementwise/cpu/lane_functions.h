@@ -62,11 +62,11 @@ inline V Exp(V x) {
                     MultiplyAdd(clamped, V(kLog2ELow), MultiplyAdd(clamped, V(kLog2EHigh), -n)));
 }
 
-// Sigmoid of a value below 87.5 in magnitude that is itself rounded: the exponent is rounded, too.
+// As SigmoidBase2 of a float.
 template <Vectors V>
-inline V BoundedSigmoid(V x) {
-  const V t = x * V(-kLog2E), shifted = t + V(kRound32nds), n = shifted - V(kRound32nds);
-  return Reciprocal(V(1) + PowerOfTwo(shifted, t - n));
+inline V SigmoidBase2(V x) {
+  const V shifted = V(kRound32nds) - x, n = shifted - V(kRound32nds);
+  return Reciprocal(V(1) + PowerOfTwo(shifted, -x - n));
 }
 
 #else
@@ -105,8 +105,8 @@ inline V Exp(V x) {
 }
 
 template <Vectors V>
-inline V BoundedSigmoid(V x) {
-  return Reciprocal(V(1) + Exp(-x));
+inline V SigmoidBase2(V x) {
+  return Reciprocal(V(1) + Exp(x * V(-0.6931471805599453)));
 }
 
 #endif

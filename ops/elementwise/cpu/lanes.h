@@ -201,7 +201,7 @@ using internal::Max;
 using internal::Min;
 
 // Vectors that a loop over elements of T takes at a time, and one. With 32 registers four chains
-// find room for what they need, with 16 two.
+// find room for what they need, with 16 two; twice as many where each needs little.
 template <class T>
 struct LanesOf {
   using Type = Lanes;
@@ -210,11 +210,13 @@ struct LanesOf {
 #else
   using Deep = Twice<Lanes>;
 #endif
+  using Deepest = Twice<Deep>;
 };
 template <>
 struct LanesOf<double> {
   using Type = double;
   using Deep = double;
+  using Deepest = double;
 };
 template <class V>
 constexpr int64_t CountOf() {

@@ -18,6 +18,8 @@ template <class T>
 using Vector = typename LanesOf<T>::Type;
 template <class T>
 using Deep = typename LanesOf<T>::Deep;
+template <class T>
+using Deepest = typename LanesOf<T>::Deepest;
 
 inline float SquareRoot(float x) { return __builtin_sqrtf(x); }
 inline double SquareRoot(double x) { return __builtin_sqrt(x); }
@@ -98,7 +100,7 @@ inline int64_t Steps(int64_t i, int64_t n, Step step) {
 
 // step(at) for all of [0, n), which Puts into `outs`. Streams where all of them reach a line at the
 // same element.
-template <class T, bool kStream, class Step, class Out, class... More>
+template <class T, bool kStream, class D = Deep<T>, class Step, class Out, class... More>
 [[gnu::flatten]] inline void Each(int64_t n, Step step, [[maybe_unused]] const Out* out,
                                   [[maybe_unused]] const More*... more) {
   int64_t i = 0;
@@ -107,11 +109,11 @@ template <class T, bool kStream, class Step, class Out, class... More>
     if (((ToLine(more) == line) && ...)) {
       i = Steps<Vector<T>, false>(i, head, step);
       if (i < head) step(Rest{i, head - i});
-      i = Steps<Deep<T>, true>(head, n, step);
+      i = Steps<D, true>(head, n, step);
       i = Steps<Vector<T>, true>(i, n, step);
     }
   } else {
-    i = Steps<Deep<T>, false>(i, n, step);
+    i = Steps<D, false>(i, n, step);
   }
   i = Steps<Vector<T>, false>(i, n, step);
   if (i < n) step(Rest{i, n - i});
@@ -186,14 +188,14 @@ double SumOfSquares(int64_t n, const T* x) {
 template <class T, bool kStream>
 void Gelu(int64_t n, const T* x, T* y) {
   const Finish<kStream> finish;
-  Each<T, kStream>(
+  Each<T, kStream, Deepest<T>>(
       n, [=](auto at) { at.Put(y, internal::GeluValue()(at.Get(x))); }, y);
 }
 
 template <class T, bool kStream>
 void GeluBackward(int64_t n, const T* dy, const T* x, T* dx) {
   const Finish<kStream> finish;
-  Each<T, kStream>(
+  Each<T, kStream, Deepest<T>>(
       n, [=](auto at) { at.Put(dx, internal::GeluSlope()(at.Get(dy), at.Get(x))); }, dx);
 }
 
