@@ -5,6 +5,7 @@
 #include <cmath>
 #include <sstream>
 
+#include "configs/mixer.h"
 #include "ops/core/error.h"
 
 namespace longspan::configs {
@@ -68,6 +69,10 @@ int64_t HeadStep(const S2Pattern& s2, int64_t num_kv_heads) {
   return std::max<int64_t>(1, s2.stride_blocks() / num_kv_heads);
 }
 
+double SigmoidBias(const Attention& sigmoid, int64_t context_length) {
+  return sigmoid.has_bias() ? sigmoid.bias() : -std::log(static_cast<double>(context_length));
+}
+
 int64_t DecaySteps(const WsdSchedule& wsd, int64_t run_steps) {
   if (wsd.has_decay_steps()) return wsd.decay_steps();
   return std::max<int64_t>(1, std::llround(wsd.decay_fraction() * static_cast<double>(run_steps)));
@@ -114,8 +119,13 @@ void FillDefaults(Config& config) {
   if (!model.has_embedding_init_std()) model.set_embedding_init_std(model.init_std());
   model.set_residual_dtype(ResidualDtype(config));
   for (Mixer& mixer : *model.mutable_mixer()) {
-    if (!mixer.softmax().has_s2() || mixer.softmax().s2().homogeneous()) continue;
-    S2Pattern& s2 = *mixer.mutable_softmax()->mutable_s2();
+    if (mixer.kind_case() == Mixer::KIND_NOT_SET) continue;
+    Attention& attention = MutableAttention(mixer);
+    if (mixer.has_sigmoid()) {
+      attention.set_bias(SigmoidBias(attention, config.run().context_length()));
+    }
+    if (!attention.has_s2() || attention.s2().homogeneous()) continue;
+    S2Pattern& s2 = *attention.mutable_s2();
     s2.set_head_step(HeadStep(s2, model.num_kv_heads()));
   }
   if (config.schedule().has_wsd()) {

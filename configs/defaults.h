@@ -12,6 +12,7 @@ namespace longspan::configs {
 int64_t HeadDim(const Model& model);
 Precision ResidualDtype(const Config& config);
 int64_t HeadStep(const S2Pattern& s2, int64_t num_kv_heads);
+double SigmoidBias(const Attention& sigmoid, int64_t context_length);
 int64_t DecaySteps(const WsdSchedule& wsd, int64_t run_steps);  // at least 1
 
 // One word of model.layers: a mixer's name and how many layers in a row have it. `count` is 0 when

@@ -166,11 +166,13 @@ def default(field):
     return f"`{option(field, 'default')}`" if option(field, "default") else ""
 
 
-def render(group, path, groups, shared_enums, out):
-    """Appends the section of one message and those of the messages inside it."""
+def render(group, paths, groups, shared_enums, out):
+    """Appends the section of one message, which is found at `paths`, and those of the messages inside
+    it."""
     enums = {**shared_enums, **group.enums}
-    level = "##" if "." not in path else "###"
-    out += ["", f"{level} {path}" if path else "## Top level", "", group.comment, ""]
+    level = "##" if "." not in paths[0] else "###"
+    title = ", ".join(paths)
+    out += ["", f"{level} {title}" if title else "## Top level", "", group.comment, ""]
     below = {}
     if group.fields:
         out += ["| Field | Default | Value | Meaning |", "|---|---|---|---|"]
@@ -182,10 +184,11 @@ def render(group, path, groups, shared_enums, out):
         out.append(f"| {name} | {default(field)} | {allowed(field, enums)} | {meaning} |")
         if field["type"] in groups:
             name = field["name"] + ("[]" if field["label"] == "repeated " else "")
-            below.setdefault(field["type"], []).append(f"{path}.{name}" if path else name)
-    for name, paths in below.items():
+            below.setdefault(field["type"], []).extend(f"{path}.{name}" if path else name
+                                                       for path in paths)
+    for name, paths_below in below.items():
         if groups[name].fields:
-            render(groups[name], ", ".join(paths), groups, shared_enums, out)
+            render(groups[name], paths_below, groups, shared_enums, out)
 
 
 def main():
@@ -193,7 +196,7 @@ def main():
     for path in PROTOS:
         parse(path, groups, enums)
     out = [INTRO.rstrip()]
-    render(groups["Config"], "", groups, enums, out)
+    render(groups["Config"], [""], groups, enums, out)
     text = "\n".join(out) + "\n"
     if sys.argv[1:] == ["--check"]:
         if not TARGET.exists() or TARGET.read_text() != text:

@@ -9,6 +9,7 @@
 
 #include "configs/defaults.h"
 #include "configs/fields.h"
+#include "configs/mixer.h"
 #include "configs/validate_objective.h"
 #include "configs/validate_patterns.h"
 #include "ops/core/error.h"
@@ -295,6 +296,25 @@ void CheckMoba(const Config& config, const MobaPattern& moba, const std::string&
   }
 }
 
+// `wrong`: fields that are not in order by themselves.
+void CheckMixer(const Config& config, int index, const std::set<std::string>& wrong,
+                Problems& problems) {
+  const Mixer& mixer = config.model().mixer(index);
+  const Attention& attention = AttentionOf(mixer);
+  const std::string path = Str(ElementPath("model.mixer", index), ".", NormalizationOf(mixer));
+  const bool in_order = std::none_of(wrong.begin(), wrong.end(), [&](const std::string& field) {
+    return field.compare(0, path.size(), path) == 0;
+  });
+  if (!in_order) return;
+  CheckNormalization(mixer, path, problems);
+  if (!wrong.contains("model.num_kv_heads")) {
+    CheckPattern(attention, config.model().num_kv_heads(), path, problems);
+  }
+  if (attention.has_moba() && !mixer.has_sigmoid() && !wrong.contains("parallel.cp")) {
+    CheckMoba(config, attention.moba(), path + ".moba", problems);
+  }
+}
+
 void CheckSchedule(const Config& config, Problems& problems) {
   const Schedule& schedule = config.schedule();
   const int64_t steps = config.run().steps();
@@ -368,19 +388,7 @@ std::vector<Problem> Validate(const Config& config) {
   }
   if (good({"model.num_layers"})) CheckLayers(model, problems);
   for (int i = 0; i < model.mixer_size(); ++i) {
-    const std::string softmax = ElementPath("model.mixer", i) + ".softmax";
-    const bool in_order = good({"model.num_kv_heads"}) &&
-                          std::none_of(wrong.begin(), wrong.end(), [&](const std::string& field) {
-                            return field.compare(0, softmax.size(), softmax) == 0;
-                          });
-    if (in_order) {
-      CheckPattern(model.mixer(i).softmax(), model.num_kv_heads(), softmax, problems);
-    }
-    const std::string moba = ElementPath("model.mixer", i) + ".softmax.moba";
-    if (model.mixer(i).softmax().has_moba() &&
-        good({(moba + ".block_size").c_str(), "parallel.cp"})) {
-      CheckMoba(config, model.mixer(i).softmax().moba(), moba, problems);
-    }
+    CheckMixer(config, i, wrong, problems);
   }
   if (good({"run.steps", "schedule.cosine.warmup_steps", "schedule.constant.warmup_steps",
             "schedule.wsd.warmup_steps", "schedule.wsd.decay_steps",

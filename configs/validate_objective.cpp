@@ -3,6 +3,7 @@
 #include <set>
 
 #include "configs/fields.h"
+#include "configs/mixer.h"
 #include "ops/core/error.h"
 
 namespace longspan::configs {
@@ -87,15 +88,16 @@ void CheckObjective(const Config& config, std::vector<Problem>& problems) {
   bool duo = false;
   std::set<int64_t> seer;  // block sizes
   for (int i = 0; i < model.mixer_size(); ++i) {
-    const Softmax& softmax = model.mixer(i).softmax();
+    const Attention& attention = AttentionOf(model.mixer(i));
     const std::string path = ElementPath("model.mixer", i);
-    if (softmax.has_duo()) {
+    const bool refused = model.mixer(i).has_sigmoid();  // with gates, by CheckNormalization
+    if (attention.has_duo()) {
       duo = true;
-      CheckDuo(config, path, softmax.duo(), problems);
+      if (!refused) CheckDuo(config, path, attention.duo(), problems);
     }
-    if (softmax.has_seer()) {
-      seer.insert(softmax.seer().block_size());
-      CheckSeer(config, path, softmax.seer(), problems);
+    if (attention.has_seer()) {
+      seer.insert(attention.seer().block_size());
+      if (!refused) CheckSeer(config, path, attention.seer(), problems);
     }
   }
   if (config.objective().has_duo_gates()) {

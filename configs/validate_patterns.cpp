@@ -7,6 +7,7 @@
 
 #include "configs/defaults.h"
 #include "configs/fields.h"
+#include "configs/mixer.h"
 #include "ops/core/error.h"
 
 namespace longspan::configs {
@@ -99,24 +100,42 @@ double S2Coverage(const S2Pattern& s2, int64_t num_kv_heads) {
   return static_cast<double>(residues.size()) / static_cast<double>(stride);
 }
 
-void CheckPattern(const Softmax& softmax, int64_t num_kv_heads, const std::string& path,
+void CheckPattern(const Attention& attention, int64_t num_kv_heads, const std::string& path,
                   std::vector<Problem>& problems) {
-  switch (softmax.pattern_case()) {
-    case Softmax::kS2:
-      return CheckS2(softmax.s2(), num_kv_heads, path + ".s2", problems);
-    case Softmax::kPower:
-      return CheckBlockSize(softmax.power().block_size(), path + ".power", problems);
-    case Softmax::kDilated:
-      return CheckBlockSize(softmax.dilated().block_size(), path + ".dilated", problems);
-    case Softmax::kBlockCausal:
-      return CheckBlockSize(softmax.block_causal().block_size(), path + ".block_causal", problems);
-    case Softmax::kRandomBlocks:
-      return CheckRandomBlocks(softmax.random_blocks(), path + ".random_blocks", problems);
-    case Softmax::kSpans:
-      return CheckSpans(softmax.spans(), num_kv_heads, path + ".spans", problems);
+  switch (attention.pattern_case()) {
+    case Attention::kS2:
+      return CheckS2(attention.s2(), num_kv_heads, path + ".s2", problems);
+    case Attention::kPower:
+      return CheckBlockSize(attention.power().block_size(), path + ".power", problems);
+    case Attention::kDilated:
+      return CheckBlockSize(attention.dilated().block_size(), path + ".dilated", problems);
+    case Attention::kBlockCausal:
+      return CheckBlockSize(attention.block_causal().block_size(), path + ".block_causal",
+                            problems);
+    case Attention::kRandomBlocks:
+      return CheckRandomBlocks(attention.random_blocks(), path + ".random_blocks", problems);
+    case Attention::kSpans:
+      return CheckSpans(attention.spans(), num_kv_heads, path + ".spans", problems);
     default:
       return;
   }
+}
+
+void CheckNormalization(const Mixer& mixer, const std::string& path,
+                        std::vector<Problem>& problems) {
+  const Attention& attention = AttentionOf(mixer);
+  if (!mixer.has_sigmoid()) {
+    if (!attention.has_bias()) return;
+    problems.push_back(
+        {path + ".bias",
+         "has no effect on softmax, which does not change when all scores move alike "
+         "(leave it out, or use sigmoid)"});
+    return;
+  }
+  if (!attention.has_duo() && !attention.has_seer() && !attention.has_moba()) return;
+  const std::string pattern = PatternOf(mixer);
+  problems.push_back({Str(path, ".", pattern), Str("is built for softmax only (use softmax { ",
+                                                   pattern, " { ... } }, or another pattern)")});
 }
 
 }  // namespace longspan::configs

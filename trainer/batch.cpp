@@ -66,6 +66,8 @@ BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placem
   for (const MixerOptions& mixer : model_.mixers) {
     LONGSPAN_CHECK(!(mixer.moba || mixer.seer) || placement_.ranks() == 1)
         << "mixer " << mixer.name << " is routed, which is not built for context parallelism";
+    LONGSPAN_CHECK(!(mixer.moba || mixer.seer || mixer.duo) || !mixer.IsSigmoid())
+        << "mixer " << mixer.name << " is built for softmax only";
   }
 }
 

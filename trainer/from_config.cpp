@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "configs/defaults.h"
+#include "configs/mixer.h"
 #include "ops/core/check.h"
 #include "ops/core/cuda/backend.h"
 #include "parallel/comm/nccl.h"
@@ -51,47 +52,47 @@ ops::RandomBlocksOptions RandomBlocksFrom(const configs::RandomBlocksPattern& p)
           .phase = PhaseFrom(p.phase())};
 }
 
-ops::AttentionPattern PatternFrom(const configs::Softmax& softmax) {
+ops::AttentionPattern PatternFrom(const configs::Attention& attention) {
   using ops::AttentionPattern;
-  switch (softmax.pattern_case()) {
-    case configs::Softmax::kFull:
+  switch (attention.pattern_case()) {
+    case configs::Attention::kFull:
       return AttentionPattern::Full();
-    case configs::Softmax::kWindow: {
-      const configs::WindowPattern& p = softmax.window();
+    case configs::Attention::kWindow: {
+      const configs::WindowPattern& p = attention.window();
       return AttentionPattern::Window(p.window(), p.sinks(), p.bidirectional());
     }
-    case configs::Softmax::kS2:
-      return AttentionPattern::S2(S2From(softmax.s2()));
-    case configs::Softmax::kGlobalWindow: {
-      const configs::GlobalWindowPattern& p = softmax.global_window();
+    case configs::Attention::kS2:
+      return AttentionPattern::S2(S2From(attention.s2()));
+    case configs::Attention::kGlobalWindow: {
+      const configs::GlobalWindowPattern& p = attention.global_window();
       return AttentionPattern::GlobalWindow(p.window(), p.global_tokens(), p.bidirectional());
     }
-    case configs::Softmax::kPower: {
-      const configs::PowerPattern& p = softmax.power();
+    case configs::Attention::kPower: {
+      const configs::PowerPattern& p = attention.power();
       return AttentionPattern::Power({p.block_size(), p.local_blocks(), p.sink_blocks()});
     }
-    case configs::Softmax::kDilated: {
-      const configs::DilatedPattern& p = softmax.dilated();
+    case configs::Attention::kDilated: {
+      const configs::DilatedPattern& p = attention.dilated();
       return AttentionPattern::Dilated(
           {p.block_size(), p.neighbours(), p.dilation(), p.bidirectional()});
     }
-    case configs::Softmax::kPrefixLm:
-      return AttentionPattern::Prefix(softmax.prefix_lm().prefix());
-    case configs::Softmax::kSharedQuestion: {
-      const auto& lengths = softmax.shared_question().segment();
+    case configs::Attention::kPrefixLm:
+      return AttentionPattern::Prefix(attention.prefix_lm().prefix());
+    case configs::Attention::kSharedQuestion: {
+      const auto& lengths = attention.shared_question().segment();
       return AttentionPattern::SharedQuestion({lengths.begin(), lengths.end()});
     }
-    case configs::Softmax::kCausalBlockwise: {
-      const auto& lengths = softmax.causal_blockwise().segment();
+    case configs::Attention::kCausalBlockwise: {
+      const auto& lengths = attention.causal_blockwise().segment();
       return AttentionPattern::CausalBlockwise({lengths.begin(), lengths.end()});
     }
-    case configs::Softmax::kBlockCausal:
-      return AttentionPattern::BlockCausal(softmax.block_causal().block_size());
-    case configs::Softmax::kRandomBlocks:
-      return AttentionPattern::RandomBlocks(RandomBlocksFrom(softmax.random_blocks()));
-    case configs::Softmax::kSpans: {
+    case configs::Attention::kBlockCausal:
+      return AttentionPattern::BlockCausal(attention.block_causal().block_size());
+    case configs::Attention::kRandomBlocks:
+      return AttentionPattern::RandomBlocks(RandomBlocksFrom(attention.random_blocks()));
+    case configs::Attention::kSpans: {
       std::vector<ops::HeadSpan> spans;
-      for (const configs::HeadSpan& head : softmax.spans().head()) {
+      for (const configs::HeadSpan& head : attention.spans().head()) {
         spans.push_back({head.window(), head.sinks()});  // 0 stands for no window
       }
       return AttentionPattern::Spans(std::move(spans));
@@ -101,12 +102,27 @@ ops::AttentionPattern PatternFrom(const configs::Softmax& softmax) {
   }
 }
 
-// Path of the pattern that a mixer has chosen.
-std::string PatternField(const configs::Mixer& mixer) {
-  const configs::Softmax& softmax = mixer.softmax();
-  const auto* chosen = softmax.GetReflection()->GetOneofFieldDescriptor(
-      softmax, configs::Softmax::descriptor()->FindOneofByName("pattern"));
-  return Str("model.mixer[", mixer.name(), "].softmax.", chosen->name());
+// Path of a mixer's attention.
+std::string AttentionField(const configs::Mixer& mixer) {
+  return Str("model.mixer[", mixer.name(), "].", configs::NormalizationOf(mixer));
+}
+
+MixerOptions MixerFrom(const configs::Config& c, const configs::Mixer& mixer) {
+  const configs::Attention& attention = configs::AttentionOf(mixer);
+  MixerOptions options{mixer.name(), PatternFrom(attention)};
+  if (mixer.has_sigmoid()) {
+    options.normalization = ops::Normalization::kSigmoid;
+    options.bias = configs::SigmoidBias(attention, c.run().context_length());
+  }
+  if (attention.has_duo()) options.duo = {attention.duo().sinks(), attention.duo().recent()};
+  if (attention.has_seer()) {
+    const configs::SeerPattern& seer = attention.seer();
+    options.seer = {seer.block_size(), seer.gate_dim(), {seer.top_k(), seer.threshold()}};
+  }
+  if (attention.has_moba()) {
+    options.moba = {.block_size = attention.moba().block_size(), .top_k = attention.moba().top_k()};
+  }
+  return options;
 }
 
 ScheduleOptions ScheduleFrom(const configs::Schedule& s, int64_t steps) {
@@ -226,21 +242,7 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
   o.residual = m.has_residual_dtype() ? DTypeOf(m.residual_dtype()) : o.compute;
   o.recompute_layers = c.run().recompute() == configs::Run::LAYER;
   o.gates_only = c.objective().has_duo_gates() || c.objective().has_seer_gates();
-  for (const configs::Mixer& mixer : m.mixer()) {
-    MixerOptions options{mixer.name(), PatternFrom(mixer.softmax())};
-    if (mixer.softmax().has_duo()) {
-      options.duo = {mixer.softmax().duo().sinks(), mixer.softmax().duo().recent()};
-    }
-    if (mixer.softmax().has_seer()) {
-      const configs::SeerPattern& seer = mixer.softmax().seer();
-      options.seer = {seer.block_size(), seer.gate_dim(), {seer.top_k(), seer.threshold()}};
-    }
-    if (mixer.softmax().has_moba()) {
-      options.moba = {.block_size = mixer.softmax().moba().block_size(),
-                      .top_k = mixer.softmax().moba().top_k()};
-    }
-    o.mixers.push_back(std::move(options));
-  }
+  for (const configs::Mixer& mixer : m.mixer()) o.mixers.push_back(MixerFrom(c, mixer));
   o.layers = configs::LayerMixers(m);
   return o;
 }
@@ -268,16 +270,17 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
       parallel::Placement::Problem(options.placement, options.context_length, options.cp);
   if (!placement.empty()) problems.push_back({"run.context_length", placement});
   for (int i = 0; i < c.model().mixer_size(); ++i) {
-    const MixerOptions& mixer = options.model.mixers[static_cast<size_t>(i)];
-    if (!mixer.pattern.LooksAhead()) continue;
-    problems.push_back(
-        {PatternField(c.model().mixer(i)),
-         "a token would see the next one, which it is to predict; use causal or "
-         "another pattern that looks back only (this one is for inspect and bench)"});
-  }
-  for (const MixerOptions& mixer : options.model.mixers) {
-    for (const std::string& text : mixer.pattern.Problems(options.model.num_kv_heads)) {
-      problems.push_back({Str("model.mixer[", mixer.name, "].softmax"), text});
+    const configs::Mixer& mixer = c.model().mixer(i);
+    const ops::AttentionPattern& pattern = options.model.mixers[static_cast<size_t>(i)].pattern;
+    const std::string field = AttentionField(mixer);
+    if (pattern.LooksAhead()) {
+      problems.push_back(
+          {Str(field, ".", configs::PatternOf(mixer)),
+           "a token would see the next one, which it is to predict; use causal or "
+           "another pattern that looks back only (this one is for inspect and bench)"});
+    }
+    for (const std::string& text : pattern.Problems(options.model.num_kv_heads)) {
+      problems.push_back({field, text});
     }
   }
   if (!problems.empty()) configs::ThrowProblems(loaded, std::move(problems));

@@ -30,7 +30,7 @@ std::map<std::string, std::string> IdentityOf(const TrainOptions& o,
     layers += (layers.empty() ? "" : ", ") + mixer.ToString();
     if (mixer.scale != 0) layers += Str(" scale ", mixer.scale);
   }
-  set("model.layers", layers);
+  set(kLayersField, layers);
   set("data.document_mask", o.document_mask);
   // Only where it is on: checkpoints older than the field have none.
   if (o.align_documents) set("data.align_documents", o.align_documents);

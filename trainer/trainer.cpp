@@ -239,6 +239,12 @@ std::string Trainer::InitFrom(const CheckpointReader& reader) {
   std::string note = Str("weights from ", reader.path().string());
   if (fresh > 0) note += Str("; it lacks ", fresh, " tensors of gates, which start anew");
   if (!saved.empty()) note += Str("; its ", saved.size(), " tensors of gates have no place here");
+  // Often wanted, but a bias derived from another context length is easily overlooked.
+  const auto layers = reader.info().identity.find(kLayersField);
+  if (layers != reader.info().identity.end() &&
+      layers->second != IdentityOf(options_, "").at(kLayersField)) {
+    note += "; its layers have other patterns, normalization or bias";
+  }
   return note;
 }
 

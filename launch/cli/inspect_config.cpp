@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <map>
 
@@ -193,9 +194,11 @@ double DescribeRouted(const trainer::ModelOptions& model, size_t index, int64_t 
                     {"block_density", facts.block_fraction},
                     {"picture", picture}};
   report.json["mixers"].push_back({{"name", mixer.name},
-                                   {"pattern", mixer.ToString()},
+                                   {"pattern", mixer.PatternToString()},
                                    {"routed", true},
                                    {"layers", layers},
+                                   {"normalization", "softmax"},
+                                   {"bias", nullptr},
                                    {"length", length},
                                    {"density", facts.visible_fraction},
                                    {"block_density", facts.block_fraction},
@@ -205,7 +208,7 @@ double DescribeRouted(const trainer::ModelOptions& model, size_t index, int64_t 
                                    {"picture_length", shown},
                                    {"heads", Json::array({std::move(all_heads)})}});
   std::string& text = report.text;
-  text += Str("\nmixer ", mixer.name, ": ", mixer.ToString(), ", routed\n");
+  text += Str("\nmixer ", mixer.name, ": ", mixer.PatternToString(), ", routed\n");
   text += ReportLine("layers", Ranges(layers));
   text += ReportLine("density", Str(Fraction(facts.visible_fraction), " of the pairs and ",
                                     Fraction(facts.block_fraction),
@@ -215,6 +218,15 @@ double DescribeRouted(const trainer::ModelOptions& model, size_t index, int64_t 
               " of those marked + before it; ", shown == length ? "" : "the first ", Grouped(shown),
               " tokens\n", PictureLines(picture));
   return facts.visible_fraction;
+}
+
+void DescribeNormalization(const trainer::MixerOptions& mixer, Json& json, std::string& text) {
+  json["normalization"] = mixer.IsSigmoid() ? "sigmoid" : "softmax";
+  json["bias"] = mixer.bias.has_value() ? Json(*mixer.bias) : Json();
+  if (!mixer.IsSigmoid()) return;
+  const double weight = 1 / (1 + std::exp(-*mixer.bias));
+  text += ReportLine("normalization",
+                     Str("sigmoid, bias ", *mixer.bias, "; a score of 0 weighs ", weight));
 }
 
 // Returns the density of the mixer.
@@ -228,7 +240,7 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
   const bool is_s2 = mixer.pattern.kind == ops::PatternKind::kS2;
   const double coverage = mixer.pattern.Coverage(model.num_kv_heads);
   Json json = {{"name", mixer.name},
-               {"pattern", mixer.ToString()},
+               {"pattern", mixer.PatternToString()},
                {"layers", layers},
                {"length", length},
                {"density", facts.visible_fraction},
@@ -237,8 +249,9 @@ double DescribeMixer(const trainer::ModelOptions& model, size_t index, int64_t l
                {"visible_pairs", facts.visible_pairs},
                {"mask_bytes", mask->bytes()}};
   std::string& text = report.text;
-  text += Str("\nmixer ", mixer.name, ": ", mixer.ToString(), "\n");
+  text += Str("\nmixer ", mixer.name, ": ", mixer.PatternToString(), "\n");
   text += ReportLine("layers", Ranges(layers));
+  DescribeNormalization(mixer, json, text);
   text += ReportLine("density", Str(Fraction(facts.visible_fraction), " of the pairs and ",
                                     Fraction(facts.block_fraction), " of the 64 x 64 blocks of ",
                                     mixer.pattern.LooksAhead() ? "attention in both directions"

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "configs/defaults.h"
+#include "configs/mixer.h"
 #include "launch/cli/inspect.h"
 #include "ops/core/context.h"
 #include "ops/core/error.h"
@@ -113,17 +114,19 @@ std::string ConfigLines(const std::vector<LayerGates>& layers, const configs::Mo
     const configs::Mixer& mixer = model.mixer(mixer_of_layer[i]);
     const auto found = gates.find(static_cast<int64_t>(i));
     std::string name = mixer.name();
-    if (found != gates.end() && mixer.softmax().has_duo()) {
+    const configs::Attention& attention = configs::AttentionOf(mixer);
+    if (found != gates.end() && attention.has_duo()) {
       std::string spans;
       for (size_t h = 0; h < found->second->alpha.size(); ++h) {
-        spans += Str(" ", Span(found->second->Streams(h) ? &mixer.softmax().duo() : nullptr));
+        spans += Str(" ", Span(found->second->Streams(h) ? &attention.duo() : nullptr));
       }
       std::string& chosen = names[spans];
       if (chosen.empty()) {
         do {
           chosen = Str(mixer.name(), "_", number++);
         } while (taken.contains(chosen));
-        mixers += Str("  mixer { name: \"", chosen, "\" softmax { spans {", spans, " } } }\n");
+        mixers += Str("  mixer { name: \"", chosen, "\" ", configs::NormalizationOf(mixer),
+                      " { spans {", spans, " } } }\n");
       }
       name = chosen;
     }

@@ -104,7 +104,11 @@ TEST(ConfigLoadTest, ResolvedTextLoadsToTheSameConfig) {
            {s2 + "homogeneous=true", "data.train[0].path=with \"quotes\" and \xc3\xa9"},
            {s2 + "dense_heads=1", s2 + "stride_blocks=64",
             "optimizer.adamw.lr=0.30000000000000004"},
-           {"model.mixer[s2].softmax.full={}", "data.train[0].weight=1e-300"}}) {
+           {"model.mixer[s2].softmax.full={}", "data.train[0].weight=1e-300"},
+           {"model.mixer[s2].sigmoid.causal={}", "run.context_length=2048"},
+           {"model.mixer[s2].sigmoid.s2.local_blocks=1",
+            "model.mixer[s2].sigmoid.s2.stride_blocks=4",
+            "model.mixer[s2].sigmoid.bias=-0.30000000000000004"}}) {
     const LoadedConfig first = LoadText(kSample, "c", sets);
     const LoadedConfig again = LoadText(first.resolved_text(), "resolved");
     EXPECT_EQ(again.config.SerializeAsString(), first.config.SerializeAsString());
@@ -157,7 +161,8 @@ TEST(ConfigLoadTest, TextThatDoesNotParseReportsItsFirstPlace) {
        "c.textproto:2:1: run: given twice, first on line 1 (remove one of them)"},
       {"model { mixer { softmax { causal {}\n s2 {} } } }",
        "c.textproto:2:2: model.mixer[0].softmax.s2: more than one choice is given (keep one of " +
-           configs::MemberNames(*configs::Softmax::descriptor()->FindOneofByName("pattern")) + ")"},
+           configs::MemberNames(*configs::Attention::descriptor()->FindOneofByName("pattern")) +
+           ")"},
       {"run { steps: }", "c.textproto:1:14: run.steps: has no value (give a whole number)"},
       {"run { steps 4 }", "c.textproto:1:13: Expected \":\", found \"4\""},
       {"run {\n steps: 4\n",

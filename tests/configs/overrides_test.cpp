@@ -55,7 +55,7 @@ TEST(ConfigSetTest, SettingInsideAnAlternativeChoosesIt) {
   EXPECT_EQ(fraction.schedule().wsd().decay_length_case(), configs::WsdSchedule::kDecayFraction);
 
   const Config window = Set({"model.mixer[s2].softmax.window.window=128"});
-  EXPECT_EQ(window.model().mixer(1).softmax().pattern_case(), configs::Softmax::kWindow);
+  EXPECT_EQ(window.model().mixer(1).softmax().pattern_case(), configs::Attention::kWindow);
 }
 
 TEST(ConfigSetTest, AGroupTakesTextInBraces) {

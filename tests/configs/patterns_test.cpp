@@ -14,7 +14,7 @@ void ExpectRefused(const std::vector<std::string>& sets, const std::string& prob
 }
 void ExpectAccepted(const std::vector<std::string>& sets) { EXPECT_EQ(ErrorOf(kSample, sets), ""); }
 
-configs::Softmax Loaded(const std::string& set) {
+configs::Attention Loaded(const std::string& set) {
   return configs::LoadText(kSample, "c.textproto", {set}).config.model().mixer(1).softmax();
 }
 

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -47,7 +48,7 @@ int64_t ParameterCount(const configs::Model& m) {
 
 TEST(ConfigPresetsTest, EveryPresetLoadsAndItsResolvedFormToo) {
   const std::vector<std::string> paths = Presets();
-  EXPECT_EQ(paths.size(), 7u);
+  EXPECT_EQ(paths.size(), 8u);
   for (const std::string& path : paths) {
     SCOPED_TRACE(path);
     const LoadedConfig loaded = Load(path);
@@ -92,6 +93,15 @@ TEST(ConfigPresetsTest, S2Hybrid) {
   const std::vector<int> layers = configs::LayerMixers(config.model());
   EXPECT_EQ(std::count(layers.begin(), layers.end(), 1),
             3 * std::count(layers.begin(), layers.end(), 0));
+}
+
+TEST(ConfigPresetsTest, Sigmoid) {
+  const Config config = Load(kConfigs + "presets/sigmoid.textproto").config;
+  EXPECT_NEAR(ParameterCount(config.model()), 10e6, 1e6);
+  // All layers, with the bias of the paper.
+  for (const configs::Mixer& mixer : config.model().mixer()) {
+    EXPECT_DOUBLE_EQ(mixer.sigmoid().bias(), -std::log(4096.0)) << mixer.name();
+  }
 }
 
 TEST(ConfigPresetsTest, LongGen) {

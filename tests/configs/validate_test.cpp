@@ -106,12 +106,13 @@ TEST(ConfigValidateTest, RequiredTextsAreNotEmpty) {
 }
 
 TEST(ConfigValidateTest, OneofsNeedAChoice) {
-  EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "softmax {}")),
-            "c.textproto:14: model.mixer[dense].softmax: no pattern is chosen (give one of " +
-                configs::MemberNames(*configs::Softmax::descriptor()->FindOneofByName("pattern")) +
-                ")");
+  EXPECT_EQ(
+      ErrorOf(SampleWith("softmax { causal {} }", "softmax {}")),
+      "c.textproto:14: model.mixer[dense].softmax: no pattern is chosen (give one of " +
+          configs::MemberNames(*configs::Attention::descriptor()->FindOneofByName("pattern")) +
+          ")");
   EXPECT_EQ(ErrorOf(SampleWith("softmax { causal {} }", "")),
-            "c.textproto:14: model.mixer[dense]: no kind is chosen (give one of softmax)");
+            "c.textproto:14: model.mixer[dense]: no kind is chosen (give one of softmax, sigmoid)");
   EXPECT_EQ(ErrorOf(SampleWith("adamw { lr: 1e-3 }", "clip_norm: 2")),
             "c.textproto:31: optimizer: no kind is chosen (give one of adamw)");
   EXPECT_EQ(ErrorOf(SampleWith("cosine { warmup_steps: 10 }", "")),

@@ -1,5 +1,6 @@
 """`longspan inspect` on each kind of target. usage: inspect_cli_test.py PROGRAM REPOSITORY"""
 
+import math
 import os
 import re
 import shlex
@@ -176,6 +177,25 @@ class ConfigTest(CliTest):
         text = self.succeed("inspect", "moba.textproto", "--length", str(length))
         self.assertIn("mixer both: moba block 128 top 3, routed", text)
         self.assertIn("its own block and at most 2 of those marked +", text)
+
+    def test_normalization(self):
+        self.write_tiny()
+        sets = ["--set", "model.mixer[w].sigmoid.window={window: 100 sinks: 4}"]
+        report = self.succeed_json("inspect", "tiny.textproto", *sets)
+        self.assertEqual([m["normalization"] for m in report["mixers"]],
+                         ["softmax", "softmax", "sigmoid", "softmax"])
+        self.assertEqual([m["bias"] for m in report["mixers"]], [None, None, -math.log(256), None])
+        self.assertEqual(report["mixers"][2]["pattern"], "window 100 sinks 4")
+        self.assertIn(f"bias: {-math.log(256)!r}"[:18], report["resolved"])
+        # It is the model's, not that of the row that is looked at.
+        text = self.succeed("inspect", "tiny.textproto", *sets, "--length", "1024")
+        self.assertIn("normalization   sigmoid, bias -5.54518; a score of 0 weighs 0.00389105\n", text)
+        self.assertEqual(text.count("normalization"), 1)
+        plain = self.succeed_json("inspect", "tiny.textproto")
+        bytes_of = [r["memory_of_step"]["bytes"] for r in (report, plain)]
+        self.assertLess(*bytes_of)  # no log-sum-exp is kept
+        self.fail("inspect", "tiny.textproto", "--set", "model.mixer[w].sigmoid.moba={}",
+                  mentions=["model.mixer[w].sigmoid.moba", "softmax only"])
 
     def test_text_has_density_coverage_and_picture(self):
         text = self.succeed("inspect", preset("quickstart.textproto"))

@@ -60,7 +60,7 @@ Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& 
   const Var q = autograd::Rope(tape, plain_q, batch.rope);
   const Var k = autograd::Rope(tape, plain_k, batch.rope);
   const Var v = heads(*p.v, options.num_kv_heads);
-  const ops::AttentionOptions how{.scale = options.mixers[mixer].scale, .implementation = {}};
+  const ops::AttentionOptions how = options.mixers[mixer].Attention();
   const auto attend = [&](std::shared_ptr<const parallel::AttentionPlan> plan) {
     return parallel::ContextAttention(tape, cp, std::move(plan), q, k, v, how);
   };

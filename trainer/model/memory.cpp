@@ -117,16 +117,19 @@ class ShadowTape {
   }
   Shadow Attention(const Shadow& q, const Shadow& k, const Shadow& v, const MixerOptions& mixer) {
     const Shadow o = Value(q->elements / tokens_, q->dtype);
-    std::vector<Block> saved = {Make(tokens_ * model_.num_heads, wide())};  // lse
+    const bool softmax = !mixer.IsSigmoid();
+    const int64_t rows = tokens_ * model_.num_heads;
+    std::vector<Block> saved;
+    if (softmax) saved.push_back(Make(rows, wide()));  // lse
     if (mixer.moba.has_value()) {
       const Block sums = q->dtype == wide() ? Block() : Make(q->elements, wide());
       // What is chosen, and the lists of it.
-      const int64_t chosen = tokens_ * model_.num_heads * (mixer.moba->top_k - 1);
+      const int64_t chosen = rows * (mixer.moba->top_k - 1);
       for (int i = 0; i < 2; ++i) saved.push_back(Make(chosen, DType::kI32));
     }
-    Record([this, q, k, v, o, saved = std::move(saved)] {
+    Record([this, q, k, v, o, softmax, rows, saved = std::move(saved)] {
       const Block dq = Make(q->elements, wide()), dkv = Make(2 * k->elements, wide()),
-                  delta = Make(tokens_ * model_.num_heads, wide());
+                  delta = softmax ? Make(rows, wide()) : Block();
       const Block rounded_q = Like(q), rounded_k = Like(k), rounded_v = Like(v);
       AddGrad(q, rounded_q);
       AddGrad(k, rounded_k);

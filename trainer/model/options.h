@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/attention/attention.h"
 #include "ops/attention/moba.h"
 #include "ops/attention/pattern.h"
 #include "ops/attention/seer_gate.h"
@@ -30,16 +31,24 @@ struct SeerOptions {
   ops::SeerSelection selection;
 };
 
-// How a layer mixes tokens. Softmax attention over a pattern; further kinds join here.
+// How a layer mixes tokens: attention over a pattern. Gates and routing are for softmax only.
 struct MixerOptions {
   std::string name;
   ops::AttentionPattern pattern;  // duo: of the full branch
   double scale = 0;               // 0: 1 / sqrt(head_dim)
+  ops::Normalization normalization = ops::Normalization::kSoftmax;
+  std::optional<double> bias{};  // of sigmoid; absent: that of AttentionOptions
   std::optional<DuoOptions> duo{};
   std::optional<SeerOptions> seer{};       // `pattern` is causal
   std::optional<ops::MobaOptions> moba{};  // routed: `pattern` is not used
 
-  std::string ToString() const;  // "s2 block 64 local 4 stride 4", "duo sinks 128 recent 256"
+  bool IsSigmoid() const { return normalization == ops::Normalization::kSigmoid; }
+  ops::AttentionOptions Attention() const;
+
+  // What tells two kinds apart, with every digit: "s2 block 64 local 4 stride 4", "duo sinks 128
+  // recent 256", "sigmoid bias -8.5 causal".
+  std::string ToString() const;
+  std::string PatternToString() const;  // without the normalization
 };
 
 // A Llama-style decoder: pre-norm layers of attention and MLP, RoPE, RMSNorm.

@@ -122,6 +122,65 @@ TEST(WholeModelGradientTest, GeluTiedRecomputedWithZLossOnAllGather) {
   CheckAgainstFiniteDifferences(m, parallel::StrategyKind::kAllGather);
 }
 
+// A sigmoid layer in front of a softmax layer; grouped heads, documents, two ranks.
+ModelOptions SigmoidModel() {
+  ModelOptions m = SmallModel(DType::kF64);
+  m.mixers[0].normalization = ops::Normalization::kSigmoid;
+  return m;
+}
+
+TEST(WholeModelGradientTest, SigmoidWithTheBiasOfTheRowOnTheRing) {
+  CheckAgainstFiniteDifferences(SigmoidModel(), parallel::StrategyKind::kRing);
+}
+
+TEST(WholeModelGradientTest, SigmoidInEveryLayerRecomputedOnAllGather) {
+  ModelOptions m = SigmoidModel();
+  m.mixers[0].bias = -1.25;  // many weights near 1/2, where the gradient of the score is largest
+  m.mixers[1].normalization = ops::Normalization::kSigmoid;
+  m.recompute_layers = true;
+  CheckAgainstFiniteDifferences(m, parallel::StrategyKind::kAllGather);
+}
+
+// Finite differences would not see options that do not reach attention.
+TEST(WholeModelGradientTest, NormalizationAndBiasReachTheLayer) {
+  Context ctx(ContextOptions{.threads = 1});
+  parallel::SelfCommunicator self;
+  const auto loss = [&](const ModelOptions& m) {
+    ParameterStore store(ctx, m, true);
+    store.Initialize(11);
+    BatchBuilder builder(m, parallel::Placement(parallel::PlacementKind::kZigzag, 1, kLength, 1),
+                         parallel::StrategyKind::kRing, 0);
+    return Loss(ctx, self, m, store, builder.Build(MakeBatch(m, 1))->local, false);
+  };
+  ModelOptions m = SigmoidModel();
+  const double derived = loss(m);
+  EXPECT_GT(std::abs(derived / loss(SmallModel(DType::kF64)) - 1), 1e-4);
+  m.mixers[0].bias = -2;
+  EXPECT_GT(std::abs(derived / loss(m) - 1), 1e-4);
+  m.mixers[0].bias = -std::log(static_cast<double>(kLength));
+  EXPECT_EQ(derived, loss(m));
+  // MFU counts the same work.
+  const auto pairs = [](const ModelOptions& m) {
+    BatchBuilder builder(m, parallel::Placement(parallel::PlacementKind::kZigzag, 1, kLength, 1),
+                         parallel::StrategyKind::kRing, 0);
+    return builder.Build(MakeBatch(m, 1))->attention_pairs;
+  };
+  EXPECT_EQ(pairs(m), pairs(SmallModel(DType::kF64)));
+}
+
+TEST(WholeModelGradientTest, GatesAreForSoftmaxOnly) {
+  const auto build = [](const ModelOptions& m) {
+    BatchBuilder(m, parallel::Placement(parallel::PlacementKind::kZigzag, 1, kLength, 1),
+                 parallel::StrategyKind::kRing, 0);
+  };
+  EXPECT_NO_THROW(build(SigmoidModel()));
+  ModelOptions duo = SigmoidModel(), seer = SigmoidModel(), moba = SigmoidModel();
+  duo.mixers[0].duo = {4, 20};
+  seer.mixers[0].seer = SeerOptions{};
+  moba.mixers[0].moba = ops::MobaOptions{};
+  for (const ModelOptions& m : {duo, seer, moba}) EXPECT_THROW(build(m), Error);
+}
+
 // Micro-batches add up: two rows at once equal the sum of nothing but their own gradients.
 TEST(WholeModelGradientTest, RecomputeGivesTheSameBits) {
   ModelOptions m = SmallModel(DType::kF64);

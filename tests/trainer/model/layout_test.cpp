@@ -129,18 +129,21 @@ struct PatternCase {
   const char* name;
   ops::AttentionPattern pattern;
   bool documents;
+  ops::Normalization normalization = ops::Normalization::kSoftmax;
 };
 
 std::vector<PatternCase> Patterns() {
   return {{"causal", ops::AttentionPattern::Causal(), false},
           {"window", ops::AttentionPattern::Window(200, 3), false},
           {"s2", ops::AttentionPattern::S2({.local_blocks = 1, .stride_blocks = 2}), false},
-          {"documents", ops::AttentionPattern::Causal(), true}};
+          {"documents", ops::AttentionPattern::Causal(), true},
+          {"sigmoid", ops::AttentionPattern::Window(200, 3), true, ops::Normalization::kSigmoid}};
 }
 
 TEST_F(LayoutTest, TwoContextRanksEqualOneInEveryCombination) {
   for (const PatternCase& c : Patterns()) {
-    const TrainOptions o = Options(c.pattern, c.documents, DType::kF64);
+    TrainOptions o = Options(c.pattern, c.documents, DType::kF64);
+    o.model.mixers[0].normalization = c.normalization;
     const RunResult one = Train(o, 1, 1);
     EXPECT_LT(one.losses.back(), one.losses.front()) << "the model does not learn";
     for (auto placement : {PlacementKind::kContiguous, PlacementKind::kZigzag}) {

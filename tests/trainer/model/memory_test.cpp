@@ -83,6 +83,8 @@ TEST(MemoryTest, ForecastIsNearTheAllocator) {
        [](ModelOptions& m) {
          m.mixers[0].pattern = ops::AttentionPattern::S2({.local_blocks = 1, .stride_blocks = 2});
        }},
+      {"sigmoid",
+       [](ModelOptions& m) { m.mixers[0].normalization = ops::Normalization::kSigmoid; }},
       {"wide residual",
        [](ModelOptions& m) {
          if (m.compute == DType::kBF16) m.residual = DType::kF32;
@@ -121,6 +123,29 @@ TEST(MemoryTest, CategoriesAreThoseOfTheStore) {
   ModelOptions gates = model;
   gates.gates_only = true;
   EXPECT_FALSE(ForecastStepMemory(gates, 1000, DeviceKind::kCpu).has_value());
+}
+
+// Sigmoid keeps no log-sum-exp: what the forecast leaves out for it the step does not hold either.
+TEST(MemoryTest, SigmoidKeepsOneRowOfNumbersLessPerLayer) {
+  ModelOptions softmax = Model(DType::kF32), sigmoid = softmax;
+  for (ModelOptions* m : {&softmax, &sigmoid}) {
+    m->num_heads = m->num_kv_heads = 32;  // small heads, so that lse is a good part
+    m->head_dim = 2;
+  }
+  sigmoid.mixers[0].normalization = ops::Normalization::kSigmoid;
+  constexpr int64_t kTokens = 1500;
+  const auto activations = [](const ModelOptions& m) {
+    return Of(*ForecastStepMemory(m, kTokens, DeviceKind::kCpu), MemoryCategory::kActivations);
+  };
+  const size_t lse = static_cast<size_t>(kTokens * softmax.num_heads) * sizeof(float);
+  const size_t saved = activations(softmax) - activations(sigmoid);
+  EXPECT_GE(saved, softmax.layers.size() * lse);
+  EXPECT_LT(saved, (softmax.layers.size() + 1) * lse + 4096);
+  const double ratio =
+      static_cast<double>(Measure(sigmoid, kTokens).peak) /
+      static_cast<double>(ForecastStepMemory(sigmoid, kTokens, DeviceKind::kCpu)->bytes);
+  EXPECT_GT(ratio, 0.95);
+  EXPECT_LT(ratio, 1.10);
 }
 
 // Activations grow with the tokens; no tensor with their square.
