@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <numeric>
@@ -301,6 +303,11 @@ struct Mixed {
 };
 __global__ void TakePointer(const float*, int) {}
 __global__ void TakeStruct(Mixed, double) {}
+struct Padded {
+  const float* values;
+  unsigned number;  // 4 bytes follow that belong to nothing
+};
+__global__ void TakePadded(Padded) {}
 
 TEST_F(BlockTest, HostPointersAmongArgumentsAreReported) {
   // Those inside structs are missed where they end in a byte 0 or 1 (arguments.cpp), as one stack
@@ -323,6 +330,19 @@ TEST_F(BlockTest, HostPointersAmongArgumentsAreReported) {
     ExpectFailure("kernel TakeStruct: argument 1, at byte 8 of 16, is a pointer to host memory");
   }
 }
+
+#if __has_builtin(__builtin_clear_padding)
+TEST_F(BlockTest, PaddingOfArgumentsIsNoPointer) {
+  const auto on_heap = std::make_unique<float[]>(64);
+  float* heap = on_heap.get() + 1;
+  if (reinterpret_cast<uintptr_t>(heap) % 256 <= 1) ++heap;
+  Padded padded{};
+  std::memcpy(reinterpret_cast<std::byte*>(&padded) + offsetof(Padded, number), &heap,
+              sizeof(heap));
+  Launch(runtime_, "TakePadded", TakePadded, LaunchShape{dim3(1), dim3(1)}, padded);
+  runtime_.Synchronize();
+}
+#endif
 #endif
 
 TEST_F(BlockTest, LaunchesAreChecked) {

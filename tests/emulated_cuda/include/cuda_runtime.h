@@ -38,17 +38,20 @@ void CheckAligned(const void* p, size_t bytes);
 // host's memory. (With AddressSanitizer the places of host and device memory are not told apart,
 // and nothing is checked.)
 void CheckArgument(const char* kernel, int index, const void* data, size_t bytes, bool is_pointer);
+template <class T>
+void CheckArgument(const char* kernel, int index, T value) {
+  if constexpr (!std::is_arithmetic_v<T>) {
+#if __has_builtin(__builtin_clear_padding)
+    // A number and what happens to lie between it and the next member can look like a pointer.
+    if constexpr (std::is_trivially_copyable_v<T>) __builtin_clear_padding(&value);
+#endif
+    CheckArgument(kernel, index, &value, sizeof(T), std::is_pointer_v<T>);
+  }
+}
 template <class... P>
 void CheckArguments(const char* kernel, const std::tuple<P...>& values) {
   int index = 0;
-  std::apply(
-      [&](const P&... value) {
-        ((++index, std::is_arithmetic_v<P>
-                       ? void()
-                       : CheckArgument(kernel, index, &value, sizeof(P), std::is_pointer_v<P>)),
-         ...);
-      },
-      values);
+  std::apply([&](const P&... value) { (CheckArgument<P>(kernel, ++index, value), ...); }, values);
 }
 
 }  // namespace longspan::emulated
