@@ -39,8 +39,8 @@ struct GeluValue {
   template <class Real>
   static LONGSPAN_HD_INLINE Real Gate(Real limited) {
     const Real square = limited * limited;
-    return SigmoidBase2(limited *
-                        (Real(kTwoSqrt * kLog2E) + Real(kTwoSqrt * kLog2E * kCubic) * square));
+    return SigmoidBase2(
+        limited * MultiplyAdd(Real(kTwoSqrt * kLog2E * kCubic), square, Real(kTwoSqrt * kLog2E)));
   }
   template <class Real>
   LONGSPAN_HD_INLINE Real operator()(Real x) const {
@@ -52,9 +52,9 @@ struct GeluSlope {
   template <class Real>
   LONGSPAN_HD_INLINE Real operator()(Real dy, Real value) const {
     const Real x = GeluValue::Limited(value), s = GeluValue::Gate(x);
-    const Real slope =
-        Real(GeluValue::kTwoSqrt) + Real(3 * GeluValue::kTwoSqrt * GeluValue::kCubic) * x * x;
-    return dy * (s + x * s * (Real(1) - s) * slope);
+    const Real slope = MultiplyAdd(Real(3 * GeluValue::kTwoSqrt * GeluValue::kCubic) * x, x,
+                                   Real(GeluValue::kTwoSqrt));
+    return dy * MultiplyAdd(x * s * (Real(1) - s), slope, s);
   }
 };
 

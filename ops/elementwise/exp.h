@@ -54,6 +54,12 @@ LONGSPAN_HD_INLINE Real Max(Real a, Real b) {
   return a > b ? a : b;
 }
 
+// a b + c, which vectors (cpu/lanes.h) round once where their instruction set can.
+template <class Real>
+LONGSPAN_HD_INLINE Real MultiplyAdd(Real a, Real b, Real c) {
+  return a * b + c;
+}
+
 // 1 / (1 + e^-x). On a GPU in f32 by the division of 2 ulp, which makes 0 of what is below 2^-126.
 template <class Real>
 LONGSPAN_HD_INLINE Real Sigmoid(Real x) {
