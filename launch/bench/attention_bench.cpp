@@ -30,7 +30,7 @@ struct Operands : AttentionOperands {
 class AttentionRun {
  public:
   AttentionRun(Context& ctx, const AttentionCase& c, std::shared_ptr<Operands> operands = nullptr)
-      : ctx_(ctx), operands_(std::move(operands)) {
+      : ctx_(ctx), operands_(std::move(operands)), normalization_(c.normalization) {
     if (operands_ == nullptr) operands_ = std::make_shared<Operands>(ctx, c);
     const auto documents = std::make_shared<const ops::Documents>(c.Documents());
     const ops::BlockList blocks = ops::BlockList::All(*documents);
@@ -45,7 +45,8 @@ class AttentionRun {
   // Adds to dq, dk and dv.
   void Backward(const std::string& implementation, const ops::AttentionResult& saved) {
     const Operands& x = *operands_;
-    const Tensor delta = ops::AttentionDelta(ctx_, x.d_out, saved.o);
+    const bool softmax = normalization_ == ops::Normalization::kSoftmax;
+    const Tensor delta = softmax ? ops::AttentionDelta(ctx_, x.d_out, saved.o) : Tensor();
     ops::AttentionBackward(ctx_, x.d_out, x.q, kv_, saved.lse, delta, *mask_, operands_->dq, grads_,
                            Options(implementation));
   }
@@ -60,12 +61,17 @@ class AttentionRun {
   const ops::BlockMask& mask() const { return *mask_; }
 
  private:
-  static ops::AttentionOptions Options(const std::string& implementation) {
-    return {.implementation = implementation, .round_output = true};
+  ops::AttentionOptions Options(const std::string& implementation) const {
+    ops::AttentionOptions options;
+    options.implementation = implementation;
+    options.round_output = true;
+    options.normalization = normalization_;
+    return options;
   }
 
   Context& ctx_;
   std::shared_ptr<Operands> operands_;
+  const ops::Normalization normalization_;
   std::shared_ptr<const ops::BlockMask> mask_;
   ops::KvView kv_;
   ops::KvGradView grads_;
@@ -130,10 +136,12 @@ BenchRecord Describe(const Contender& contender, bool backward, const MachinePea
   const double kv = 2.0 * static_cast<double>(c.tokens * c.kv_heads * c.head_dim);
   const double size = static_cast<double>(SizeOf(c.dtype));
   const double gradient_size = static_cast<double>(SizeOf(AccumulatorOf(c.dtype)));
+  const double read_in_backward = c.IsSigmoid() ? 2 : 3;  // of the size of q
   const double forward_flops = 4 * pairs * static_cast<double>(c.head_dim);
   BenchRecord r = RecordOf("attention", c.name, backward, c.dtype, peaks);
   r.flops = backward ? 2.5 * forward_flops : forward_flops;
-  r.bytes = backward ? (3 * q + kv) * size + (q + kv) * gradient_size : (2 * q + kv) * size;
+  r.bytes = backward ? (read_in_backward * q + kv) * size + (q + kv) * gradient_size
+                     : (2 * q + kv) * size;
   r.visible_fraction = facts.visible_fraction;
   r.block_fraction = facts.block_fraction;
   r.timed_kv_heads = c.timed_kv_heads;
@@ -165,18 +173,19 @@ bool IsDense(const AttentionCase& c) {
 const Contender* DenseOf(const std::vector<Contender>& contenders, const Contender& c) {
   if (IsDense(c.problem)) return nullptr;
   for (const Contender& other : contenders) {
+    if (other.problem.normalization != c.problem.normalization) continue;
     const bool both_ways = other.problem.pattern.kind == ops::PatternKind::kFull;
     if (IsDense(other.problem) && both_ways == c.problem.pattern.LooksAhead()) return &other;
   }
   return nullptr;
 }
 
-// The records of causal attention among those of `masks`.
+// The records of causal softmax attention among those of `masks`.
 std::vector<BenchRecord> DenseRecords(const std::vector<AttentionCase>& masks,
                                       const std::vector<BenchRecord>& records) {
   std::vector<BenchRecord> dense;
   for (const AttentionCase& c : masks) {
-    if (c.pattern.kind != ops::PatternKind::kCausal) continue;
+    if (c.pattern.kind != ops::PatternKind::kCausal || c.IsSigmoid()) continue;
     for (const BenchRecord& r : records) {
       if (r.name == c.name) dense.push_back(r);
     }

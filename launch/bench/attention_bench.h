@@ -16,12 +16,13 @@ std::vector<std::vector<AttentionCase>> GroupByShape(const std::vector<Attention
 // and implementation.
 //
 //   forward    q, k, v -> o (in their dtype), lse
-//   backward   do, q, k, v and the saved o, lse -> dq, dk, dv; includes delta = rowsum(do * o)
+//   backward   do, q, k, v and the saved o, lse -> dq, dk, dv; includes delta = rowsum(do * o). Of
+//              sigmoid there is neither lse nor delta, and o is not read
 //   flops      4 x visible pairs x D per query head forward, 2.5 times that backward
 //   bytes      q, k, v, o once forward; q, k, v, o, do, dq, dk, dv once backward
 //
-//   time_fraction  where the group has the dense case too: causal, or full for patterns that look
-//             ahead
+//   time_fraction  where the group has the dense case of the same normalization too: causal, or
+//             full for patterns that look ahead
 //
 // Errors    InvalidArgument of ChooseImplementations, or of a case that times some kv heads alone
 //           although they differ; Error when an implementation is wrong

@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* kAttentionForm =
     "PATTERN_DTYPE_T4096_Hq8_Hkv2_D64, with W1024_S64 for window, B64_L4_V4 for s2 and B512_K4 for "
-    "moba (the others: launch/bench/pattern_cases.h)";
+    "moba (the others: launch/bench/pattern_cases.h), and sigmoid_ before it for sigmoid attention";
 constexpr const char* kGemmForm =
     "gemm_DTYPE_M1024_N1024_K1024, with forward, dx or dw after the dtype for a linear layer";
 
@@ -35,7 +35,12 @@ AttentionCase ParseAttentionCase(const std::string& name) {
   CaseName tokens(name, kAttentionForm);
   AttentionCase c;
   c.name = name;
-  const std::string kind = tokens.Word();
+  std::string kind = tokens.Word();
+  if (kind == "sigmoid") {
+    c.normalization = ops::Normalization::kSigmoid;
+    kind = tokens.Word();
+    if (kind == "moba") tokens.Fail("moba is built for softmax only");
+  }
   if (!IsPatternKind(kind) && kind != "moba") {
     tokens.Fail(Str("\"", kind, "\" is not a pattern; use moba or ", kPatternKinds));
   }

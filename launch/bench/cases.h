@@ -5,6 +5,7 @@
 #include <string_view>
 #include <vector>
 
+#include "ops/attention/attention.h"
 #include "ops/attention/documents.h"
 #include "ops/attention/moba.h"
 #include "ops/attention/pattern.h"
@@ -19,6 +20,7 @@ namespace longspan::launch {
 //             heads, D elements per head
 //   PATTERN            causal, window with W1024_S64, s2 with B64_L4_V4, ...: pattern_cases.h
 //   moba               B512 tokens per block, K4 blocks for each token and head, its own included
+//   sigmoid_PATTERN    sigmoid in place of softmax, with the bias -log T; not of moba
 //   P512               cuts the row into documents of 512 tokens (the last may be shorter)
 //   G1                 runs only so many kv heads with their query heads and multiplies the time:
 //                      for rows that would take minutes, of patterns that are the same for all
@@ -28,11 +30,13 @@ struct AttentionCase {
   DType dtype = DType::kF32;
   ops::AttentionPattern pattern;  // not of moba
   std::optional<ops::MobaOptions> moba;
+  ops::Normalization normalization = ops::Normalization::kSoftmax;
   int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0;
   int64_t document_tokens = 0;  // 0: the row is one document
   int64_t timed_kv_heads = 0;   // 0: all
 
   ops::Documents Documents() const;
+  bool IsSigmoid() const { return normalization == ops::Normalization::kSigmoid; }
 };
 
 // Gemm        gemm_DTYPE[_ROLE]_M1024_N512_K256: op(A) [M, K] times op(B) [K, N]

@@ -102,6 +102,12 @@ class ConfigurationTest(RefusalCase):
     def test_full_attention_sees_the_labels(self):
         self.train_refused(["model.mixer[dense].softmax.full={}"],
                            ["model.mixer[dense].softmax.full", "use causal"], (2,))
+        self.train_refused(["model.mixer[dense].sigmoid.full={}"],
+                           ["model.mixer[dense].sigmoid.full", "use causal"], (2,))
+
+    def test_gates_under_sigmoid(self):
+        self.train_refused(["model.mixer[dense].sigmoid.duo={}"],
+                           ["model.mixer[dense].sigmoid.duo", "softmax only"], (0, 2))
 
     def test_vocabulary_too_small(self):
         self.train_refused(["model.vocab_size=200"],

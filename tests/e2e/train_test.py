@@ -2,6 +2,7 @@
 inspect, --json, retention, and what may change when a run is resumed."""
 
 import json
+import math
 import re
 import shutil
 
@@ -255,6 +256,57 @@ class CommandsTest(e2e.TestCase):
         (used,) = self.json_of(["eval", "used", "--rows", "5"])
         self.assertEqual(used["value"], e2e.Metrics(self.folder / "used")
                          .evaluations[2, "validation_loss"])
+
+
+class SigmoidTest(e2e.TestCase):
+    """A model with a sigmoid layer; its bias is -log of the 512 tokens that it is trained with."""
+
+    BIAS = "model.mixer[dense].sigmoid.bias"
+    SIGMOID = ["model.mixer[dense].sigmoid.causal={}"]
+
+    def loss_of(self, run, *args):
+        (result,) = json.loads(self.run_ok(["eval", run, "--rows", "5", "--json", *args]).out)
+        return result["value"]
+
+    def test_a_run(self):
+        self.train("one", 0, self.SIGMOID)
+        self.train("two", 2, self.SIGMOID)
+        self.train("softmax", 0)
+        one, two, softmax = (e2e.Metrics(self.folder / run) for run in ("one", "two", "softmax"))
+        self.assertLess(one.losses()[-1], one.losses()[0] - 0.5)
+        self.assertLessEqual(e2e.relative_difference(two.losses(), one.losses()), F32_LOSS)
+        self.assertGreater(e2e.relative_difference(softmax.losses(), one.losses()), 100 * F32_LOSS)
+
+        # The bias is saved with the model and stays as it is in shorter rows.
+        report = json.loads(self.run_ok(["inspect", "one", "--json"]).out)
+        dense = report["config"]["mixers"][0]
+        self.assertEqual((dense["normalization"], dense["bias"]), ("sigmoid", -math.log(512)))
+        self.assertEqual(self.loss_of("one"), one.evaluations[6, "validation_loss"])
+        short = ["--lengths", "256"]
+        same, other = (["--set", f"{self.BIAS}={-math.log(n)!r}"] for n in (512, 256))
+        loss = self.loss_of("one", *short)
+        self.assertEqual(self.loss_of("one", *short, *same), loss)
+        self.assertNotEqual(self.loss_of("one", *short, *other), loss)
+
+        # A longer row would derive another bias for the same weights, which is said.
+        longer = [*self.SIGMOID, "run.context_length=1024", "run.steps=1"]
+        says = "its layers have other patterns, normalization or bias"
+        start = ["--init-from", self.folder / "one"]
+        self.assertIn(says, self.train("other", 0, longer, start).out)
+        self.assertNotIn(says, self.train("same", 0, [*longer, f"{self.BIAS}={-math.log(512)!r}"],
+                                          start).out)
+
+    def test_resuming_with_another_model(self):
+        self.train("run", 0, [*self.SIGMOID, "run.steps=2"])
+        saved = f"model.layers is sigmoid bias {-math.log(512)!r} causal, "
+        for sets, now in ((["run.steps=4"], "and causal, "),
+                          ([*self.SIGMOID, "run.steps=4", f"{self.BIAS}=-6.2383246250395"],
+                           "and sigmoid bias -6.2383246250395 causal, ")):
+            args = self.train_arguments("run", ["parallel.cp=1", *sets])
+            result = self.start(args).wait()
+            self.assertEqual(result.code, 2, result.describe())
+            self.assertIn(saved, result.err)
+            self.assertIn(now, result.err)
 
 
 class ResumeTest(e2e.TestCase):

@@ -116,6 +116,19 @@ TEST(BenchCasesTest, EveryKindOfPatternHasAName) {
   EXPECT_EQ(moba.moba, (ops::MobaOptions{.block_size = 512, .top_k = 4}));
 }
 
+TEST(BenchCasesTest, SigmoidStandsBeforeAnyPattern) {
+  for (const std::string& name : OneOfEachKind()) {
+    const AttentionCase softmax = ParseAttentionCase(name),
+                        sigmoid = ParseAttentionCase("sigmoid_" + name);
+    EXPECT_FALSE(softmax.IsSigmoid()) << name;
+    EXPECT_TRUE(sigmoid.IsSigmoid()) << name;
+    EXPECT_EQ(sigmoid.pattern, softmax.pattern) << name;
+    EXPECT_EQ(sigmoid.dtype, softmax.dtype) << name;
+    // A check of small softmax would let a wrong sigmoid pass.
+    EXPECT_TRUE(SmallVersion(sigmoid).IsSigmoid()) << name;
+  }
+}
+
 TEST(BenchCasesTest, SizesMayComeInAnyOrder) {
   const AttentionCase c = ParseAttentionCase("window_f32_W9_D64_Hkv4_Hq8_S3_T100");
   EXPECT_EQ(c.tokens, 100);
@@ -133,6 +146,10 @@ TEST(BenchCasesTest, AttentionErrorsNameTheToken) {
   };
   ExpectMentions(complaint("cousal_f32_T64_Hq1_Hkv1_D8"), "\"cousal\"");
   ExpectMentions(complaint("causal_f16_T64_Hq1_Hkv1_D8"), "\"f16\"");
+  ExpectMentions(complaint("sigmoid_f32_T64_Hq1_Hkv1_D8"), "\"f32\" is not a pattern");
+  ExpectMentions(complaint("sigmoid"), "\"\" is not a pattern");
+  ExpectMentions(complaint("sigmoid_sigmoid_causal_f32_T64_Hq1_Hkv1_D8"), "\"sigmoid\"");
+  ExpectMentions(complaint("sigmoid_moba_f32_T64_Hq4_Hkv4_D8_B64_K2"), "softmax only");
   ExpectMentions(complaint("causal_f32_T64_Hq1_Hkv1"), "D is missing");
   ExpectMentions(complaint("causal_f32_T64_T65_Hq1_Hkv1_D8"), "\"T65\" gives T a second time");
   ExpectMentions(complaint("causal_f32_T64_Hq1_Hkv1_D8_W9"), "\"W9\" does not belong");

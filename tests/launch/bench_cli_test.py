@@ -43,7 +43,7 @@ class BenchTest(CliTest):
     def test_attention_smoke(self):
         records = self.records("attention", "--problem", problems("attention_smoke.txt"))
         cases = {r["case"] for r in records}
-        self.assertEqual(len(cases), 11)
+        self.assertEqual(len(cases), 13)
         for case in cases:
             passes = [r["pass"] for r in records if r["case"] == case]
             self.assertEqual(passes.count("forward"), passes.count("backward"), case)
@@ -182,6 +182,18 @@ class BenchTest(CliTest):
             self.assertAlmostEqual(record["time_fraction"] * dense[record["pass"]]["ms_median"],
                                    record["ms_median"])
         self.assertNotIn("time_fraction", records[0])
+        # Sigmoid with sigmoid, in the same rounds.
+        records = self.records("attention", "--problem", f"causal_{shape}", "--problem",
+                               f"sigmoid_window_{shape}_W64", "--problem", f"sigmoid_causal_{shape}",
+                               "--problem", f"window_{shape}_W64", "--impl", "portable")
+        median = {(r["case"].rsplit("_f32")[0], r["pass"]): r["ms_median"] for r in records}
+        self.assertEqual(len(median), 8)
+        for record in records:
+            kind, which = record["case"].rsplit("_f32")[0], record["pass"]
+            self.assertEqual("time_fraction" in record, "window" in kind, kind)
+            if "window" in kind:
+                self.assertAlmostEqual(record["time_fraction"] * median[kind.replace("window", "causal"), which],
+                                       record["ms_median"])
         # A row of moba follows its shares.
         text = self.succeed("bench", "attention", "--problem", f"moba_{shape}_B64_K2", "--seconds", "0",
                             "--pass", "forward")
@@ -190,6 +202,8 @@ class BenchTest(CliTest):
     def test_bad_names(self):
         self.fail("bench", "attention", "--problem", "causal_f16_T64_Hq1_Hkv1_D8",
                   mentions=["causal_f16_T64_Hq1_Hkv1_D8", '"f16"', "bf16"])
+        self.fail("bench", "attention", "--problem", "sigmoid_moba_f32_T64_Hq1_Hkv1_D8_B64_K2",
+                  mentions=["sigmoid_moba_f32_T64_Hq1_Hkv1_D8_B64_K2", "softmax only"])
         self.fail("bench", "gemm", "--problem", "gemm_f32_M4_N4", mentions=["K is missing"])
         # The second of two; nothing may be timed before it is found.
         self.fail("bench", "gemm", "--problem", "gemm_f32_M4_N4_K4", "--problem", "gemm_f32_M4_Q4",

@@ -144,11 +144,12 @@ def listed(case):
     pairs, visible, blocks = case.count()
     size = {"f32": 4, "bf16": 2, "f64": 8}[case.dtype]
     q = case.tokens * case.heads * case.head_dim
+    rows = 3 if case.sigmoid else 4  # of q's size in the backward pass
     kv = 2 * case.tokens * case.kv_heads * case.head_dim
     for backward in (False, True):
         yield record("attention", case.name, "torch_sdpa", "backward" if backward else "forward", "cpu",
                      flops=4 * pairs * case.heads * case.head_dim * (2.5 if backward else 1),
-                     bytes=((4 * q + 2 * kv) if backward else (2 * q + kv)) * size,
+                     bytes=((rows * q + 2 * kv) if backward else (2 * q + kv)) * size,
                      visible_fraction=visible, block_fraction=blocks)
 
 
