@@ -29,6 +29,7 @@ MIXERS = """\
   mixer { name: "dense" softmax { causal {} } }
   mixer { name: "window" softmax { window { window: 200 sinks: 3 } } }
   mixer { name: "s2" softmax { s2 { block_size: 64 local_blocks: 1 stride_blocks: 2 } } }
+  mixer { name: "sigmoid" sigmoid { window { window: 200 sinks: 3 } } }
   layers: "%s"
 """
 PATTERNS = {
@@ -36,6 +37,7 @@ PATTERNS = {
     "window": ("window", "false"),
     "s2": ("s2", "false"),
     "documents": ("dense s2", "true"),
+    "sigmoid": ("sigmoid s2", "true"),
 }
 BOUNDS = {  # of losses and weights, and what is measured of the weights
     "F64": (1e-10, 1e-10, "max_difference", "max"),
@@ -112,8 +114,8 @@ class LayoutTable(e2e.TestCase):
         cases = []
         for i, pattern in enumerate(PATTERNS):
             cases += [(pattern, 1, 2, *way) for way in WAYS]
-            # Over the four patterns, each placement and strategy once at 2 x 2 and at 1 x 4.
-            cases += [(pattern, 2, 2, *WAYS[i]), (pattern, 1, 4, *WAYS[-1 - i])]
+            # Over the patterns, each placement and strategy at 2 x 2 and at 1 x 4.
+            cases += [(pattern, 2, 2, *WAYS[i % 4]), (pattern, 1, 4, *WAYS[3 - i % 4])]
         self.check(cases, "F64", steps=4)
 
 
