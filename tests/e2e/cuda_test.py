@@ -133,6 +133,19 @@ class TrainTest(CudaCase):
         self.train_cpu("cpu", sets)
         self.assert_close("whole", "cpu", BF16)
 
+    def test_sigmoid_attention(self):
+        sigmoid = ["model.mixer[dense].sigmoid.causal={}",
+                   "model.mixer[window].sigmoid.window={window: 70 sinks: 3}", "run.steps=2"]
+        for precision, tolerance in (("F32", F32), ("BF16", BF16)):
+            sets = [*sigmoid, f"run.precision={precision}"]
+            self.train_gpu("gpu" + precision, sets)
+            self.train_cpu("cpu" + precision, sets)
+            self.assert_close("gpu" + precision, "cpu" + precision, tolerance)
+        self.train_cpu("softmax", ["run.steps=2"])
+        difference = e2e.relative_difference(self.metrics("softmax").losses(),
+                                             self.metrics("gpuF32").losses())
+        self.assertGreater(difference, 2 * F32)
+
     def test_skipped_and_failed_steps(self):
         """The host learns of a step only after the next one was issued."""
         sets = ["optimizer.adamw.lr=1000", "optimizer.adamw.weight_decay=1000",
@@ -195,6 +208,10 @@ class BenchTest(CudaCase):
         attention = self.records("attention", "--problem", "window_f32_T130_Hq2_Hkv1_D16_W70")
         self.assertEqual([(r["impl"], r["pass"]) for r in attention],
                          [("reference_cuda", "forward"), ("reference_cuda", "backward")])
+        # Each is checked against the CPU before it is timed.
+        for dtype, impl in (("bf16", "mma_bf16"), ("f32", "reference_cuda")):
+            sigmoid = self.records("attention", "--problem", f"sigmoid_causal_{dtype}_T130_Hq2_Hkv1_D16")
+            self.assertEqual({r["impl"] for r in sigmoid}, {impl})
 
     def test_step(self):
         step, = self.records("step", "--problem", self.config, "--set", "run.context_length=64")
