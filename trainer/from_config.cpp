@@ -1,5 +1,6 @@
 #include "trainer/from_config.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "configs/defaults.h"
@@ -181,6 +182,8 @@ ObjectiveOptions ObjectiveFrom(const configs::Objective& objective) {
 void FillOptions(const configs::Config& c, TrainOptions& o) {
   const configs::Run& run = c.run();
   o.model = ModelFromConfig(c);
+  o.model.attention_implementation =
+      run.attention_implementation();  // of this run, not of the model
   o.objective = ObjectiveFrom(c.objective());
   o.seed = static_cast<uint64_t>(run.seed());
   o.steps = run.steps();
@@ -218,6 +221,33 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.keep_every = c.checkpoint().keep_every();
   o.evaluation_every_steps = c.evaluation().every_steps();
   o.evaluation_rows = c.evaluation().rows();
+}
+
+// Why the named implementation cannot run every mixer here; empty when it can.
+std::string ImplementationProblem(const TrainOptions& o) {
+  const std::string& name = o.model.attention_implementation;
+  std::string names;
+  for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
+    if (entry.device != o.device) continue;
+    names += (names.empty() ? "" : ", ") + std::string(entry.name);
+    if (name != entry.name) continue;
+    const std::vector<std::string> routed = ops::MobaImplementations(o.device);
+    for (const MixerOptions& mixer : o.model.mixers) {
+      const std::string reason =
+          entry.rejects({.dtype = o.model.compute,
+                         .heads = o.model.num_heads,
+                         .kv_heads = o.model.num_kv_heads,
+                         .head_dim = o.model.head_dim,
+                         .block_maxima = o.objective.kind == ObjectiveKind::kSeerGates,
+                         .normalization = mixer.normalization});
+      if (!reason.empty()) return Str(name, " cannot run mixer ", mixer.name, " here: ", reason);
+      if (mixer.moba && std::find(routed.begin(), routed.end(), name) == routed.end()) {
+        return Str(name, " has no routed attention, which mixer ", mixer.name, " needs");
+      }
+    }
+    return "";
+  }
+  return Str("\"", name, "\" does not exist on this device; leave it empty, or use one of ", names);
 }
 
 }  // namespace
@@ -269,6 +299,10 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   const std::string placement =
       parallel::Placement::Problem(options.placement, options.context_length, options.cp);
   if (!placement.empty()) problems.push_back({"run.context_length", placement});
+  if (!options.model.attention_implementation.empty()) {
+    const std::string problem = ImplementationProblem(options);
+    if (!problem.empty()) problems.push_back({"run.attention_implementation", problem});
+  }
   for (int i = 0; i < c.model().mixer_size(); ++i) {
     const configs::Mixer& mixer = c.model().mixer(i);
     const ops::AttentionPattern& pattern = options.model.mixers[static_cast<size_t>(i)].pattern;

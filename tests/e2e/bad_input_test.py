@@ -109,6 +109,12 @@ class ConfigurationTest(RefusalCase):
         self.train_refused(["model.mixer[dense].sigmoid.duo={}"],
                            ["model.mixer[dense].sigmoid.duo", "softmax only"], (0, 2))
 
+    def test_attention_implementation(self):
+        field = "run.attention_implementation"
+        for name, why in (("fast", '"fast" does not exist'), ("mma_bf16", "does not exist on this device"),
+                          ("amx_bf16", "cannot run mixer dense here: it takes bf16")):
+            self.train_refused([f"{field}={name}"], [field, why], (2,))
+
     def test_vocabulary_too_small(self):
         self.train_refused(["model.vocab_size=200"],
                            ["model.vocab_size = 200", "token id 256", "corpus/train",

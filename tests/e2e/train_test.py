@@ -46,6 +46,16 @@ class LayoutTest(e2e.TestCase):
         lines = re.findall(r"^step (\d)/6  loss", two.out, re.MULTILINE)
         self.assertEqual(lines, list("123456"))
 
+    def test_attention_implementations(self):
+        """The one that is named runs: sums in another order, the same loss but for rounding."""
+        losses = {}
+        for name in ("", "portable", "reference"):
+            sets = [f"run.attention_implementation={name}"] if name else []
+            self.train(name or "best", 0, sets)
+            losses[name] = e2e.Metrics(self.folder / (name or "best")).losses()
+        for name in ("", "portable"):
+            self.assertLessEqual(e2e.relative_difference(losses[name], losses["reference"]), F32_LOSS)
+        self.assertNotEqual(losses["portable"], losses["reference"])
 
     def test_traffic_counts_steps_only(self):
         """Validation and saves send a lot, but not as part of a step."""

@@ -60,7 +60,8 @@ Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& 
   const Var q = autograd::Rope(tape, plain_q, batch.rope);
   const Var k = autograd::Rope(tape, plain_k, batch.rope);
   const Var v = heads(*p.v, options.num_kv_heads);
-  const ops::AttentionOptions how = options.mixers[mixer].Attention();
+  ops::AttentionOptions how = options.mixers[mixer].Attention();
+  how.implementation = options.attention_implementation;
   const auto attend = [&](std::shared_ptr<const parallel::AttentionPlan> plan) {
     return parallel::ContextAttention(tape, cp, std::move(plan), q, k, v, how);
   };

@@ -65,7 +65,8 @@ struct ModelOptions {
   double rope_theta = 10000;
   double z_loss = 0;  // coefficient of the mean squared log-sum-exp
   std::vector<MixerOptions> mixers;
-  std::vector<int> layers;  // index into mixers, one per layer
+  std::vector<int> layers;               // index into mixers, one per layer
+  std::string attention_implementation;  // AttentionOptions::implementation of all mixers
 
   DType compute = DType::kF32;   // weights as used, activations
   DType residual = DType::kF32;  // residual stream
