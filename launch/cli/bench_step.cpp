@@ -173,7 +173,7 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   r.more.emplace_back("recompute", o.model.recompute_layers ? 1 : 0);
   r.more.emplace_back("peak_bytes", static_cast<double>(ctx.allocator().peak_bytes()));
   const auto forecast = trainer::ForecastStepMemory(o.model, o.context_length * o.micro_batch_rows,
-                                                    ctx.device().kind);
+                                                    ctx.device().kind, o.micro_batch_rows);
   if (forecast) r.more.emplace_back("predicted_bytes", static_cast<double>(forecast->bytes));
   r.more.emplace_back("largest_tensor_bytes", static_cast<double>(ctx.allocator().largest_bytes()));
   r.more.emplace_back("peak_rss_bytes", static_cast<double>(trainer::PeakRssBytes()));

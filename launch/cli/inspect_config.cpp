@@ -97,8 +97,8 @@ void DescribeMemory(const configs::Config& c, const trainer::ModelOptions& model
                     InspectReport& report) {
   const int64_t tokens = c.run().micro_batch_rows() * c.run().context_length() / c.parallel().cp();
   const bool gpu = c.run().device() == configs::Run::CUDA;
-  const auto forecast =
-      trainer::ForecastStepMemory(model, tokens, gpu ? DeviceKind::kCuda : DeviceKind::kCpu);
+  const auto forecast = trainer::ForecastStepMemory(
+      model, tokens, gpu ? DeviceKind::kCuda : DeviceKind::kCpu, c.run().micro_batch_rows());
   if (!forecast.has_value()) {
     report.json["memory_of_step"] = nullptr;
     return;

@@ -338,6 +338,14 @@ const std::vector<AttentionImplementation>& AttentionImplementations() {
   return table;
 }
 
+size_t AttentionBackwardScratch(const AttentionProblem& problem, const std::string& implementation,
+                                const BlockMask& mask) {
+  const AttentionOptions options{.implementation = implementation};
+  const Implementation& chosen = Choose("AttentionBackwardScratch", options, Device{kCpu}, problem);
+  const bool in_bf16 = chosen.backward == Avx512Bf16Backward || chosen.backward == AmxBackward;
+  return in_bf16 ? cpu::Bf16BackwardScratch(problem.heads, problem.head_dim, mask) : 0;
+}
+
 int64_t AttentionSharedBytes(const Context& ctx) {
   return ctx.device().kind == kCuda ? internal::MmaSharedBytes(ctx)
                                     : AttentionProblem{}.shared_bytes;

@@ -108,6 +108,10 @@ struct AttentionImplementation {
   std::string (*rejects)(const AttentionProblem& problem);
 };
 const std::vector<AttentionImplementation>& AttentionImplementations();
+// Bytes of tensors that the backward pass of `problem` over `mask` makes for itself on a CPU, with
+// this implementation (empty: the one that would be chosen), but for what each thread takes.
+size_t AttentionBackwardScratch(const AttentionProblem& problem, const std::string& implementation,
+                                const BlockMask& mask);
 // AttentionProblem::shared_bytes on the device of `ctx`; no limit on a CPU.
 int64_t AttentionSharedBytes(const Context& ctx);
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "ops/attention/block_mask.h"
 #include "ops/core/dtype.h"
 #include "ops/loss/linear_cross_entropy.h"
 #include "trainer/model/parameters.h"
@@ -45,8 +46,10 @@ using Shadow = std::shared_ptr<Node>;
 // The shadow of autograd::Tape and of the ops on it (ops/autograd/functions.cpp).
 class ShadowTape {
  public:
-  ShadowTape(Meter& meter, const ModelOptions& model, int64_t tokens, bool recording = true)
-      : meter_(meter), model_(model), tokens_(tokens), recording_(recording) {}
+  // `scratch`: bytes that the backward pass of attention makes for itself, by mixer.
+  ShadowTape(Meter& meter, const ModelOptions& model, int64_t tokens,
+             const std::vector<size_t>& scratch, bool recording = true)
+      : meter_(meter), model_(model), tokens_(tokens), scratch_(scratch), recording_(recording) {}
 
   const ModelOptions& model() const { return model_; }
   DType wide() const { return AccumulatorOf(model_.compute); }
@@ -115,7 +118,8 @@ class ShadowTape {
     });
     return y;
   }
-  Shadow Attention(const Shadow& q, const Shadow& k, const Shadow& v, const MixerOptions& mixer) {
+  Shadow Attention(const Shadow& q, const Shadow& k, const Shadow& v, size_t mixer_index) {
+    const MixerOptions& mixer = model_.mixers[mixer_index];
     const Shadow o = Value(q->elements / tokens_, q->dtype);
     const bool softmax = !mixer.IsSigmoid();
     const int64_t rows = tokens_ * model_.num_heads;
@@ -127,9 +131,10 @@ class ShadowTape {
       const int64_t chosen = rows * (mixer.moba->top_k - 1);
       for (int i = 0; i < 2; ++i) saved.push_back(Make(chosen, DType::kI32));
     }
-    Record([this, q, k, v, o, softmax, rows, saved = std::move(saved)] {
+    Record([this, q, k, v, o, softmax, rows, mixer_index, saved = std::move(saved)] {
       const Block dq = Make(q->elements, wide()), dkv = Make(2 * k->elements, wide()),
                   delta = softmax ? Make(rows, wide()) : Block();
+      { const Held scratch(meter_, scratch_[mixer_index]); }
       const Block rounded_q = Like(q), rounded_k = Like(k), rounded_v = Like(v);
       AddGrad(q, rounded_q);
       AddGrad(k, rounded_k);
@@ -150,11 +155,11 @@ class ShadowTape {
     });
   }
   Shadow Recompute(const Shadow& x, const std::function<Shadow(ShadowTape&, Shadow)>& segment) {
-    ShadowTape silent(meter_, model_, tokens_, /*recording=*/false);
+    ShadowTape silent(meter_, model_, tokens_, scratch_, /*recording=*/false);
     const Block value = segment(silent, x)->value;
     const auto y = std::make_shared<Node>(Node{value, {}, x->elements, x->dtype});
     Record([this, x, segment, y] {
-      ShadowTape inner(meter_, model_, tokens_);
+      ShadowTape inner(meter_, model_, tokens_, scratch_);
       const auto fresh = std::make_shared<Node>(Node{x->value, {}, x->elements, x->dtype});
       const Shadow again = segment(inner, fresh);
       inner.AddGrad(again, y->grad);
@@ -168,19 +173,21 @@ class ShadowTape {
   Meter& meter_;
   const ModelOptions& model_;
   const int64_t tokens_;
+  const std::vector<size_t>& scratch_;
   const bool recording_;
   std::vector<std::function<void()>> entries_;
 };
 
 // The shadows of AttentionBranch and MlpBranch (decoder.cpp).
-Shadow AttentionBranch(ShadowTape& tape, const Shadow& x, const MixerOptions& mixer) {
+Shadow AttentionBranch(ShadowTape& tape, const Shadow& x, size_t index) {
   const ModelOptions& m = tape.model();
+  const MixerOptions& mixer = m.mixers[index];
   const Shadow h = tape.Norm(x);
   const int64_t query = m.num_heads * m.head_dim, key = m.num_kv_heads * m.head_dim;
   const Shadow q = tape.Rope(tape.Linear(h, query)), k = tape.Rope(tape.Linear(h, key)),
                v = tape.Linear(h, key);
-  Shadow o = tape.Attention(q, k, v, mixer);
-  if (mixer.duo.has_value()) o = tape.Activation({o, tape.Attention(q, k, v, mixer)});
+  Shadow o = tape.Attention(q, k, v, index);
+  if (mixer.duo.has_value()) o = tape.Activation({o, tape.Attention(q, k, v, index)});
   return tape.Linear(o, m.hidden_size);
 }
 
@@ -197,9 +204,8 @@ void Forward(ShadowTape& tape, DeviceKind device) {
   const ModelOptions& model = tape.model();
   Shadow x = tape.Value(model.hidden_size, model.residual);
   for (const int mixer : model.layers) {
-    const auto layer = [&model, mixer](ShadowTape& t, const Shadow& in) {
-      const Shadow mixed =
-          t.ResidualAdd(in, AttentionBranch(t, in, model.mixers[static_cast<size_t>(mixer)]));
+    const auto layer = [mixer](ShadowTape& t, const Shadow& in) {
+      const Shadow mixed = t.ResidualAdd(in, AttentionBranch(t, in, static_cast<size_t>(mixer)));
       return t.ResidualAdd(mixed, MlpBranch(t, mixed));
     };
     x = model.recompute_layers ? tape.Recompute(x, layer) : layer(tape, x);
@@ -207,10 +213,34 @@ void Forward(ShadowTape& tape, DeviceKind device) {
   tape.CrossEntropy(tape.Norm(x), device);
 }
 
+// What the backward pass of attention makes for itself, by mixer: of blocks, which lists of routed
+// attention have none of.
+std::vector<size_t> AttentionScratch(const ModelOptions& model, int64_t tokens, DeviceKind device,
+                                     int64_t rows) {
+  std::vector<size_t> scratch(model.mixers.size(), 0);
+  if (device != DeviceKind::kCpu || tokens % rows != 0) return scratch;
+  const auto documents =
+      std::make_shared<const ops::Documents>(ops::Documents::OnePerRow(rows, tokens / rows));
+  const ops::BlockList blocks = ops::BlockList::All(*documents);
+  for (size_t i = 0; i < model.mixers.size(); ++i) {
+    const MixerOptions& mixer = model.mixers[i];
+    if (mixer.moba.has_value()) continue;
+    const auto mask =
+        ops::BlockMask::Build(mixer.pattern, model.num_kv_heads, documents, blocks, blocks);
+    scratch[i] = ops::AttentionBackwardScratch({.dtype = model.compute,
+                                                .heads = model.num_heads,
+                                                .kv_heads = model.num_kv_heads,
+                                                .head_dim = model.head_dim,
+                                                .normalization = mixer.normalization},
+                                               model.attention_implementation, *mask);
+  }
+  return scratch;
+}
+
 }  // namespace
 
 std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int64_t tokens,
-                                                 DeviceKind device) {
+                                                 DeviceKind device, int64_t rows) {
   if (model.gates_only) return std::nullopt;
   MemoryForecast forecast;
   const auto add = [&](MemoryCategory category, size_t bytes) {
@@ -230,7 +260,8 @@ std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int6
     add(MemoryCategory::kOptimizer, 2 * block(wide));
   }
   Meter meter;
-  ShadowTape tape(meter, model, tokens);
+  const std::vector<size_t> scratch = AttentionScratch(model, tokens, device, rows);
+  ShadowTape tape(meter, model, tokens, scratch);
   Forward(tape, device);
   tape.Backward();
   add(MemoryCategory::kActivations, meter.peak);

@@ -21,6 +21,8 @@ void BlockedBackward(Context& ctx, const BlockKernels& kernels, const BackwardAr
 // instructions take; f32 sums and normalization. head_dim a multiple of 8.
 void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& args);
 void Bf16Backward(Context& ctx, const Bf16Kernels& kernels, const BackwardArgs& args);
+// Bytes of the tensors that Bf16Backward makes and its threads share.
+size_t Bf16BackwardScratch(int64_t heads, int64_t head_dim, const BlockMask& mask);
 
 #if defined(LONGSPAN_HAVE_AVX512)
 // The kernels of avx512_bf16 with the products of AMX.

@@ -5,6 +5,7 @@
 #include "ops/attention/cpu/bf16_blocks.h"
 #include "ops/attention/cpu/bf16_pieces.h"
 #include "ops/attention/token_sets.h"
+#include "ops/core/allocator.h"
 #include "ops/core/parallel_for.h"
 
 // Scores and their gradients dS are computed once, by tasks that own (part of) a column of blocks
@@ -269,8 +270,20 @@ RowStatistics::RowStatistics(Context& ctx, const BackwardArgs& args)
   });
 }
 
+size_t Bf16BackwardScratch(int64_t heads, int64_t head_dim, const BlockMask& mask) {
+  const Bf16Shape shape = MakeBf16Shape(heads, mask.kv_heads(), head_dim);
+  const MaskParts parts(mask, shape.group);
+  const auto block = [](int64_t elements, DType dtype) {
+    return Allocator::BlockBytes(static_cast<size_t>(elements) * SizeOf(dtype));
+  };
+  return block(shape.kv_heads * mask.keys().size() * kMaskBlock * shape.padded, DType::kBF16) +
+         block(mask.queries().size() * heads * 2 * kMaskBlock, DType::kF32) +
+         block(parts.most_tiles() * kMaskBlock * kMaskBlock, DType::kBF16) +
+         block(parts.most_shared() * 2 * shape.result(), DType::kF32);
+}
+
 void Bf16Backward(Context& ctx, const Bf16Kernels& kernels, const BackwardArgs& args) {
-  const Bf16Shape shape = MakeBf16Shape(args.q, args.kv);
+  const Bf16Shape shape = MakeBf16Shape(args.q.dim(1), args.kv.kv_heads(), args.kv.head_dim);
   const Backward b{kernels,
                    shape,
                    args,

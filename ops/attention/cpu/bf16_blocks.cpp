@@ -17,12 +17,12 @@ const Bf16Kernels& AmxKernels() {
 }
 #endif
 
-Bf16Shape MakeBf16Shape(const Tensor& q, const KvView& kv) {
-  return {.heads = q.dim(1),
-          .kv_heads = kv.kv_heads(),
-          .group = q.dim(1) / kv.kv_heads(),
-          .dim = kv.head_dim,
-          .padded = (kv.head_dim + 31) / 32 * 32};
+Bf16Shape MakeBf16Shape(int64_t heads, int64_t kv_heads, int64_t head_dim) {
+  return {.heads = heads,
+          .kv_heads = kv_heads,
+          .group = heads / kv_heads,
+          .dim = head_dim,
+          .padded = (head_dim + 31) / 32 * 32};
 }
 
 OperandRows RowsOf(const Bf16Kernels& kernels, const Bf16Shape& shape, const Tensor& from,

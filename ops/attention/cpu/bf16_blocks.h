@@ -14,7 +14,7 @@ struct Bf16Shape {
   static constexpr int64_t kScores = 64 * 64;          // f32 score tile
   static constexpr int64_t kPairs = 64 * 64 / 2;       // bf16 score tile in lanes form
 };
-Bf16Shape MakeBf16Shape(const Tensor& q, const KvView& kv);
+Bf16Shape MakeBf16Shape(int64_t heads, int64_t kv_heads, int64_t head_dim);
 
 // 64 token rows as an operand.
 struct OperandRows {

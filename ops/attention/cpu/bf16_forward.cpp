@@ -229,7 +229,7 @@ class ForwardTask {
 }  // namespace
 
 void Bf16Forward(Context& ctx, const Bf16Kernels& kernels, const ForwardArgs& args) {
-  const Bf16Shape shape = MakeBf16Shape(args.q, args.kv);
+  const Bf16Shape shape = MakeBf16Shape(args.q.dim(1), args.kv.kv_heads(), args.kv.head_dim);
   const Forward call{kernels, shape, args,
                      KeyColumns(ctx, kernels, shape, args.kv, args.kv.v, args.mask)};
   const std::vector<BlockTask> tasks = TasksByCostAndHead(args.mask, args.mask.row_runs());

@@ -67,11 +67,7 @@ struct Call {
 };
 
 Bf16Shape ShapeOf(const Tensor& q, const Tensor& k) {
-  return {.heads = q.dim(1),
-          .kv_heads = k.dim(1),
-          .group = q.dim(1) / k.dim(1),
-          .dim = q.dim(2),
-          .padded = (q.dim(2) + 31) / 32 * 32};
+  return MakeBf16Shape(q.dim(1), k.dim(1), q.dim(2));
 }
 
 // Calls task.PrepareKeys(KeyChunk, kv_head) and then task.Tile(KeyChunk, rows) for the rows of the
