@@ -238,8 +238,7 @@ std::string ImplementationProblem(const TrainOptions& o) {
                          .heads = o.model.num_heads,
                          .kv_heads = o.model.num_kv_heads,
                          .head_dim = o.model.head_dim,
-                         .block_maxima = o.objective.kind == ObjectiveKind::kSeerGates,
-                         .normalization = mixer.normalization});
+                         .block_maxima = o.objective.kind == ObjectiveKind::kSeerGates});
       if (!reason.empty()) return Str(name, " cannot run mixer ", mixer.name, " here: ", reason);
       if (mixer.moba && std::find(routed.begin(), routed.end(), name) == routed.end()) {
         return Str(name, " has no routed attention, which mixer ", mixer.name, " needs");

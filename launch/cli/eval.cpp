@@ -1,7 +1,9 @@
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "configs/load.h"
@@ -72,7 +74,13 @@ void Eval(const Rank& rank, const EvalArguments& a) {
   // One replica that all ranks share, unless --set says otherwise.
   std::vector<std::string> sets = {"parallel.dp=1", Str("parallel.cp=", rank.world.size())};
   sets.insert(sets.end(), a.sets.begin(), a.sets.end());
-  const auto loaded = configs::LoadText(reader.info().config_text, path.string(), sets);
+  auto loaded = configs::LoadText(reader.info().config_text, path.string(), sets);
+  // What the training ran with may not exist here.
+  constexpr std::string_view kChoice = "run.attention_implementation=";
+  if (std::none_of(a.sets.begin(), a.sets.end(),
+                   [&](const std::string& set) { return set.starts_with(kChoice); })) {
+    loaded.config.mutable_run()->clear_attention_implementation();
+  }
 
   std::shared_ptr<TraceRecorder> recorder;
   if (!a.trace_file.empty()) {

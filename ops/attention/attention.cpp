@@ -241,7 +241,8 @@ double RequireNormalization(const char* op, const AttentionOptions& options,
           "finds the largest probabilities of blocks");
   const auto row_length = static_cast<double>(mask.documents().row_length);
   const double bias = options.bias.value_or(-std::log(row_length));
-  Require(std::isfinite(bias), op, Str("options.bias is ", bias, "; it must be finite"));
+  Require(std::abs(bias) <= 1e30, op,
+          Str("options.bias is ", bias, "; it must be between -1e30 and 1e30"));
   return bias;
 }
 
@@ -305,13 +306,12 @@ bool RowsAt16(const Tensor& t, int64_t elements_apart) {
 }
 
 AttentionProblem ProblemOf(const Context& ctx, const Tensor& q, const KvView& kv,
-                           const Tensor& d_out, const Tensor& dq, Normalization normalization) {
+                           const Tensor& d_out, const Tensor& dq) {
   const int64_t apart = kv.table->alignment();
   return {.dtype = q.dtype(),
           .heads = q.dim(1),
           .kv_heads = kv.kv_heads(),
           .head_dim = q.dim(2),
-          .normalization = normalization,
           .aligned = RowsAt16(q, q.dim(2)) && RowsAt16(d_out, q.dim(2)) && RowsAt16(dq, q.dim(2)) &&
                      RowsAt16(kv.k, apart) && RowsAt16(kv.v, apart),
           .shared_bytes = AttentionSharedBytes(ctx)};
@@ -355,7 +355,7 @@ AttentionResult AttentionForward(Context& ctx, const Tensor& q, const KvView& kv
                                  const BlockMask& mask, const AttentionOptions& options) {
   constexpr const char* kOp = "AttentionForward";
   const Sizes sizes = RequireInputs(ctx, kOp, q, kv, mask, options);
-  AttentionProblem problem = ProblemOf(ctx, q, kv, {}, {}, options.normalization);
+  AttentionProblem problem = ProblemOf(ctx, q, kv, {}, {});
   problem.block_maxima = options.want_block_maxima;
   const Implementation& chosen = Choose(kOp, options, ctx.device(), problem);
   const TraceScope trace(ctx.trace(), "attention");
@@ -405,7 +405,7 @@ void AttentionBackward(Context& ctx, const Tensor& d_out, const Tensor& q, const
                   std::min(dkv.dk.numel(), dkv.dv.numel()));
   }
   const Implementation& chosen =
-      Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, d_out, dq, options.normalization));
+      Choose(kOp, options, ctx.device(), ProblemOf(ctx, q, kv, d_out, dq));
   const TraceScope trace(ctx.trace(), "attention");
   chosen.backward(ctx, {.d_out = d_out,
                         .q = q,

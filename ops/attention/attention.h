@@ -96,8 +96,7 @@ struct AttentionProblem {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
   bool block_maxima = false;  // AttentionOptions::want_block_maxima
-  Normalization normalization = Normalization::kSoftmax;
-  bool aligned = true;  // the rows of q, k, v (and d_out, dq) start at 16 bytes
+  bool aligned = true;        // the rows of q, k, v (and d_out, dq) start at 16 bytes
   // GPU: shared memory that a block of threads can have (AttentionSharedBytes).
   int64_t shared_bytes = std::numeric_limits<int64_t>::max();
 };

@@ -150,11 +150,12 @@ std::string S2Text(const S2Options& s2) {
   return text;
 }
 
+// Checkpoints compare this text: "draw 2" says that tiles are drawn otherwise than they once were.
 std::string RandomText(const RandomBlocksOptions& random) {
   char density[32];  // the shortest text that reads back as the same number
   const auto end = std::to_chars(density, density + sizeof density, random.density).ptr;
   std::string text =
-      Str("random blocks ", random.block_size, " density ", std::string(density, end));
+      Str("random blocks ", random.block_size, " draw 2 density ", std::string(density, end));
   if (random.mean_blocks > 1) {
     text += Str(" tiles mean ", random.mean_blocks, " min ", random.min_blocks);
   }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -21,6 +22,7 @@ namespace internal {
 
 // By one digit of the id after the other, from the lowest.
 std::vector<int32_t> TokensById(const Tensor& ids, int64_t vocab) {
+  LONGSPAN_CHECK(ids.dim(0) <= std::numeric_limits<int32_t>::max()) << ids.dim(0) << " tokens";
   constexpr int kBits = 11;
   const int32_t* id = ids.data<int32_t>();
   std::vector<int32_t> sorted(static_cast<size_t>(ids.dim(0))), next(sorted.size());

@@ -4,7 +4,7 @@
 usage: report.py measure --longspan FILE --out FOLDER [--only SECTION]... [--python FILE]
        report.py write FOLDER [--doc FILE]
 
-measure runs the commands of every section (PyTorch peers with --python) and keeps their JSON lines in
+measure runs, with a program built of this tree, the commands of every section (PyTorch peers with --python) and keeps their JSON lines in
 FOLDER/SECTION.jsonl. write puts commands and tables between the markers of the document; a section
 without results says that it was not measured.
 """
@@ -261,11 +261,11 @@ def write(folder, doc):
 
 
 def revision():
-    """The commit of this tree, with a + if files of it were changed since."""
+    """The commit of this tree, with a + if it holds changes; --longspan is to be built of it."""
     git = ["git", "-C", ROOT]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
-    return (commit.stdout.strip() or "unknown") + ("+" if changed else "")
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return (commit.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
 
 
 def measure(arguments):
@@ -275,6 +275,7 @@ def measure(arguments):
         path = os.path.join(arguments.out, section + ".jsonl")
         temporary = path + ".new"
         status = 0
+        measured = revision()
         with open(temporary, "w", encoding="utf-8") as out:
             for command in COMMANDS[section]:
                 words = [w.format(longspan=os.path.abspath(arguments.longspan), python=arguments.python,
@@ -287,7 +288,7 @@ def measure(arguments):
                     break
         if status in (0, 3):
             with open(temporary, "a", encoding="utf-8") as out:
-                out.write(json.dumps({"op": "revision", "commit": revision()}) + "\n")
+                out.write(json.dumps({"op": "revision", "commit": measured}) + "\n")
             os.replace(temporary, path)
         else:
             failed += 1

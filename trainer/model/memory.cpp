@@ -47,9 +47,15 @@ using Shadow = std::shared_ptr<Node>;
 class ShadowTape {
  public:
   // `scratch`: bytes that the backward pass of attention makes for itself, by mixer.
-  ShadowTape(Meter& meter, const ModelOptions& model, int64_t tokens,
+  ShadowTape(Meter& meter, const ModelOptions& model, int64_t tokens, int64_t rows,
              const std::vector<size_t>& scratch, bool recording = true)
-      : meter_(meter), model_(model), tokens_(tokens), scratch_(scratch), recording_(recording) {}
+      : meter_(meter),
+        model_(model),
+        tokens_(tokens),
+        rows_(rows),
+        row_length_((tokens + rows - 1) / rows),
+        scratch_(scratch),
+        recording_(recording) {}
 
   const ModelOptions& model() const { return model_; }
   DType wide() const { return AccumulatorOf(model_.compute); }
@@ -128,7 +134,8 @@ class ShadowTape {
     if (mixer.moba.has_value()) {
       const Block sums = q->dtype == wide() ? Block() : Make(q->elements, wide());
       // What is chosen, and the lists of it.
-      const int64_t chosen = rows * (mixer.moba->top_k - 1);
+      const int64_t blocks = (row_length_ + mixer.moba->block_size - 1) / mixer.moba->block_size;
+      const int64_t chosen = rows * (std::min(mixer.moba->top_k, blocks) - 1);
       for (int i = 0; i < 2; ++i) saved.push_back(Make(chosen, DType::kI32));
     }
     Record([this, q, k, v, o, softmax, rows, mixer_index, saved = std::move(saved)] {
@@ -155,11 +162,11 @@ class ShadowTape {
     });
   }
   Shadow Recompute(const Shadow& x, const std::function<Shadow(ShadowTape&, Shadow)>& segment) {
-    ShadowTape silent(meter_, model_, tokens_, scratch_, /*recording=*/false);
+    ShadowTape silent(meter_, model_, tokens_, rows_, scratch_, /*recording=*/false);
     const Block value = segment(silent, x)->value;
     const auto y = std::make_shared<Node>(Node{value, {}, x->elements, x->dtype});
     Record([this, x, segment, y] {
-      ShadowTape inner(meter_, model_, tokens_, scratch_);
+      ShadowTape inner(meter_, model_, tokens_, rows_, scratch_);
       const auto fresh = std::make_shared<Node>(Node{x->value, {}, x->elements, x->dtype});
       const Shadow again = segment(inner, fresh);
       inner.AddGrad(again, y->grad);
@@ -172,7 +179,7 @@ class ShadowTape {
  private:
   Meter& meter_;
   const ModelOptions& model_;
-  const int64_t tokens_;
+  const int64_t tokens_, rows_, row_length_;
   const std::vector<size_t>& scratch_;
   const bool recording_;
   std::vector<std::function<void()>> entries_;
@@ -230,8 +237,7 @@ std::vector<size_t> AttentionScratch(const ModelOptions& model, int64_t tokens, 
     scratch[i] = ops::AttentionBackwardScratch({.dtype = model.compute,
                                                 .heads = model.num_heads,
                                                 .kv_heads = model.num_kv_heads,
-                                                .head_dim = model.head_dim,
-                                                .normalization = mixer.normalization},
+                                                .head_dim = model.head_dim},
                                                model.attention_implementation, *mask);
   }
   return scratch;
@@ -261,7 +267,7 @@ std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int6
   }
   Meter meter;
   const std::vector<size_t> scratch = AttentionScratch(model, tokens, device, rows);
-  ShadowTape tape(meter, model, tokens, scratch);
+  ShadowTape tape(meter, model, tokens, rows, scratch);
   Forward(tape, device);
   tape.Backward();
   add(MemoryCategory::kActivations, meter.peak);

@@ -10,9 +10,8 @@ namespace longspan::ops {
 // The inner loops of the ops that move more than they compute, compiled once per instruction set
 // from one text (row_loops.h). Each call is the work of one task on plain memory.
 //
-// Numerics  operands are widened to Real, every value is rounded once when stored. An element's
-// bits
-//           do not depend on its place in the row, and sums have an order fixed by their length.
+// Numerics  operands are widened to Real, every value is rounded once when stored. The bits of an
+//           element do not depend on its place in the row; sums have an order fixed by their length.
 //           Between instruction sets the last bits differ: products and sums are fused where that
 //           is possible, and avx512_bf16 stores bf16 results below 2^-126 as 0, but for sums of
 //           two and conversions.

@@ -382,11 +382,12 @@ Real SumOfExp(int64_t n, const Real* run, Real shift) {
 
 // Log of the sum of exp over a row, in one pass. Runs are summed in the row's dtype, their sums in
 // f64, so that a large vocabulary costs no accuracy. Elements are taken relative to the largest of
-// the first run, and of a later run where that would leave the range of exponents. NaN for a row
-// that holds a NaN or an infinity.
+// the first run, and to that of a later run which rises far above it: the difference of two numbers
+// that far apart would be rounded by more than the result may be. NaN for a row that holds a NaN or
+// an infinity.
 template <class Real>
 Real LogSumExp(int64_t n, const Real* row) {
-  constexpr auto kMost = static_cast<Real>(0x1p100);
+  constexpr auto kMost = static_cast<Real>(0x1p16);
   const auto exp_of = [](Real x) { return __builtin_exp(static_cast<double>(x)); };
   Real shift = LargestOf(n < kRun ? n : kRun, row);
   double sum = 0;  // the result is shift + log(sum)

@@ -117,7 +117,6 @@ std::vector<std::string> ImplementationsFor(const Context& ctx, const AttentionC
                                   .heads = c.heads(),
                                   .kv_heads = c.mask_case.kv_heads,
                                   .head_dim = c.dim,
-                                  .normalization = c.normalization,
                                   .aligned = c.aligned});
 }
 

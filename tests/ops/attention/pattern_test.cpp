@@ -159,7 +159,7 @@ TEST(PatternTest, ToStringTellsPatternsApart) {
   const auto density = [](double value) {
     return AttentionPattern::RandomBlocks({.density = value}).ToString();
   };
-  EXPECT_EQ(density(0.1), "random blocks 64 density 0.1 seed 0");
+  EXPECT_EQ(density(0.1), "random blocks 64 draw 2 density 0.1 seed 0");
   EXPECT_NE(density(0.1), density(0.1000000001));
   EXPECT_EQ(AttentionPattern::SharedQuestion({100, 20}).ToString(), "shared question 100 20");
   EXPECT_EQ(AttentionPattern::Spans({{}, {9, 4}}).ToString(), "spans causal, window 9 sinks 4");

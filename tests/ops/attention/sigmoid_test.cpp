@@ -73,20 +73,6 @@ void Check(Context& ctx, const AttentionCase& c) {
 
 // ---- the formula -----------------------------------------------------------------------------
 
-TEST(SigmoidTest, EveryImplementationOfSoftmaxDoesIt) {
-  Context ctx = OneThread();
-  for (const DType dtype : FloatDtypes()) {
-    for (const int64_t dim : {8, 12, 64, 256}) {
-      AttentionCase c = FullCase(64);
-      c.dtype = dtype;
-      c.dim = dim;
-      const std::vector<std::string> names = ImplementationsFor(ctx, c);
-      c.normalization = ops::Normalization::kSoftmax;
-      EXPECT_EQ(names, ImplementationsFor(ctx, c)) << c.Name();
-    }
-  }
-}
-
 TEST(SigmoidTest, AllImplementationsMatchNaiveOnSampledMasks) {
   Context ctx = OneThread();
   std::vector<MaskCase> cases = SampleMaskCases(400, 21);
@@ -186,11 +172,8 @@ TEST(SigmoidTest, DefaultBiasIsThatOfTheRowLength) {
       const auto kv =
           ops::MakeKvView(FromVec(ctx, kv_shape, dtype, Normal(kv_shape.numel(), 2, dtype)),
                           FromVec(ctx, kv_shape, dtype, Normal(kv_shape.numel(), 3, dtype)), keys);
-      const ops::AttentionProblem problem{.dtype = dtype,
-                                          .heads = 1,
-                                          .kv_heads = 1,
-                                          .head_dim = 16,
-                                          .normalization = ops::Normalization::kSigmoid};
+      const ops::AttentionProblem problem{
+          .dtype = dtype, .heads = 1, .kv_heads = 1, .head_dim = 16};
       for (const std::string& name : ImplementationsFor(ctx, problem)) {
         const auto forward = [&](std::optional<double> bias) {
           const ops::AttentionResult result =

@@ -55,14 +55,20 @@ void CheckStreaming(const RowKernelSet& set, int64_t n, int64_t shift) {
     EXPECT_EQ(streamed.bits(), plain.bits()) << set.name << " n " << n << " shift " << second;
     EXPECT_TRUE(streamed.GuardsHold()) << set.name << " n " << n << " shift " << second;
   }
+  Row<float> plain_rstd(2), streamed_rstd(2);
   check(2 * n, "rms_norm", [&](auto& k, T* out) {
-    Row<float> got(2);
-    k.rms_norm(2, n, a.data(), w.data(), 1e-2, out, got.data());
+    k.rms_norm(2, n, a.data(), w.data(), 1e-2, out,
+               (&k == &cached ? plain_rstd : streamed_rstd).data());
   });
+  EXPECT_EQ(streamed_rstd.bits(), plain_rstd.bits()) << set.name << " n " << n;
+  // Sums that are added to what is there: a head or a tail that is gone through twice shows.
+  Row<float> plain_dw(dw.values(), shift), streamed_dw(dw.values(), shift);
   check(2 * n, "rms_norm_backward", [&](auto& k, T* out) {
-    Row<float> sums(dw.values());
-    k.rms_norm_backward(2, n, b.data(), a.data(), w.data(), rstd.data(), out, sums.data());
+    k.rms_norm_backward(2, n, b.data(), a.data(), w.data(), rstd.data(), out,
+                        (&k == &cached ? plain_dw : streamed_dw).data());
   });
+  EXPECT_EQ(streamed_dw.bits(), plain_dw.bits()) << set.name << " n " << n << " shift " << shift;
+  EXPECT_TRUE(streamed_dw.GuardsHold()) << set.name << " n " << n << " shift " << shift;
   check(2 * n, "rope",
         [&](auto& k, T* out) { k.rope(1, 1, n, a.data(), w.data(), dw.data(), -1.0f, out); });
   const int32_t ids[] = {1, 0, 1};
