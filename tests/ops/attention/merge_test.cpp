@@ -145,12 +145,8 @@ TEST(MergeTest, PartsOfTheKeysGiveTheWhole) {
 
 TEST(MergeTest, SigmoidPartsAdd) {
   for (const DType dtype : FloatDtypes()) {
-    const std::vector<std::string> names =
-        ImplementationsFor(OpContext(1), {.dtype = dtype,
-                                          .heads = kHeads,
-                                          .kv_heads = kKvHeads,
-                                          .head_dim = kDim,
-                                          .normalization = ops::Normalization::kSigmoid});
+    const std::vector<std::string> names = ImplementationsFor(
+        OpContext(1), {.dtype = dtype, .heads = kHeads, .kv_heads = kKvHeads, .head_dim = kDim});
     ASSERT_FALSE(names.empty());
     for (const std::string& name : names) {
       // The same weights, rounded alike, in every part: only sums differ.
