@@ -47,8 +47,8 @@ COMMANDS = {
                 "--problem tests/bench/problems/goals_threads.txt" for n in (1, 2, 1, 2)],
     "step": [comparison("step", "--threads 2 --rounds 3 --repeats 1 --seconds 0",
                         "--problem tests/bench/problems/llama_50m.textproto")],
-    "step_hybrid": [f"{STEP} --repeats 3 --problem tests/bench/problems/s2_hybrid_50m.textproto",
-                    f"{STEP} --repeats 3 {LONG_DENSE}"],
+    "step_hybrid": [f"{STEP} --repeats 1 --problem tests/bench/problems/s2_hybrid_50m.textproto",
+                    f"{STEP} --repeats 1 {LONG_DENSE}"],
     "memory": [f"{STEP} --repeats 1 --problem tests/bench/problems/llama_50m.textproto",
                f"{STEP} --repeats 1 --problem tests/bench/problems/llama_50m.textproto "
                "--set run.recompute=LAYER"],
