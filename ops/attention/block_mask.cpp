@@ -67,23 +67,30 @@ int64_t BlockMask::entries(int64_t pattern) const {
   return n;
 }
 
-int64_t BlockMask::PairsOfPattern(int64_t pattern) const {
-  const int64_t row_length = documents_->row_length, per_row = BlocksPerRow(row_length);
-  const int64_t missing = per_row * kMaskBlock - row_length;  // tokens the last block lacks
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < rows_.rows; ++i) {
-    const int32_t query = queries_.ids[static_cast<size_t>(i)];
-    for (const BlockRun& run : rows_.Row(pattern, i)) {
-      if (run.kind() == BlockKind::kFull) {
-        const bool last = run.block(run.count - 1) % per_row == per_row - 1;
-        pairs += BlockTokens(row_length, query) * (run.count * kMaskBlock - (last ? missing : 0));
-      } else {
-        // The builder makes a run of partial entries only where all of them are equally visible.
-        pairs += run.count *
-                 VisiblePairsOfBlocks(rule_, *documents_, head_of(pattern), query, run.first);
-      }
-    }
+int64_t PairsOfRun(const VisibleRule& rule, const Documents& documents, int64_t head, int32_t query,
+                   const BlockRun& run) {
+  if (run.kind() == BlockKind::kPartial) {
+    // The builder makes a run of partial entries only where all of them are equally visible.
+    return run.count * VisiblePairsOfBlocks(rule, documents, head, query, run.first);
   }
+  const int64_t row_length = documents.row_length, last = run.block(run.count - 1);
+  const int64_t tokens =
+      (run.count - 1) * kMaskBlock + BlockTokens(row_length, static_cast<int32_t>(last));
+  return BlockTokens(row_length, query) * tokens;
+}
+
+int64_t BlockMask::PairsOfRow(int64_t pattern, int64_t row) const {
+  const int32_t query = queries_.ids[static_cast<size_t>(row)];
+  int64_t pairs = 0;
+  for (const BlockRun& run : rows_.Row(pattern, row)) {
+    pairs += PairsOfRun(rule_, *documents_, head_of(pattern), query, run);
+  }
+  return pairs;
+}
+
+int64_t BlockMask::PairsOfPattern(int64_t pattern) const {
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < rows_.rows; ++i) pairs += PairsOfRow(pattern, i);
   return pairs;
 }
 
@@ -109,6 +116,43 @@ std::vector<int32_t> BlockMask::NeededKeys(int64_t kv_head) const {
   }
   std::sort(needed.begin(), needed.end());
   return needed;
+}
+
+std::shared_ptr<const BlockMask> BlockMask::SelectHeads(std::span<const int32_t> heads) const {
+  auto mask = std::make_shared<BlockMask>();
+  std::vector<int32_t> place(static_cast<size_t>(patterns_), -1);  // of a pattern in the new mask
+  std::vector<int64_t> taken;
+  for (const int32_t head : heads) {
+    LONGSPAN_CHECK(head >= 0 && head < kv_heads())
+        << "SelectHeads: head " << head << " of a mask with " << kv_heads() << " kv heads";
+    int32_t& at = place[static_cast<size_t>(pattern_of(head))];
+    if (at < 0) {
+      at = static_cast<int32_t>(taken.size());
+      taken.push_back(pattern_of(head));
+      mask->head_of_pattern_.push_back(rule_head(head));
+    }
+    mask->pattern_of_head_.push_back(at);
+  }
+  mask->patterns_ = static_cast<int64_t>(taken.size());
+  mask->rule_heads_ = rule_heads_;
+  mask->queries_ = queries_;
+  mask->keys_ = keys_;
+  mask->documents_ = documents_;
+  mask->pattern_ = pattern_;
+  mask->rule_ = MakeVisibleRule(mask->pattern_, rule_heads_, *documents_);
+  const auto copy = [&](const BlockRuns& from, BlockRuns& to) {
+    to = {.rows = from.rows, .offsets = {0}, .runs = {}};
+    for (const int64_t pattern : taken) {
+      for (int64_t i = 0; i < from.rows; ++i) {
+        const auto row = from.Row(pattern, i);
+        to.runs.insert(to.runs.end(), row.begin(), row.end());
+        to.offsets.push_back(static_cast<int64_t>(to.runs.size()));
+      }
+    }
+  };
+  copy(rows_, mask->rows_);
+  copy(columns_, mask->columns_);
+  return mask;
 }
 
 size_t BlockMask::bytes() const {

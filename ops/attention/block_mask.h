@@ -98,6 +98,16 @@ class BlockMask {
   static std::shared_ptr<const BlockMask> Build(const AttentionPattern& pattern, int64_t kv_heads,
                                                 std::shared_ptr<const Documents> documents,
                                                 const BlockList& queries, const BlockList& keys);
+  // The same with only some of the kv heads, as SelectHeads(heads) gives it, without the time and
+  // memory for the others.
+  static std::shared_ptr<const BlockMask> Build(const AttentionPattern& pattern, int64_t kv_heads,
+                                                std::shared_ptr<const Documents> documents,
+                                                const BlockList& queries, const BlockList& keys,
+                                                std::span<const int32_t> heads);
+
+  // A mask of heads.size() kv heads: head i sees what head heads[i] of this mask sees. Any order;
+  // heads may repeat and be left out. Throws InvalidArgument for a head that does not exist.
+  std::shared_ptr<const BlockMask> SelectHeads(std::span<const int32_t> heads) const;
 
   // The entries of this mask that `kept` names, one pattern a kv head: a choice made from the data.
   // Kinds stay, and so does who sees whom inside an entry; blocks that this mask lacks are passed
@@ -110,8 +120,11 @@ class BlockMask {
   int32_t pattern_of(int64_t kv_head) const {
     return pattern_of_head_[static_cast<size_t>(kv_head)];
   }
-  // A kv head whose Visible() defines pattern p.
+  // The kv head that Visible(rule(), ...) is to be asked with for pattern p. It counts the heads of
+  // the rule, which are those of this mask unless heads were selected.
   int64_t head_of(int64_t pattern) const { return head_of_pattern_[static_cast<size_t>(pattern)]; }
+  // The same for a kv head of this mask.
+  int64_t rule_head(int64_t kv_head) const { return head_of(pattern_of(kv_head)); }
   const BlockList& queries() const { return queries_; }
   const BlockList& keys() const { return keys_; }
   const Documents& documents() const { return *documents_; }
@@ -121,9 +134,10 @@ class BlockMask {
   const BlockRuns& column_runs() const { return columns_; }  // row j = keys().ids[j] -> query ids
 
   bool empty() const { return rows_.runs.empty(); }
-  int64_t entries(int64_t pattern) const;       // blocks
-  int64_t VisiblePairs(int64_t kv_head) const;  // exact (query, key) pairs: the area
-  int64_t TotalVisiblePairs() const;            // over kv heads
+  int64_t entries(int64_t pattern) const;                  // blocks
+  int64_t VisiblePairs(int64_t kv_head) const;             // exact (query, key) pairs: the area
+  int64_t TotalVisiblePairs() const;                       // over kv heads
+  int64_t PairsOfRow(int64_t pattern, int64_t row) const;  // of query block queries().ids[row]
   // Ascending global ids of the key blocks that some query of kv_head sees.
   std::vector<int32_t> NeededKeys(int64_t kv_head) const;
   size_t bytes() const;  // memory held, documents excluded
@@ -140,6 +154,7 @@ class BlockMask {
   int64_t PairsOfPattern(int64_t pattern) const;
 
   int64_t patterns_ = 0;
+  int64_t rule_heads_ = 0;  // kv heads that the rule was made for
   std::vector<int32_t> pattern_of_head_;
   std::vector<int64_t> head_of_pattern_;
   BlockList queries_, keys_;
@@ -154,5 +169,10 @@ class BlockMask {
 // `pattern` and `documents` must outlive the rule.
 VisibleRule MakeVisibleRule(const AttentionPattern& pattern, int64_t kv_heads,
                             const Documents& documents);
+
+// Visible pairs between a query block and the key blocks of one of its runs; `head` counts the
+// heads of the rule.
+int64_t PairsOfRun(const VisibleRule& rule, const Documents& documents, int64_t head, int32_t query,
+                   const BlockRun& run);
 
 }  // namespace longspan::ops

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "ops/attention/block_mask.h"
+#include "ops/attention/block_rows.h"
 #include "ops/attention/document_rule.h"
 #include "ops/attention/id_set.h"
 #include "ops/attention/token_sets.h"
@@ -145,20 +146,144 @@ uint32_t RandomLimit(double density) {
   return static_cast<uint32_t>(std::clamp(tiles, 1.0, 0x1p32) - 1);
 }
 
+// What the blocks of one axis meet on the other one, block by block. `rule` and `documents` must
+// outlive this.
+class AxisWalk {
+ public:
+  AxisWalk(Axis axis, const VisibleRule& rule, const Documents& documents, const BlockList& others)
+      : axis_(axis),
+        rule_(rule),
+        documents_(documents),
+        others_(others.ids),
+        reach_(Reach(others)) {}
+
+  // Adds one row of runs to `out` for each of `blocks` (global ids), for a head of the rule.
+  void Append(int64_t head, std::span<const int32_t> blocks, BlockRuns& out) const {
+    RunCollector collector(others_, out);
+    VisibleSets sets;  // keeps its memory from block to block
+    for (const int32_t id : blocks) {
+      Block(head, id, sets, collector);
+      collector.EndRow();
+    }
+  }
+
+ private:
+  // The tokens of each row from the first to the last block of `list`.
+  std::vector<TokenRange> Reach(const BlockList& list) const {
+    std::vector<TokenRange> reach(static_cast<size_t>(documents_.rows));
+    for (const int32_t id : list.ids) {
+      const auto [row, block] = TokensOfBlock(documents_.row_length, id);
+      TokenRange& range = reach[static_cast<size_t>(row / documents_.row_length)];
+      range = range.empty()
+                  ? block
+                  : TokenRange{std::min(range.begin, block.begin), std::max(range.end, block.end)};
+    }
+    return reach;
+  }
+
+  // The runs of one block: the keys of its queries, or the queries of its keys.
+  void Block(int64_t head, int32_t id, VisibleSets& sets, RunCollector& collector) const {
+    const int64_t row_length = documents_.row_length;
+    const auto [row, block] = TokensOfBlock(row_length, id);
+    const TokenRange row_reach = reach_[static_cast<size_t>(row / row_length)];
+    Sweep sweep(collector, row, row_length);
+    const int64_t own = block.begin / kMaskBlock;
+    bool whole = true, sees_own = false;
+    for (int64_t t = block.begin; t < block.end;) {
+      const auto [document, piece] = PieceAt(documents_, row, t, block.end);
+      whole = whole && piece.end == block.end;
+      t = piece.end;
+      const TokenRange within = Intersect(document, row_reach);
+      if (within.empty()) continue;
+      const DocumentRule rule(rule_, head, document);
+      rule.Collect(axis_, piece, within, sets);
+      // Documents of one block meet only in that block itself.
+      sweep.Run(sets, whole, whole ? -1 : own);
+      sees_own = sees_own || SetCursor(sets.any).Intersects(block);
+    }
+    if (!whole && sees_own) {
+      collector.Emit(row / row_length * BlocksPerRow(row_length), {own, 1, 1}, BlockKind::kPartial);
+    }
+  }
+
+  const Axis axis_;
+  const VisibleRule& rule_;
+  const Documents& documents_;
+  const IdSet others_;
+  const std::vector<TokenRange> reach_;
+};
+
+// Heads with the same rule share a pattern; `of_pattern` has the first head of each.
+struct HeadPatterns {
+  std::vector<int32_t> of_head;
+  std::vector<int64_t> of_pattern;
+};
+
+// Equal for heads with the same rule.
+std::pair<int64_t, int64_t> RuleOf(const VisibleRule& rule, int64_t head) {
+  constexpr std::pair<int64_t, int64_t> kCausal{-1, 0};
+  switch (rule.kind) {
+    case PatternKind::kS2:
+      if (head >= rule.first_dense || rule.stride == 1) return kCausal;
+      return {(head * rule.head_step + rule.head_offset) % rule.stride, 0};
+    case PatternKind::kSpans: {
+      const HeadSpan span = rule.spans[head];
+      if (span.window == 0 || span.window >= rule.row_length) return kCausal;
+      return {span.window, std::min(span.sinks, rule.row_length)};
+    }
+    case PatternKind::kRandomBlocks:
+      return {rule.per_head ? head : 0, 0};
+    default:
+      return {0, 0};
+  }
+}
+
+HeadPatterns PatternsOf(const VisibleRule& rule, std::span<const int32_t> heads) {
+  HeadPatterns patterns;
+  std::vector<std::pair<int64_t, int64_t>> rules;
+  for (const int32_t head : heads) {
+    const auto rule_of_head = RuleOf(rule, head);
+    const auto found = std::find(rules.begin(), rules.end(), rule_of_head);
+    patterns.of_head.push_back(static_cast<int32_t>(found - rules.begin()));
+    if (found == rules.end()) {
+      rules.push_back(rule_of_head);
+      patterns.of_pattern.push_back(head);
+    }
+  }
+  return patterns;
+}
+
+void CheckArguments(const char* what, const AttentionPattern& pattern, int64_t kv_heads,
+                    const Documents* documents) {
+  LONGSPAN_CHECK(documents != nullptr) << what << ": documents are missing";
+  const std::vector<std::string> problems = pattern.Problems(kv_heads);
+  if (!problems.empty()) throw InvalidArgument("attention pattern: " + problems.front());
+}
+
+std::vector<int32_t> AllHeads(int64_t kv_heads) {
+  std::vector<int32_t> heads(static_cast<size_t>(kv_heads));
+  std::iota(heads.begin(), heads.end(), 0);
+  return heads;
+}
+
 }  // namespace
 
 class BlockMaskBuilder {
  public:
   BlockMaskBuilder(const AttentionPattern& pattern, int64_t kv_heads,
                    std::shared_ptr<const Documents> documents, const BlockList& queries,
-                   const BlockList& keys)
+                   const BlockList& keys, std::span<const int32_t> heads)
       : mask_(std::make_shared<BlockMask>()) {
     mask_->queries_ = queries;
     mask_->keys_ = keys;
     mask_->pattern_ = pattern;
     mask_->documents_ = std::move(documents);
+    mask_->rule_heads_ = kv_heads;
     mask_->rule_ = MakeVisibleRule(mask_->pattern_, kv_heads, *mask_->documents_);
-    FindPatterns(kv_heads);
+    HeadPatterns patterns = PatternsOf(mask_->rule_, heads);
+    mask_->patterns_ = static_cast<int64_t>(patterns.of_pattern.size());
+    mask_->pattern_of_head_ = std::move(patterns.of_head);
+    mask_->head_of_pattern_ = std::move(patterns.of_pattern);
   }
 
   std::shared_ptr<const BlockMask> Build() {
@@ -168,107 +293,94 @@ class BlockMaskBuilder {
   }
 
  private:
-  // Equal for heads with the same rule.
-  static std::pair<int64_t, int64_t> RuleOf(const VisibleRule& rule, int64_t head) {
-    constexpr std::pair<int64_t, int64_t> kCausal{-1, 0};
-    switch (rule.kind) {
-      case PatternKind::kS2:
-        if (head >= rule.first_dense || rule.stride == 1) return kCausal;
-        return {(head * rule.head_step + rule.head_offset) % rule.stride, 0};
-      case PatternKind::kSpans: {
-        const HeadSpan span = rule.spans[head];
-        if (span.window == 0 || span.window >= rule.row_length) return kCausal;
-        return {span.window, std::min(span.sinks, rule.row_length)};
-      }
-      case PatternKind::kRandomBlocks:
-        return {rule.per_head ? head : 0, 0};
-      default:
-        return {0, 0};
-    }
-  }
-  void FindPatterns(int64_t kv_heads) {
-    std::vector<std::pair<int64_t, int64_t>> rules;
-    for (int64_t h = 0; h < kv_heads; ++h) {
-      const auto rule = RuleOf(mask_->rule_, h);
-      const auto found = std::find(rules.begin(), rules.end(), rule);
-      mask_->pattern_of_head_.push_back(static_cast<int32_t>(found - rules.begin()));
-      if (found == rules.end()) {
-        rules.push_back(rule);
-        mask_->head_of_pattern_.push_back(h);
-      }
-    }
-    mask_->patterns_ = static_cast<int64_t>(rules.size());
-  }
-
-  // The tokens of each row from the first to the last block of `list`.
-  std::vector<TokenRange> Reach(const BlockList& list) const {
-    const Documents& documents = *mask_->documents_;
-    std::vector<TokenRange> reach(static_cast<size_t>(documents.rows));
-    for (const int32_t id : list.ids) {
-      const auto [row, block] = TokensOfBlock(documents.row_length, id);
-      TokenRange& range = reach[static_cast<size_t>(row / documents.row_length)];
-      range = range.empty()
-                  ? block
-                  : TokenRange{std::min(range.begin, block.begin), std::max(range.end, block.end)};
-    }
-    return reach;
-  }
-
   void BuildAxis(Axis axis, const BlockList& list, const BlockList& others, BlockRuns& out) {
     out.rows = list.size();
     out.offsets.reserve(static_cast<size_t>(mask_->patterns_ * out.rows + 1));
     out.offsets.push_back(0);
-    const IdSet other_ids(others.ids);
-    const std::vector<TokenRange> reach = Reach(others);
-    RunCollector collector(other_ids, out);
-    for (int64_t p = 0; p < mask_->patterns_; ++p) {
-      const int64_t head = mask_->head_of_pattern_[static_cast<size_t>(p)];
-      for (const int32_t id : list.ids) {
-        Block(axis, head, id, reach, collector);
-        collector.EndRow();
-      }
-    }
+    const AxisWalk walk(axis, mask_->rule_, *mask_->documents_, others);
+    for (const int64_t head : mask_->head_of_pattern_) walk.Append(head, list.ids, out);
     out.runs.shrink_to_fit();
   }
 
-  // The runs of one block: the keys of its queries, or the queries of its keys.
-  void Block(Axis axis, int64_t head, int32_t id, const std::vector<TokenRange>& reach,
-             RunCollector& collector) {
-    const Documents& documents = *mask_->documents_;
-    const auto [row, block] = TokensOfBlock(documents.row_length, id);
-    const TokenRange row_reach = reach[static_cast<size_t>(row / documents.row_length)];
-    Sweep sweep(collector, row, documents.row_length);
-    const int64_t own = block.begin / kMaskBlock;
-    bool whole = true, sees_own = false;
-    for (int64_t t = block.begin; t < block.end;) {
-      const auto [document, piece] = PieceAt(documents, row, t, block.end);
-      whole = whole && piece.end == block.end;
-      t = piece.end;
-      const TokenRange within = Intersect(document, row_reach);
-      if (within.empty()) continue;
-      const DocumentRule rule(mask_->rule_, head, document);
-      rule.Collect(axis, piece, within, sets_);
-      // Documents of one block meet only in that block itself.
-      sweep.Run(sets_, whole, whole ? -1 : own);
-      sees_own = sees_own || SetCursor(sets_.any).Intersects(block);
-    }
-    if (!whole && sees_own) {
-      collector.Emit(row / documents.row_length * BlocksPerRow(documents.row_length), {own, 1, 1},
-                     BlockKind::kPartial);
-    }
-  }
-
-  VisibleSets sets_;  // keeps its memory from block to block
   std::shared_ptr<BlockMask> mask_;
 };
 
 std::shared_ptr<const BlockMask> BlockMask::Build(const AttentionPattern& pattern, int64_t kv_heads,
                                                   std::shared_ptr<const Documents> documents,
                                                   const BlockList& queries, const BlockList& keys) {
-  LONGSPAN_CHECK(documents != nullptr) << "BlockMask::Build: documents are missing";
-  const std::vector<std::string> problems = pattern.Problems(kv_heads);
-  if (!problems.empty()) throw InvalidArgument("attention pattern: " + problems.front());
-  return BlockMaskBuilder(pattern, kv_heads, std::move(documents), queries, keys).Build();
+  CheckArguments("BlockMask::Build", pattern, kv_heads, documents.get());
+  const std::vector<int32_t> heads = AllHeads(kv_heads);
+  return BlockMaskBuilder(pattern, kv_heads, std::move(documents), queries, keys, heads).Build();
+}
+
+std::shared_ptr<const BlockMask> BlockMask::Build(const AttentionPattern& pattern, int64_t kv_heads,
+                                                  std::shared_ptr<const Documents> documents,
+                                                  const BlockList& queries, const BlockList& keys,
+                                                  std::span<const int32_t> heads) {
+  CheckArguments("BlockMask::Build", pattern, kv_heads, documents.get());
+  for (const int32_t head : heads) {
+    LONGSPAN_CHECK(head >= 0 && head < kv_heads)
+        << "BlockMask::Build: head " << head << " of " << kv_heads << " kv heads";
+  }
+  return BlockMaskBuilder(pattern, kv_heads, std::move(documents), queries, keys, heads).Build();
+}
+
+struct BlockRowWalk::Data {
+  Data(const AttentionPattern& p, int64_t kv_heads, std::shared_ptr<const Documents> d)
+      : pattern(p),
+        documents(std::move(d)),
+        rule(MakeVisibleRule(pattern, kv_heads, *documents)),
+        patterns(PatternsOf(rule, AllHeads(kv_heads))),
+        all(BlockList::All(*documents)),
+        walk(Axis::kKeys, rule, *documents, all) {}
+  const AttentionPattern pattern;
+  const std::shared_ptr<const Documents> documents;
+  const VisibleRule rule;
+  const HeadPatterns patterns;
+  const BlockList all;
+  const AxisWalk walk;
+};
+
+BlockRowWalk::BlockRowWalk(const AttentionPattern& pattern, int64_t kv_heads,
+                           std::shared_ptr<const Documents> documents) {
+  CheckArguments("BlockRowWalk", pattern, kv_heads, documents.get());
+  data_ = std::make_unique<const Data>(pattern, kv_heads, std::move(documents));
+}
+BlockRowWalk::~BlockRowWalk() = default;
+
+int64_t BlockRowWalk::patterns() const {
+  return static_cast<int64_t>(data_->patterns.of_pattern.size());
+}
+int32_t BlockRowWalk::pattern_of(int64_t kv_head) const {
+  return data_->patterns.of_head[static_cast<size_t>(kv_head)];
+}
+int64_t BlockRowWalk::heads_of(int64_t pattern) const {
+  const std::vector<int32_t>& of_head = data_->patterns.of_head;
+  return std::count(of_head.begin(), of_head.end(), pattern);
+}
+
+void BlockRowWalk::ForEach(int64_t pattern, std::span<const int32_t> blocks,
+                           const Visit& visit) const {
+  constexpr size_t kChunk = 64;  // blocks whose runs are found in one go
+  const int64_t head = data_->patterns.of_pattern[static_cast<size_t>(pattern)];
+  BlockRuns found;
+  for (size_t begin = 0; begin < blocks.size(); begin += kChunk) {
+    const auto chunk = blocks.subspan(begin, std::min(kChunk, blocks.size() - begin));
+    found.rows = static_cast<int64_t>(chunk.size());
+    found.offsets.assign(1, 0);
+    found.runs.clear();
+    data_->walk.Append(head, chunk, found);
+    for (size_t i = 0; i < chunk.size(); ++i)
+      visit(chunk[i], found.Row(0, static_cast<int64_t>(i)));
+  }
+}
+void BlockRowWalk::ForEach(int64_t pattern, const Visit& visit) const {
+  ForEach(pattern, data_->all.ids, visit);
+}
+
+int64_t BlockRowWalk::Pairs(int64_t pattern, int32_t block, const BlockRun& run) const {
+  const int64_t head = data_->patterns.of_pattern[static_cast<size_t>(pattern)];
+  return PairsOfRun(data_->rule, *data_->documents, head, block, run);
 }
 
 VisibleRule MakeVisibleRule(const AttentionPattern& pattern, int64_t kv_heads,

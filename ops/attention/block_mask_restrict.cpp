@@ -41,13 +41,14 @@ std::shared_ptr<const BlockMask> BlockMask::Restrict(const KeptBlocks& kept) con
   mask->patterns_ = heads;
   for (int64_t h = 0; h < heads; ++h) {
     mask->pattern_of_head_.push_back(static_cast<int32_t>(h));
-    mask->head_of_pattern_.push_back(h);
+    mask->head_of_pattern_.push_back(rule_head(h));
   }
   mask->queries_ = queries_;
   mask->keys_ = keys_;
   mask->documents_ = documents_;
   mask->pattern_ = pattern_;
-  mask->rule_ = MakeVisibleRule(mask->pattern_, heads, *mask->documents_);
+  mask->rule_heads_ = rule_heads_;
+  mask->rule_ = MakeVisibleRule(mask->pattern_, rule_heads_, *mask->documents_);
 
   const auto place_of = [](const BlockList& list, int64_t blocks) {
     std::vector<int64_t> place(static_cast<size_t>(blocks), -1);

@@ -138,7 +138,8 @@ class PieceTask {
       const uint64_t* bits = keys_ < kMaskBlock ? lanes : nullptr;
       if (entry.partial) {
         bits = visible;
-        VisibleBitsOfQueries(b_.args.mask.rule(), b_.args.mask.documents(), piece_.kv_head,
+        const BlockMask& mask = b_.args.mask;
+        VisibleBitsOfQueries(mask.rule(), mask.documents(), mask.rule_head(piece_.kv_head),
                              entry.query, key_, visible);
       }
       for (int64_t g = 0; g < b_.shape.group; ++g) {

@@ -120,7 +120,8 @@ class ForwardTask {
     const bool partial = kind == BlockKind::kPartial;
     uint64_t bits[64];
     if (partial) {
-      VisibleBitsOfKeys(mask_.rule(), mask_.documents(), task_.kv_head, query_, key, bits);
+      VisibleBitsOfKeys(mask_.rule(), mask_.documents(), mask_.rule_head(task_.kv_head), query_,
+                        key, bits);
     }
     const int dim = static_cast<int>(shape_.dim);
     Bf16Ahead next_k, next_v;

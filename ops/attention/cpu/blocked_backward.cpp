@@ -111,8 +111,8 @@ void QueryGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask tas
       uint64_t bits[64];
       const bool partial = run.kind() == BlockKind::kPartial;
       if (partial) {
-        VisibleBitsOfKeys(mask.rule(), mask.documents(), task.kv_head, mask.queries().ids[index],
-                          key, bits);
+        VisibleBitsOfKeys(mask.rule(), mask.documents(), mask.rule_head(task.kv_head),
+                          mask.queries().ids[index], key, bits);
       }
       for (int64_t g = 0; g < shape.group; ++g) {
         const Head head = head_of(g);
@@ -179,7 +179,8 @@ void KeyGradientTask(const Backward& b, Scratch::Cursor scratch, BlockTask task)
       uint64_t bits[64];
       const bool partial = run.kind() == BlockKind::kPartial;
       if (partial) {
-        VisibleBitsOfQueries(mask.rule(), mask.documents(), task.kv_head, query, key, bits);
+        VisibleBitsOfQueries(mask.rule(), mask.documents(), mask.rule_head(task.kv_head), query,
+                             key, bits);
       }
       for (int64_t g = 0; g < shape.group; ++g) {
         const int64_t h = task.kv_head * shape.group + g;

@@ -85,8 +85,8 @@ class ForwardTask {
     PackBlock(kernels_, shape_, args_.kv.v, offset, args_.kv.token_stride(), keys, v_);
     uint64_t bits[64];
     if (kind == BlockKind::kPartial) {
-      VisibleBitsOfKeys(args_.mask.rule(), args_.mask.documents(), task_.kv_head, query_, key,
-                        bits);
+      VisibleBitsOfKeys(args_.mask.rule(), args_.mask.documents(),
+                        args_.mask.rule_head(task_.kv_head), query_, key, bits);
     }
     if (maxima_.wanted()) scores_of_blocks_.Start(key);
     for (int64_t g = 0; g < shape_.group; ++g) {

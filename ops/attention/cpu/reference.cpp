@@ -39,9 +39,9 @@ void ForEachKey(const KvView& kv, const BlockMask& mask, int64_t kv_head, int64_
                 int32_t block, BlockKind kind, Visit&& visit) {
   const int64_t length = mask.documents().row_length;
   const int64_t first = BlockFirstToken(length, block), n = BlockTokens(length, block);
-  const int64_t offset = kv.Offset(kv_head, block);
+  const int64_t offset = kv.Offset(kv_head, block), head = mask.rule_head(kv_head);
   for (int64_t j = 0; j < n; ++j) {
-    if (kind == BlockKind::kFull || Visible(mask.rule(), kv_head, query, first + j)) {
+    if (kind == BlockKind::kFull || Visible(mask.rule(), head, query, first + j)) {
       visit(offset + j * kv.token_stride());
     }
   }

@@ -64,9 +64,13 @@ FlatMask::FlatMask(const BlockMask& mask)
       kv_heads_(mask.kv_heads()),
       patterns_(mask.patterns()),
       blocks_per_row_(BlocksPerRow(mask.documents().row_length)) {
-  std::vector<int32_t> pattern_of;
-  for (int64_t h = 0; h < kv_heads_; ++h) pattern_of.push_back(mask.pattern_of(h));
+  std::vector<int32_t> pattern_of, rule_head;
+  for (int64_t h = 0; h < kv_heads_; ++h) {
+    pattern_of.push_back(mask.pattern_of(h));
+    rule_head.push_back(static_cast<int32_t>(mask.rule_head(h)));
+  }
   pattern_of_ = Add(pattern_of);
+  rule_head_ = Add(rule_head);
   query_begin_ = Add(QueryTokenOffsets(mask));
   segment_ends_ = Add(mask.pattern().segment_ends);
   spans_ = Add(mask.pattern().spans);
@@ -99,6 +103,7 @@ DeviceMask FlatMask::At(const void* base, DocumentArrays documents) const {
   mask.patterns = patterns_;
   mask.blocks_per_row = blocks_per_row_;
   at(mask.pattern_of, pattern_of_);
+  at(mask.rule_head, rule_head_);
   at(mask.query_begin, query_begin_);
   axis_at(mask.rows, rows_);
   axis_at(mask.columns, columns_);

@@ -53,6 +53,7 @@ struct DeviceMask {
   VisibleRule rule;  // with pointers into the device
   int64_t kv_heads, patterns, blocks_per_row;
   const int32_t* pattern_of;   // [kv_heads]
+  const int32_t* rule_head;    // [kv_heads]: the head to ask `rule` with
   const int64_t* query_begin;  // [rows of the micro-batch * blocks_per_row] by id: local token
                                // offset in queries(), -1 for blocks that are not there
   DeviceAxis rows, columns;
@@ -72,7 +73,7 @@ struct DeviceMask {
   LONGSPAN_HD int64_t QueryBegin(int32_t id) const { return query_begin[id]; }
   // q and k are global token indices.
   LONGSPAN_HD bool Sees(int64_t kv_head, int64_t q, int64_t k) const {
-    return Visible(rule, kv_head, q, k);
+    return Visible(rule, rule_head[kv_head], q, k);
   }
 };
 
@@ -112,7 +113,7 @@ class FlatMask {
   std::vector<std::byte> bytes_;
   VisibleRule rule_;
   int64_t kv_heads_, patterns_, blocks_per_row_;
-  size_t pattern_of_ = 0, query_begin_ = 0, segment_ends_ = 0, spans_ = 0;
+  size_t pattern_of_ = 0, rule_head_ = 0, query_begin_ = 0, segment_ends_ = 0, spans_ = 0;
   Axis rows_, columns_;
 };
 

@@ -144,7 +144,8 @@ struct TaskState {
   int64_t first_row;            // kernel's own
   int32_t row_block;            // global id of the first block of that row
   int32_t row_length;           // tokens
-  int32_t kv_head, block;       // block: global id of the task's own
+  int32_t kv_head, rule_head;   // rule_head: for VisibleKeys
+  int32_t block;                // global id of the task's own
 
   __device__ int Tokens(int32_t id) const {
     const int rest = row_length - (id - row_block) * kBlock;
@@ -160,6 +161,7 @@ struct TaskState {
     const int32_t per_row = static_cast<int32_t>(mask.blocks_per_row);
     block = axis.ids[task.index];
     kv_head = task.kv_head;
+    rule_head = mask.rule_head[task.kv_head];
     row_block = block / per_row * per_row;
     row_length = static_cast<int32_t>(mask.rule.row_length);
     row_token = static_cast<int64_t>(block / per_row) * row_length;
@@ -195,7 +197,7 @@ __device__ inline void FillMask(std::byte* words, const VisibleRule& rule, const
   const int rest = task.Tokens(key_block) - 32 * half, keys = rest < 32 ? rest : 32;
   uint32_t word = 0;
   if (keys > 0 && query < task.Tokens(query_block)) {
-    word = VisibleKeys(rule, task.kv_head, task.FirstToken(query_block) + query,
+    word = VisibleKeys(rule, task.rule_head, task.FirstToken(query_block) + query,
                        task.FirstToken(key_block) + 32 * half, keys);
   }
   reinterpret_cast<uint32_t*>(words)[threadIdx.x] = word;
