@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "ops/attention/block_mask.h"
@@ -16,23 +17,30 @@ namespace longspan::parallel {
 // A key block is needed by a rank and kv head when some query of the rank sees some key of it. Kv
 // heads with equal rules share a head pattern, as in BlockMask.
 //
-// Memory   patterns * ranks * blocks bits, and patterns * ranks^2 counts of pairs once PairsBetween
-//          is asked
+// Memory   patterns * ranks * blocks bits, and `ranks` counts of pairs for every (pattern, rank)
+// that
+//          PairsBetween has been asked for
 // Time     one walk over the runs of the whole row's mask: a million tokens on 1024 ranks take less
-//          than a second per pattern
+//          than a second per pattern; another walk over the rows of a rank when PairsBetween is
+//          first asked for it
 // Threads  immutable once built; PairsBetween may be asked from several threads
+// Errors   InvalidArgument for a pattern with Problems() and for documents and a placement of
+//          different sizes
 class ContextDemand {
  public:
-  static std::shared_ptr<const ContextDemand> Build(
-      const ops::AttentionPattern& pattern, int64_t kv_heads,
-      std::shared_ptr<const ops::Documents> documents, std::shared_ptr<const Placement> placement);
+  static std::shared_ptr<const ContextDemand> Build(const ops::AttentionPattern& pattern,
+                                                    int64_t kv_heads,
+                                                    std::shared_ptr<const ops::Documents> documents,
+                                                    std::shared_ptr<const Placement> placement);
 
   int64_t ranks() const;
   int64_t blocks() const;  // of all rows
   int64_t kv_heads() const;
   int64_t patterns() const;
   int32_t pattern_of(int64_t kv_head) const;
+  int64_t heads_of(int64_t head_pattern) const;  // how many kv heads have it
   const Placement& placement() const;
+  const std::shared_ptr<const Placement>& shared_placement() const;
   const std::shared_ptr<const ops::Documents>& documents() const;
   const ops::AttentionPattern& pattern() const;
 
@@ -51,7 +59,15 @@ class ContextDemand {
   // Distinct rows needed by the ranks [node * ranks_per_node, ...) from ranks of other nodes.
   int64_t NodeLowerBoundRows(int node, int ranks_per_node) const;
 
-  // Fingerprint of pattern, documents and placement: ranks compare it before they exchange by it.
+  // The demand of an attention whose kv head i has the rule of kv head `kv_heads[i]` of this one
+  // (repeats allowed): what a rank that holds only some heads plans with. The same placement.
+  std::shared_ptr<const ContextDemand> SelectHeads(std::span<const int32_t> kv_heads) const;
+  // The mask of these heads (after SelectHeads: of the selected ones) between two block lists.
+  std::shared_ptr<const ops::BlockMask> Mask(const ops::BlockList& queries,
+                                             const ops::BlockList& keys) const;
+
+  // Fingerprint of pattern, kv heads, documents and placement: ranks compare it before they
+  // exchange by it.
   uint64_t Hash() const;
 
  private:

@@ -198,32 +198,5 @@ TEST(StrategyTest, PlanOfAnotherRankIsRefused) {
   EXPECT_THROW(ContextAttentionForward(ctx, *self, *plan, q, q, q), InvalidArgument);
 }
 
-TEST(PlacementTest, ZigzagPairsEarlyAndLateParts) {
-  const Placement p(PlacementKind::kZigzag, 2, 512, 2);
-  EXPECT_EQ(p.parts(0), (std::vector<TokenRange>{{0, 128}, {384, 512}}));
-  EXPECT_EQ(p.parts(1), (std::vector<TokenRange>{{128, 256}, {256, 384}}));
-  EXPECT_EQ(p.blocks(0).ids, (std::vector<int32_t>{0, 1, 6, 7, 8, 9, 14, 15}));
-}
-
-TEST(PlacementTest, EveryTokenHasOneOwner) {
-  for (PlacementKind kind : {PlacementKind::kContiguous, PlacementKind::kZigzag}) {
-    const Placement p(kind, 3, 128 * 3, 3);
-    std::vector<int> owners(static_cast<size_t>(3 * 128 * 3));
-    std::vector<int64_t> index(owners.size());
-    for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int64_t>(i);
-    for (int r = 0; r < 3; ++r) {
-      for (int64_t t : p.Slice(index, r)) ++owners[static_cast<size_t>(t)];
-    }
-    for (int n : owners) EXPECT_EQ(n, 1);
-  }
-}
-
-TEST(PlacementTest, ProblemNamesUsableLengths) {
-  const std::string text = Placement::Problem(PlacementKind::kZigzag, 1000, 2);
-  EXPECT_NE(text.find("768"), std::string::npos) << text;
-  EXPECT_NE(text.find("1024"), std::string::npos) << text;
-  EXPECT_EQ(Placement::Problem(PlacementKind::kContiguous, 1000, 1), "");
-}
-
 }  // namespace
 }  // namespace longspan::test
