@@ -10,11 +10,13 @@
 #include <cstdlib>
 #include <exception>
 #include <thread>
+#include <vector>
 
 #include "ops/core/cuda/backend.h"
 #include "ops/core/parallel_for.h"
 #include "parallel/comm/mpi_engine.h"
 #include "parallel/comm/nccl.h"
+#include "parallel/comm/peer_watch.h"
 #include "parallel/comm/self.h"
 
 namespace longspan::parallel {
@@ -81,6 +83,26 @@ void StartMpi(std::optional<int> announced_size) {
   }
 }
 
+// Watches the processes of the other ranks on this node.
+std::shared_ptr<internal::PeerWatch> WatchPeers(MPI_Comm node, int local_rank, int local_size) {
+  struct Me {
+    int64_t rank, process;
+  } me{0, getpid()};
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  me.rank = rank;
+  std::vector<Me> all(static_cast<size_t>(local_size));
+  internal::CheckMpi(MPI_Allgather(&me, 2, MPI_INT64_T, all.data(), 2, MPI_INT64_T, node),
+                     "MPI_Allgather");
+  std::vector<internal::PeerWatch::Peer> peers;
+  for (int r = 0; r < local_size; ++r) {
+    const Me& peer = all[static_cast<size_t>(r)];
+    if (r == local_rank) continue;
+    peers.push_back({static_cast<int>(peer.rank), static_cast<pid_t>(peer.process)});
+  }
+  return std::make_shared<internal::PeerWatch>(rank, std::move(peers));
+}
+
 }  // namespace
 
 std::optional<std::string> Environment(const char* name) {
@@ -112,17 +134,21 @@ std::unique_ptr<Bootstrap> Bootstrap::Start(MpiOptions options) {
   return job;
 }
 
-void Bootstrap::StartMpiWorld(const MpiOptions& options) {
+void Bootstrap::StartMpiWorld(MpiOptions options) {
   StartMpi(FirstInteger(kSizeVariables));
   launched_ = mpi_ = true;
-  world_ = internal::MakeMpiWorld(options);
   MPI_Comm node;
   internal::CheckMpi(
       MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node),
       "MPI_Comm_split_type");
   MPI_Comm_rank(node, &local_rank_);
   MPI_Comm_size(node, &local_size_);
+  peers_ = WatchPeers(node, local_rank_, local_size_);
   MPI_Comm_free(&node);
+  if (!options.foreign_failure) {
+    options.foreign_failure = [peers = peers_] { return peers->Failure(); };
+  }
+  world_ = internal::MakeMpiWorld(options);
 }
 
 void Bootstrap::Meet(const Rendezvous& rendezvous) {
@@ -173,6 +199,7 @@ Bootstrap::~Bootstrap() {
     world_->Abort("an exception ended this rank");
   }
   world_.reset();
+  if (peers_ != nullptr) peers_->Stop();
   if (mpi_) MPI_Finalize();
 }
 
@@ -180,6 +207,7 @@ void Bootstrap::Finish() {
   if (!launched_ || finished_) return;
   finished_ = true;
   if (mpi_) {
+    peers_->Stop();
     internal::CheckMpi(MPI_Finalize(), "MPI_Finalize");
   } else {
     world_->Barrier();  // so that no rank takes another's end for a failure

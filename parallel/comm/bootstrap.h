@@ -9,11 +9,18 @@
 
 namespace longspan::parallel {
 
+namespace internal {
+class PeerWatch;
+}
+
 // What the process learns from its launcher:
 //   - LONGSPAN_RENDEZVOUS (rendezvous.h): ranks with a GPU each and no MPI. world() is NCCL, with
 //     sums that repeat bit for bit unless the user chose otherwise (nccl.h), on GPU local_rank()
 //     modulo the visible ones; UseDevice may later name another Runtime of that GPU
-//   - mpirun, or srun with an MPI plugin: world() is MPI, the only case in which MPI is initialised
+//   - mpirun, or srun with an MPI plugin: world() is MPI, the only case in which MPI is
+//   initialised.
+//     The ranks of a node watch each other's processes: when one ends early, every wait of the
+//     others throws CommError that names it
 //   - neither: one rank, `self`
 //
 //   auto job = Bootstrap::Start();
@@ -53,9 +60,10 @@ class Bootstrap {
 
  private:
   Bootstrap() = default;
-  void StartMpiWorld(const MpiOptions& options);
+  void StartMpiWorld(MpiOptions options);
   void Meet(const Rendezvous& rendezvous);  // NCCL
 
+  std::shared_ptr<internal::PeerWatch> peers_;  // on this node, with MPI
   std::unique_ptr<Communicator> world_;
   bool mpi_ = false;
   int local_rank_ = 0, local_size_ = 1, threads_ = 1;

@@ -15,6 +15,10 @@ namespace longspan::parallel {
 
 enum class ReduceOp { kSum, kMax, kMin };
 
+// How long a rank waits for the others before it takes the job for stuck: longer than any rank
+// works alone, such as on its part of a checkpoint.
+inline constexpr double kDefaultTimeoutS = 1800;
+
 // A pending operation. Its buffers must stay alive and untouched until Done() is true or Wait()
 // returns (send buffers may be read). A default-constructed Work is complete. Dropping a Work that
 // is not complete is an error: `local` fails the group, `mpi` and `nccl` log it.
@@ -127,6 +131,16 @@ class Communicator {
   // Moves pending operations; cheap when there are none. Kernels call it between tasks. Never
   // throws: a failure shows in Done or Wait.
   virtual void Progress() = 0;
+
+  // The caller has given `flops` floating-point operations to this rank's processor. Communicators
+  // that simulate time (simulated.h) count them, to the others it is nothing.
+  virtual void Computed(double /*flops*/) {}
+
+  // From here on operations of this communicator and of all related to it by Split may take this
+  // many seconds; 0: no limit. One that takes longer fails with CommError naming the operation,
+  // this rank and, where known, the ranks that are missing. Not collective, but the same on all
+  // ranks. `self` waits for nobody.
+  virtual void SetTimeout(double seconds) = 0;
 
   // Collective. Ranks with equal `color` (>= 0) form a new group, ordered by (key, rank).
   // A rank with a negative color belongs to none and gets nullptr.

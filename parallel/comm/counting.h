@@ -64,6 +64,8 @@ class CountingCommunicator : public Communicator {
     inner_->UseDevice(std::move(runtime));
   }
   void Progress() override { inner_->Progress(); }
+  void Computed(double flops) override { inner_->Computed(flops); }
+  void SetTimeout(double seconds) override { inner_->SetTimeout(seconds); }
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;
 

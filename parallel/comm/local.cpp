@@ -87,6 +87,7 @@ class LocalCommunicator : public Communicator {
     internal::UseQueue(queue_, std::move(runtime));
   }
   void Progress() override { hub_->Progress(); }
+  void SetTimeout(double seconds) override { hub_->SetTimeout(seconds); }
 
   std::unique_ptr<Communicator> Split(int color, int key) override {
     Posted request{.kind = CommOp::kSplit};

@@ -14,7 +14,7 @@ class LocalHub;
 
 struct LocalOptions {
   // A wait longer than this fails the world and names the ranks that are missing; 0 = no limit.
-  double timeout_s = 600;
+  double timeout_s = kDefaultTimeoutS;
 };
 
 // P ranks that live in one process as threads.

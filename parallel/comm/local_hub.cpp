@@ -366,17 +366,18 @@ bool LocalHub::RunOne(Lock& lock) {
 
 void LocalHub::Wait(const Posted& post, const std::string& who) {
   Lock lock(mutex_);
+  const double timeout_s = timeout_s_;
   const auto deadline =
       std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                             std::chrono::duration<double>(timeout_s_));
+                                             std::chrono::duration<double>(timeout_s));
   while (!post.Complete()) {
     if (failure_) ThrowFailure(lock);
     if (RunOne(lock)) continue;
-    if (timeout_s_ <= 0) {
+    if (timeout_s <= 0) {
       changed_.wait(lock);
     } else if (changed_.wait_until(lock, deadline) == std::cv_status::timeout && !failure_ &&
                !post.Complete() && ready_.empty() && in_flight_ == 0) {
-      FailLocked(Str(who, " waited ", timeout_s_, " s for ", post.description, Missing(post)));
+      FailLocked(Str(who, " waited ", timeout_s, " s for ", post.description, Missing(post)));
     }
   }
   for (const auto& event : post.done) post.queue->ComputeWaitsFor(event);
@@ -387,12 +388,15 @@ std::string LocalHub::Missing(const Posted& post) const {
     const auto group = weak.lock();
     if (group == nullptr) continue;
     for (const auto& [sequence, record] : group->records_) {
-      if (std::ranges::none_of(record.posts, [&](const auto& p) { return p.get() == &post; })) {
-        continue;
-      }
+      const auto mine =
+          std::ranges::find_if(record.posts, [&](const auto& p) { return p.get() == &post; });
+      if (mine == record.posts.end()) continue;
+      const int rank = static_cast<int>(mine - record.posts.begin());
       std::string text = "; not issued by rank";
-      for (size_t r = 0; r < record.posts.size(); ++r) {
-        if (record.posts[r] == nullptr) text += Str(" ", r);
+      for (int r = 0; r < group->size(); ++r) {
+        if (record.posts[static_cast<size_t>(r)] == nullptr && post.Needs(rank, r)) {
+          text += Str(" ", r);
+        }
       }
       return text;
     }
@@ -444,6 +448,11 @@ void LocalHub::Drop(const Posted& post, const std::string& who) noexcept {
   if (post.Complete()) return;
   if (!failure_) FailLocked(Str(who, " dropped ", post.description, " before it was complete"));
   changed_.wait(lock, [this] { return in_flight_ == 0; });
+}
+
+void LocalHub::SetTimeout(double seconds) {
+  Lock lock(mutex_);
+  timeout_s_ = seconds;
 }
 
 void LocalHub::Fail(const std::string& reason) {

@@ -95,6 +95,7 @@ class LocalHub {
   // An operation was dropped, pending or not: its buffers are about to go away.
   void Drop(const Posted& post, const std::string& who) noexcept;
 
+  void SetTimeout(double seconds);  // of waits that begin later
   void Fail(const std::string& reason);
   void Leave(int world_rank);
   void Quiesce();  // returns when no piece is in flight; call after Fail
@@ -127,7 +128,7 @@ class LocalHub {
   std::optional<std::string> failure_;
   std::vector<char> left_;  // by world rank
   std::vector<std::weak_ptr<LocalGroup>> groups_;
-  const double timeout_s_;
+  double timeout_s_;
 };
 
 }  // namespace longspan::parallel::internal

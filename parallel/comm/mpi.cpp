@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "parallel/comm/arguments.h"
@@ -53,6 +54,7 @@ class MpiCommunicator : public Communicator {
     CheckMpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
     CheckMpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
     CheckMpi(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
+    FindWorldRanks();
   }
   ~MpiCommunicator() override {
     int finalized = 0;
@@ -80,11 +82,13 @@ class MpiCommunicator : public Communicator {
     engine_->Wait(*state);
   }
   void Progress() override { engine_->Progress(); }
+  void SetTimeout(double seconds) override { engine_->SetTimeout(seconds); }
   void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override {
     UseQueue(queue_, std::move(runtime));
   }
 
   std::unique_ptr<Communicator> Split(int color, int key) override {
+    Barrier();  // MPI_Comm_split has no time limit
     ++sequence_;
     MPI_Comm child = MPI_COMM_NULL;
     CheckMpi(MPI_Comm_split(comm_, color < 0 ? MPI_UNDEFINED : color, key, &child),
@@ -106,8 +110,25 @@ class MpiCommunicator : public Communicator {
   std::shared_ptr<MpiState> Begin(CommOp op, const std::string& what, std::vector<Tensor> tensors) {
     return std::make_shared<MpiState>(
         Str(ToString(op), " (operation ", sequence_++, what.empty() ? "" : " of ", what,
-            ") on rank ", rank_, " of ", size_),
+            ") on rank ", rank_, " of ", size_, InJob()),
         std::move(tensors));
+  }
+  void FindWorldRanks() {
+    MPI_Group all, mine;
+    CheckMpi(MPI_Comm_group(MPI_COMM_WORLD, &all), "MPI_Comm_group");
+    CheckMpi(MPI_Comm_group(comm_, &mine), "MPI_Comm_group");
+    std::vector<int> ranks(static_cast<size_t>(size_));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    world_ranks_.resize(ranks.size());
+    CheckMpi(MPI_Group_translate_ranks(mine, size_, ranks.data(), all, world_ranks_.data()),
+             "MPI_Group_translate_ranks");
+    MPI_Group_free(&mine);
+    MPI_Group_free(&all);
+    MPI_Comm_size(MPI_COMM_WORLD, &job_size_);
+  }
+  int InJob(int rank) const { return world_ranks_[static_cast<size_t>(rank)]; }
+  std::string InJob() const {  // of a part: which of the job's ranks this one is
+    return size_ == job_size_ ? "" : Str(", rank ", InJob(rank_), " of the job");
   }
   Gpu gpu() const { return queue_ == nullptr ? Gpu() : Gpu(queue_->device()); }
   // Before the buffers of an operation are made: whether its operands are in GPU memory.
@@ -139,7 +160,8 @@ class MpiCommunicator : public Communicator {
   MPI_Comm comm_;
   std::shared_ptr<MpiEngine> engine_;
   std::shared_ptr<DeviceQueue> queue_;  // shared with the parts
-  int rank_ = 0, size_ = 1;
+  int rank_ = 0, size_ = 1, job_size_ = 1;
+  std::vector<int> world_ranks_;
   int64_t sequence_ = 0;  // operations issued; the same on every rank
 };
 
@@ -257,7 +279,7 @@ Work MpiCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs)
       MPI_Request request;
       CheckMpi(MPI_Irecv(buffer.host() + at, count, MPI_BYTE, r.peer, tag, comm_, &request),
                "MPI_Irecv");
-      engine_->Add(state, request, count, buffer.Return(at, count));
+      engine_->Add(state, request, count, buffer.Return(at, count), InJob(r.peer));
     });
   }
   std::vector<MpiBuffer> outgoing;
@@ -272,7 +294,7 @@ Work MpiCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> recvs)
       MPI_Request request;
       CheckMpi(MPI_Isend(buffer.host() + at, count, MPI_BYTE, sends[i].peer, tag, comm_, &request),
                "MPI_Isend");
-      engine_->Add(state, request);
+      engine_->Add(state, request, -1, nullptr, InJob(sends[i].peer));
     });
   }
   return Finish(std::move(state));
@@ -286,7 +308,8 @@ std::unique_ptr<Communicator> MakeMpiWorld(const MpiOptions& options) {
   MPI_Comm world;
   CheckMpi(MPI_Comm_dup(MPI_COMM_WORLD, &world), "MPI_Comm_dup");
   return std::make_unique<MpiCommunicator>(
-      world, std::make_shared<MpiEngine>(options.piece_bytes, options.timeout_s));
+      world,
+      std::make_shared<MpiEngine>(options.piece_bytes, options.timeout_s, options.foreign_failure));
 }
 
 }  // namespace longspan::parallel::internal

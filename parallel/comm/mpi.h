@@ -1,5 +1,8 @@
 #pragma once
+#include <functional>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "parallel/comm/communicator.h"
 
@@ -9,7 +12,10 @@ struct MpiOptions {
   // Messages are cut into pieces of at most this size. Measured with Open MPI 4.1 and 2 ranks on
   // one node: larger pieces halve the rate of AllReduce, smaller ones bring nothing.
   int64_t piece_bytes = int64_t{1} << 20;
-  double timeout_s = 3600;  // a longer wait throws CommError; 0 = no limit
+  double timeout_s = kDefaultTimeoutS;  // a longer wait throws CommError; 0 = no limit
+  // Asked while an operation is waited for: that another rank has failed, and how. The wait then
+  // throws CommError with that text.
+  std::function<std::optional<std::string>()> foreign_failure{};
 };
 
 namespace internal {

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <exception>
+#include <set>
 #include <thread>
 
 namespace longspan::parallel::internal {
@@ -47,11 +48,11 @@ void CheckMpi(int code, const char* call) {
 }
 
 void MpiEngine::Add(const std::shared_ptr<MpiState>& state, MPI_Request request,
-                    int64_t expected_bytes, std::function<void()> then) {
+                    int64_t expected_bytes, std::function<void()> then, int peer) {
   std::lock_guard lock(mutex_);
   state->pieces_.fetch_add(1);
   requests_.push_back(request);
-  owners_.push_back({state, expected_bytes, std::move(then)});
+  owners_.push_back({state, expected_bytes, std::move(then), peer});
   outstanding_.store(static_cast<int64_t>(requests_.size()), std::memory_order_relaxed);
 }
 
@@ -119,7 +120,11 @@ void MpiEngine::Progress() noexcept {
 
 bool MpiEngine::Done(const MpiState& state) {
   if (!state.complete()) Poll();
-  if (!state.complete()) return false;
+  if (!state.complete()) {
+    const auto failure = foreign_failure_ ? foreign_failure_() : std::nullopt;
+    if (!failure) return false;
+    throw CommError(Str(state.description_, " cannot be completed: ", *failure));
+  }
   if (!state.error_.empty()) throw CommError(state.error_);
   return true;
 }
@@ -129,13 +134,29 @@ void MpiEngine::Wait(const MpiState& state) {
   Backoff backoff;
   while (!Done(state)) {
     backoff.Pause();
-    if (timeout_s_ <= 0) continue;
+    const double timeout_s = timeout_s_;
+    if (timeout_s <= 0) continue;
     const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
-    if (waited.count() > timeout_s_) {
-      throw CommError(Str(state.description_, " is not complete after ", timeout_s_,
-                          " s: another rank is stuck or has not issued it"));
+    if (waited.count() > timeout_s) {
+      throw CommError(
+          Str(state.description_, " is not complete after ", timeout_s, " s: ", Missing(state)));
     }
   }
+}
+
+// Who keeps an operation from its end; MPI tells it of messages only.
+std::string MpiEngine::Missing(const MpiState& state) {
+  std::set<int> peers;
+  {
+    std::lock_guard lock(mutex_);
+    for (const Owner& owner : owners_) {
+      if (owner.state.get() == &state && owner.peer >= 0) peers.insert(owner.peer);
+    }
+  }
+  if (peers.empty()) return "another rank is stuck, has ended or has not issued it";
+  std::string text = "its messages with rank";
+  for (int peer : peers) text += Str(peer == *peers.begin() ? " " : ", ", peer);
+  return text + " of the job have not arrived";
 }
 
 const DeviceEventRef& MpiState::DeviceEnd() {

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,20 +27,25 @@ class MpiState;
 // of all communicators, so whoever polls moves everything.
 class MpiEngine {
  public:
-  MpiEngine(int64_t piece_bytes, double timeout_s)
-      : piece_bytes_(piece_bytes), timeout_s_(timeout_s) {}
+  using ForeignFailure = std::function<std::optional<std::string>()>;
+  MpiEngine(int64_t piece_bytes, double timeout_s, ForeignFailure foreign_failure)
+      : piece_bytes_(piece_bytes),
+        foreign_failure_(std::move(foreign_failure)),
+        timeout_s_(timeout_s) {}
 
   // Messages are cut into pieces of at most this size: bounded counts, bounded time in one poll.
   int64_t piece_bytes() const { return piece_bytes_; }
 
   // Takes over a started request of `state`. `expected_bytes` >= 0: a receive that must have
   // exactly this size. `then`, if any, runs when the request has succeeded, on the thread that
-  // finds out; it must be short and may not use MPI.
+  // finds out; it must be short and may not use MPI. `peer` >= 0: the only other rank that takes
+  // part, by its number in the job.
   void Add(const std::shared_ptr<MpiState>& state, MPI_Request request, int64_t expected_bytes = -1,
-           std::function<void()> then = nullptr);
+           std::function<void()> then = nullptr, int peer = -1);
   void Progress() noexcept;  // one poll when something is outstanding
   bool Done(const MpiState& state);
   void Wait(const MpiState& state);
+  void SetTimeout(double seconds) { timeout_s_ = seconds; }
   int64_t outstanding() const { return outstanding_.load(std::memory_order_relaxed); }
 
  private:
@@ -47,12 +53,15 @@ class MpiEngine {
     std::shared_ptr<MpiState> state;
     int64_t expected_bytes;
     std::function<void()> then;
+    int peer;
   };
   bool Poll();  // true when something completed
+  std::string Missing(const MpiState& state);
   void Complete(size_t index, const MPI_Status& status, bool failed);
 
   const int64_t piece_bytes_;
-  const double timeout_s_;
+  const ForeignFailure foreign_failure_;
+  std::atomic<double> timeout_s_;
   std::mutex mutex_;
   std::vector<MPI_Request> requests_;
   std::vector<Owner> owners_;  // of requests_

@@ -239,7 +239,7 @@ class HostState : public Work::State {
     return work_.Done();
   }
   void Wait() override {
-    const double limit_s = watchdog_->options().timeout_s;
+    const double limit_s = watchdog_->timeout_s();
     Pauses pauses(limit_s);
     while (!Done()) {
       if (pauses.Next()) continue;
@@ -285,6 +285,10 @@ class NcclCommunicator : public Communicator {
   }
   void Progress() override {  // NCCL and the watchdog have threads of their own
     if (host_ != nullptr) host_->Progress();
+  }
+  void SetTimeout(double seconds) override {
+    watchdog_->SetTimeout(seconds);
+    if (host_ != nullptr) host_->SetTimeout(seconds);
   }
   std::unique_ptr<Communicator> Split(int color, int key) override;
 
@@ -386,10 +390,7 @@ Work NcclCommunicator::Issue(const std::shared_ptr<NcclState>& state, F&& f) {
   const cudaStream_t stream = internal::StreamOf(*queue_);
   Require(link_->Call([&](ncclComm_t comm) { return f(comm, stream); }),
           state->description().c_str());
-  // Ranks connect for their first operations, to which one may come late.
-  const NcclOptions& o = watchdog_->options();
-  Settle(*link_, *watchdog_, state->description(),
-         o.timeout_s <= 0 ? 0 : std::max(o.timeout_s, o.connect_timeout_s));
+  Settle(*link_, *watchdog_, state->description(), watchdog_->issue_limit_s());
   state->Issued();
   return Work(state);
 }

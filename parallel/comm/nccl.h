@@ -10,7 +10,8 @@ namespace longspan::parallel {
 
 struct NcclOptions {
   double connect_timeout_s = 300;  // for all ranks to be there, at the start and in Split
-  double timeout_s = 3600;         // for one operation, from its issue to its end; 0 = no limit
+  // For one operation, from its issue to its end; 0 = no limit.
+  double timeout_s = kDefaultTimeoutS;
   // Sums that repeat bit for bit: calls RepeatNcclSums first.
   bool deterministic = true;
   // After a failure the watchdog has aborted all transfers and every call throws CommError. A

@@ -83,8 +83,9 @@ std::string Watchdog::LateOperation() {
     }
     if (!queue_->Done(oldest.end)) {
       const std::chrono::duration<double> age = Clock::now() - oldest.start;
-      if (options_.timeout_s <= 0 || age.count() <= options_.timeout_s) return "";
-      return Str(oldest.description, " is not complete after ", options_.timeout_s,
+      const double timeout_s = timeout_s_;
+      if (timeout_s <= 0 || age.count() <= timeout_s) return "";
+      return Str(oldest.description, " is not complete after ", timeout_s,
                  " s: another rank is stuck, has ended or has not issued it");
     }
     std::lock_guard lock(mutex_);

@@ -1,4 +1,6 @@
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -31,7 +33,13 @@ class Watchdog {
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
 
-  const NcclOptions& options() const { return options_; }
+  const NcclOptions& options() const { return options_; }  // timeout_s may have changed since
+  double timeout_s() const { return timeout_s_; }
+  void SetTimeout(double seconds) { timeout_s_ = seconds; }
+  // For NCCL to take an operation: ranks connect for their first ones, to which one may come late.
+  double issue_limit_s() const {
+    return timeout_s_ <= 0 ? 0 : std::max<double>(timeout_s_, options_.connect_timeout_s);
+  }
   void Add(std::shared_ptr<Watched> watched);
   void Remove(const Watched& watched);
   // An operation that must end in time; operations end in the order of these calls.
@@ -59,6 +67,7 @@ class Watchdog {
 
   const std::shared_ptr<DeviceQueue> queue_;
   const NcclOptions options_;
+  std::atomic<double> timeout_s_{options_.timeout_s};
   const std::string who_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;

@@ -22,6 +22,7 @@ class SelfCommunicator : public Communicator {
   Work Exchange(std::vector<Send> sends, std::vector<Recv> recvs) override;
   void Barrier() override {}
   void Progress() override {}
+  void SetTimeout(double) override {}
   void UseDevice(std::shared_ptr<cuda::Runtime> runtime) override;
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;

@@ -5,9 +5,11 @@
 
 #include "ops/core/cuda/backend.h"
 #include "parallel/comm/bootstrap.h"
+#include "parallel/comm/faulty.h"
 #include "parallel/comm/local.h"
 #include "parallel/comm/nccl.h"
 #include "parallel/comm/self.h"
+#include "parallel/comm/simulated.h"
 #include "tests/parallel/comm/contract.h"
 
 namespace longspan::test {
@@ -27,6 +29,22 @@ Harness NcclThreads(int ranks, bool host_beside) {
               options.exit_after_s = 0;
               const auto comm = parallel::MakeNccl(control, cuda::MakeRuntime(0, false), options);
               body(*comm);
+            });
+          }};
+}
+
+// Threads on a simulated network, with nodes of two ranks.
+Harness SimulatedThreads(int ranks, parallel::ComputeClock compute) {
+  const bool modelled = compute == parallel::ComputeClock::kModelled;
+  return {Str(modelled ? "modelled_" : "cpu_time_", ranks), [=](const auto& body) {
+            parallel::SimulatedNetwork network(ranks, {.intra = {1e-6, 1e10},
+                                                       .inter = {1e-5, 1e9},
+                                                       .ranks_per_node = 2,
+                                                       .compute = compute,
+                                                       .flops_per_s = 1e9});
+            parallel::RunLocal(ranks, [&](parallel::Communicator& comm) {
+              parallel::SimulatedCommunicator simulated(comm, network);
+              body(simulated);
             });
           }};
 }
@@ -76,6 +94,19 @@ std::vector<Harness> Harnesses() {
   }
   std::vector<Harness> counted = {Counted(all[0]), Counted(all[3]), Counted(all.back())};
   if (CanShareGpu()) all.push_back(NcclThreads(3, /*host_beside=*/true));
+  for (int ranks : {1, 4}) {
+    all.push_back(SimulatedThreads(ranks, parallel::ComputeClock::kModelled));
+  }
+  all.push_back(SimulatedThreads(3, parallel::ComputeClock::kCpuTime));
+  counted.push_back(Counted(all.back()));
+  // No operation of it comes to harm.
+  all.push_back({"faulty_3", [](const auto& body) {
+                   parallel::RunLocal(3, [&](parallel::Communicator& comm) {
+                     parallel::FaultyCommunicator faulty(
+                         comm, {{parallel::Fault::Kind::kLose, 0, int64_t{1} << 40}});
+                     body(faulty);
+                   });
+                 }});
   all.insert(all.end(), counted.begin(), counted.end());
   return all;
 }

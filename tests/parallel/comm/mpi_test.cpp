@@ -2,7 +2,9 @@
 // time-outs, and the sizes that only the receiver can check.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <optional>
 #include <thread>
 
 #include "ops/core/context.h"
@@ -104,7 +106,12 @@ TEST(MpiTest, AWaitThatTakesTooLongNamesTheOperation) {
       work.Wait();
       ADD_FAILURE() << "nothing was sent";
     } catch (const CommError& e) {
-      EXPECT_NE(std::string(e.what()).find("Exchange (operation 0"), std::string::npos) << e.what();
+      const std::string text = e.what();
+      EXPECT_NE(text.find("Exchange (operation 0"), std::string::npos) << text;
+      EXPECT_NE(text.find(Str(" on rank 0 of ", world.size(), " is not complete after 0.2 s: its ",
+                              "messages with rank ", last, " of the job have not arrived")),
+                std::string::npos)
+          << text;
     }
     world.Barrier();
     while (!work.Done()) std::this_thread::yield();
@@ -114,6 +121,44 @@ TEST(MpiTest, AWaitThatTakesTooLongNamesTheOperation) {
     std::vector<parallel::Send> sends;
     if (world.rank() == last) sends.push_back({0, &out, 1});
     impatient->Exchange(sends, {}).Wait();
+  }
+  world.Barrier();
+}
+
+// As when the process of a rank ends: nothing waits until the time is up.
+TEST(MpiTest, AWaitEndsWhenAnotherRankHasFailed) {
+  Communicator& world = Job().world();
+  const auto failed = std::make_shared<std::atomic<bool>>(false);
+  parallel::MpiOptions options;
+  options.foreign_failure = [failed]() -> std::optional<std::string> {
+    if (*failed) return "rank 77 has ended";
+    return std::nullopt;
+  };
+  const auto told = parallel::internal::MakeMpiWorld(options);
+  if (world.size() == 1) return;  // nobody to wait for
+  const int last = world.size() - 1;
+  const auto part = told->Split(world.rank() == 0 || world.rank() == last ? 0 : 1, -world.rank());
+  char out = 'x', in = '-';
+  if (world.rank() == 0) {
+    Work work = part->Exchange({}, {{0, &in, 1}});  // `last` comes first in the part
+    EXPECT_FALSE(work.Done());
+    *failed = true;
+    try {
+      work.Wait();
+      ADD_FAILURE() << "nothing was sent";
+    } catch (const CommError& e) {
+      const std::string text = e.what();
+      EXPECT_NE(text.find("cannot be completed: rank 77 has ended"), std::string::npos) << text;
+      const std::string who = world.size() == 2 ? " on rank 1 of 2" : ", rank 0 of the job";
+      EXPECT_NE(text.find(who), std::string::npos) << text;
+    }
+    *failed = false;
+    world.Barrier();
+    work.Wait();
+    EXPECT_EQ(in, 'x');
+  } else {
+    world.Barrier();
+    if (world.rank() == last) part->Exchange({{1, &out, 1}}, {}).Wait();
   }
   world.Barrier();
 }
