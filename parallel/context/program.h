@@ -58,10 +58,12 @@ struct RowMoves {
 };
 
 // This rank's queries against some keys, for kv heads [head_begin, head_end) and their query heads.
-// The mask has all kv heads; its keys are the union over heads of what is there, and a block that
-// is visible to one of the heads is there for that head.
+// The mask has these kv heads, as its heads 0, 1, ...; its keys are the union over heads of what is
+// there, and a block that is visible to one of the heads is there for that head. Ranges of heads of
+// two steps of a pass are equal or disjoint.
 struct ComputeStep {
-  std::shared_ptr<const ops::BlockMask> mask;  // null in programs of other ranks, made for forecasts
+  std::shared_ptr<const ops::BlockMask>
+      mask;  // null in programs of other ranks, made for forecasts
   int64_t head_begin = 0, head_end = 0;
   int64_t pairs = 0;  // visible (query, key) pairs over these kv heads
   bool own = false;   // keys and values are this rank's k and v, gradients its dk and dv
@@ -79,14 +81,49 @@ struct Instruction {
     kWait,     // transfers[index]
     kZero,     // spans[index] becomes 0
     kCompute,  // computes[index]
-    kAddRows,  // moves[index]: rows are added, kGrad to kGrad
-    kAddHome,  // packs[index]: rows of kGrad are added to this rank's dk and dv
+    kAddRows,  // moves[index]: rows are added, kGrad to kGrad, in the order of the list
+    kAddHome,  // packs[index]: rows of kGrad are added to this rank's dk and dv, in list order
   };
   Op op;
   int32_t index;
 };
 
+namespace internal {
+struct ProgramTables;  // executor.cpp
+}
+
+// What the executor derives from a program when it first runs it (tables of rows and of pieces, and
+// their copies on GPUs), one for each number of kv heads and head_dim; shared by the layers and
+// threads that run the program. A copy of the program starts without.
+class ProgramCache {
+ public:
+  ProgramCache() = default;
+  ProgramCache(const ProgramCache&) {}
+  ProgramCache& operator=(const ProgramCache&) {
+    const std::lock_guard lock(mutex_);
+    tables_.clear();
+    return *this;
+  }
+  using Key = std::pair<int64_t, int64_t>;  // kv heads of k and v, head_dim
+  template <class Make>
+  std::shared_ptr<const internal::ProgramTables> Get(Key key, const Make& make) const {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [have, tables] : tables_) {
+      if (have == key) return tables;
+    }
+    tables_.emplace_back(key, make());
+    return tables_.back().second;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::vector<std::pair<Key, std::shared_ptr<const internal::ProgramTables>>> tables_;
+};
+
+// Without masks (ProgramBuilder::Build, for forecasts) all transfers, amounts of rows and pairs are
+// there, but lists of pieces and moves are empty: such a program cannot run.
 struct Program {
+  std::shared_ptr<const ops::BlockList> own;  // this rank's blocks in local order; null: cannot run
   std::vector<Instruction> instructions;
   std::vector<Transfer> transfers;
   std::vector<ComputeStep> computes;
@@ -94,8 +131,9 @@ struct Program {
   std::vector<RowMoves> moves;
   std::vector<RowSpan> spans;
   int64_t work_rows = 0, kept_rows = 0, grad_rows = 0;  // sizes of the arenas
+  ProgramCache cache;
 
-  int64_t SentRows(Arena arena) const;  // kGrad: rows of gradients; kWork: those of kWork and kKept
+  int64_t SentRows(Arena arena) const;  // kGrad: rows of gradients; else those of kWork and kKept
   int64_t ReceivedRows(Arena arena) const;
   int64_t VisiblePairs() const;  // over kv heads
 };
@@ -107,6 +145,8 @@ struct ProgramSizes {
   int64_t grad_bytes = 0;  // of one element of a partial gradient
   bool backward = false;   // 10 instead of 4 operations a pair, query head and element
 };
+// Floating-point operations of a step of `pairs` visible pairs over kv heads.
+double StepFlops(int64_t pairs, const ProgramSizes& sizes);
 Timeline MakeTimeline(const Program& program, const ProgramSizes& sizes);
 
 }  // namespace longspan::parallel

@@ -1,5 +1,6 @@
 // Binaries without CUDA: no Context on a GPU exists, so nothing gets here.
 #include "ops/attention/cuda/attention_cuda.h"
+#include "ops/attention/cuda/kv_rows_cuda.h"
 #include "ops/attention/cuda/routed_cuda.h"
 #include "ops/core/error.h"
 
@@ -19,6 +20,11 @@ void MmaBackward(Context&, const BackwardArgs&) { Refuse(); }
 int64_t MmaSharedBytes(const Context&) { Refuse(); }
 Tensor AttentionDeltaCuda(Context&, const Tensor&, const Tensor&, Tensor) { Refuse(); }
 void MergePartialCuda(Context&, Tensor&, Tensor&, const Tensor&, const Tensor&) { Refuse(); }
+void CopyStripsCuda(Context&, const RowTable&, const RowPlanes&, int64_t, int64_t) { Refuse(); }
+void AddStripsCuda(Context&, const RowTable&, const RowPlanes&, int64_t, int64_t) { Refuse(); }
+void CopyColumnsCuda(Context&, int64_t, int64_t, const std::byte*, int64_t, std::byte*, int64_t) {
+  Refuse();
+}
 void BlockMeansCuda(Context&, const Tensor&, const RoutedBlocks&, const Tensor&) { Refuse(); }
 void RouteCuda(Context&, const RouteArgs&) { Refuse(); }
 void BuildRoutedListsCuda(Context&, const RoutedLists&) { Refuse(); }
