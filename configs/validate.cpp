@@ -170,6 +170,13 @@ void CheckAlignment(const Config& config, Problems& problems) {
   }
 }
 
+void CheckPacking(const Config& config, Problems& problems) {
+  if (config.data().packing() != Data::BALANCED || config.data().document_mask()) return;
+  problems.push_back({"data.packing",
+                      "BALANCED needs document_mask: true, because without it all rows have the "
+                      "same work (use GREEDY)"});
+}
+
 std::string Divisors(int64_t value) {
   std::vector<std::string> divisors;
   for (int64_t d = 1; d <= value; ++d) {
@@ -383,6 +390,7 @@ std::vector<Problem> Validate(const Config& config) {
     CheckRun(config, problems);
   }
   if (good({"run.context_length"})) CheckAlignment(config, problems);
+  CheckPacking(config, problems);
   if (good({"model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.head_dim"})) {
     CheckHeads(config, problems);
   }

@@ -211,6 +211,7 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.validation = SourcesFrom(c.data().validation());
   o.document_mask = c.data().document_mask();
   o.align_documents = c.data().align_documents();
+  o.balanced_packing = c.data().packing() == configs::Data::BALANCED;
   o.prefetch_micro_batches = static_cast<int>(c.data().prefetch_micro_batches());
   const configs::AdamW& adamw = c.optimizer().adamw();
   o.adamw = {adamw.lr(), adamw.beta1(), adamw.beta2(), adamw.eps(), adamw.weight_decay()};
@@ -269,7 +270,9 @@ ModelOptions ModelFromConfig(const configs::Config& c) {
   o.z_loss = m.z_loss();
   o.compute = DTypeOf(c.run().precision());
   o.residual = m.has_residual_dtype() ? DTypeOf(m.residual_dtype()) : o.compute;
-  o.recompute_layers = c.run().recompute() == configs::Run::LAYER;
+  o.recompute_layers = c.run().recompute() != configs::Run::NONE;
+  o.keep_attention = c.run().recompute() == configs::Run::ATTENTION_KEPT;
+  o.mlp_tile_tokens = c.run().mlp_tile_tokens();
   o.gates_only = c.objective().has_duo_gates() || c.objective().has_seer_gates();
   for (const configs::Mixer& mixer : m.mixer()) o.mixers.push_back(MixerFrom(c, mixer));
   o.layers = configs::LayerMixers(m);

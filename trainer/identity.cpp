@@ -34,6 +34,7 @@ std::map<std::string, std::string> IdentityOf(const TrainOptions& o,
   set("data.document_mask", o.document_mask);
   // Only where it is on: checkpoints older than the field have none.
   if (o.align_documents) set("data.align_documents", o.align_documents);
+  if (o.balanced_packing) set("data.packing", "BALANCED");
   if (o.objective.kind != ObjectiveKind::kNextToken) set("objective", o.objective.ToString());
   set("data.train", corpus_fingerprint);
   return id;

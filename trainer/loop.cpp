@@ -310,6 +310,7 @@ void Run::Report(const StepResult& r) {
   m.valid_tokens = r.valid_tokens;
   m.step_ms = r.seconds * 1e3;
   m.tokens_per_s = static_cast<double>(r.tokens) / r.seconds;
+  m.work_max_over_mean = r.work_max_over_mean;
   if (settings_.peak_flops > 0) m.mfu = r.flops / r.seconds / settings_.peak_flops;
   for (size_t rank = 0; rank < r.notes.size(); rank += kNotes) {
     m.comm_bytes += std::llround(r.notes[rank + kSentBytes]);

@@ -59,7 +59,8 @@ struct TrainOptions {
 
   std::vector<DataSource> train, validation;
   bool document_mask = true;
-  bool align_documents = false;  // to the blocks of attention masks
+  bool align_documents = false;   // to the blocks of attention masks
+  bool balanced_packing = false;  // of training rows, and of the rows of a step over replicas
   int prefetch_micro_batches = 2;
 
   AdamWSettings adamw;

@@ -12,8 +12,8 @@
 namespace longspan::trainer {
 namespace {
 
-// What ranks add up once a step: the loss sums of ops, what the host knows, and the notes of each
-// rank in places of their own.
+// What ranks add up once a step: the loss sums of ops, what the host knows, and in places of their
+// own the notes of each rank and then its attention pairs.
 constexpr int64_t kLossSums = ops::kLossSums;
 enum HostSum { kTokens, kPairs, kOpenPairs, kSignals, kTimeUp, kHostSums };
 constexpr int64_t kSums = kLossSums + kHostSums;
@@ -42,7 +42,7 @@ void TrainStep::Prepare(size_t values) {
     const int64_t sums = report_.dim(0) - ops::kStepFields;
     report_.Rows(sums, report_.dim(0)).ReadTo(record.data());
   }
-  const int64_t sums = kSums + int64_t{mesh_.world().size()} * static_cast<int64_t>(values);
+  const int64_t sums = kSums + int64_t{mesh_.world().size()} * static_cast<int64_t>(values + 1);
   values_ = values;
   report_ = ctx_.Zeros({sums + ops::kStepFields}, DType::kF64);
   report_.Rows(sums, report_.dim(0)).WriteFrom(record.data());
@@ -149,6 +149,8 @@ parallel::Work TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote&
   host.resize(static_cast<size_t>(sums - kLossSums));
   std::copy(note.values.begin(), note.values.end(),
             host.begin() + kHostSums + mesh_.world().rank() * static_cast<int64_t>(values_));
+  host[host.size() - static_cast<size_t>(mesh_.world().size() - mesh_.world().rank())] =
+      host[kPairs];
   report_.Rows(kLossSums, sums).WriteFrom(host.data());
   TraceScope scope(ctx_.trace(), "gradient reduction wait");
   reducer.Finish();
@@ -167,7 +169,7 @@ StepResult TrainStep::Finish(PendingStep pending) {
   LONGSPAN_CHECK(summed) << "Finish: the sums of step " << pending.step_ + 1 << " are not complete";
   slot.sums = parallel::Work();
   const int64_t notes = int64_t{mesh_.world().size()} * static_cast<int64_t>(values_);
-  const double* record = s + kSums + notes;
+  const double *pairs = s + kSums + notes, *record = pairs + mesh_.world().size();
 
   StepResult result;
   result.step = pending.step_ + 1;
@@ -186,6 +188,10 @@ StepResult TrainStep::Finish(PendingStep pending) {
   result.time_is_up = s[kLossSums + kTimeUp] > 0;
   result.stop_requested = result.time_is_up || s[kLossSums + kSignals] > 0;
   result.notes.assign(s + kSums, s + kSums + notes);
+  if (s[kLossSums + kPairs] > 0) {
+    result.work_max_over_mean = *std::max_element(pairs, record) *
+                                static_cast<double>(mesh_.world().size()) / s[kLossSums + kPairs];
+  }
   // Reduced values are the same bits on every rank, so every rank decides alike.
   result.skipped = record[ops::kStepFinite] == 0;
   if (result.skipped && options_.on_nonfinite == NonFinitePolicy::kStop) {

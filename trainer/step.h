@@ -29,6 +29,8 @@ struct StepResult {
   bool stop_requested = false;  // by any rank, for whatever reason
   bool time_is_up = false;      // some rank's reason was the time limit
   std::vector<double> notes;    // the values of RankNote, rank after rank
+  // Attention of the rank that has most of it, in evaluated pairs, over the mean of all ranks.
+  double work_max_over_mean = 1;
 };
 
 // Why this rank wants to stop after the step.

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <set>
 
+#include "data/balance.h"
 #include "parallel/context/placement.h"
 #include "trainer/agreement.h"
 #include "trainer/identity.h"
@@ -45,6 +46,7 @@ data::RowSamplerOptions SamplerFrom(const TrainOptions& o, const std::vector<Dat
   s.shuffle = shuffle;
   s.document_mask = o.document_mask;
   if (o.align_documents) s.alignment = ops::kMaskBlock;
+  s.balanced = shuffle && o.balanced_packing;
   s.vocab_size = o.model.vocab_size;
   return s;
 }
@@ -117,20 +119,32 @@ void Trainer::StartLoader() {
   o.depth = options_.prefetch_micro_batches;
   o.first_index = step_ * options_.accumulation();
   // Step s works on rows [s G, (s + 1) G) of the global order whatever the layout: micro-batch m
-  // gives each replica the next `rows` of them.
+  // gives each replica the next `rows` of them, or of the order in which DealRows deals them.
   const int64_t replica = mesh_.dp_index();
-  o.sample_indices = [this, replica](int64_t n) {
+  o.sample_indices = [this, replica,
+                      dealt = std::pair<int64_t, std::vector<int64_t>>(-1, {})](int64_t n) mutable {
     const int64_t accumulation = options_.accumulation(), rows = options_.micro_batch_rows;
-    const int64_t begin = n / accumulation * options_.rows_per_step() +
-                          (n % accumulation * options_.dp + replica) * rows;
+    const int64_t step = n / accumulation, first = step * options_.rows_per_step();
+    const int64_t begin = (n % accumulation * options_.dp + replica) * rows;
+    if (options_.balanced_packing && dealt.first != step) dealt = {step, DealStep(first)};
     std::vector<int64_t> samples;
-    for (int64_t i = 0; i < rows; ++i) samples.push_back(begin + i);
+    for (int64_t i = begin; i < begin + rows; ++i) {
+      samples.push_back(first +
+                        (options_.balanced_packing ? dealt.second[static_cast<size_t>(i)] : i));
+    }
     return samples;
   };
   o.attach = [this](const data::MicroBatch& batch) -> std::shared_ptr<void> {
     return train_builder_->Build(batch);
   };
   loader_ = std::make_unique<data::Loader>(std::move(o));
+}
+
+// The order in which the rows of the step that begins with sample `first` are worked on.
+std::vector<int64_t> Trainer::DealStep(int64_t first) const {
+  std::vector<int64_t> areas;
+  for (int64_t i = 0; i < options_.rows_per_step(); ++i) areas.push_back(train_->Area(first + i));
+  return data::DealRows(areas, options_.dp, options_.micro_batch_rows);
 }
 
 StepResult Trainer::Step(const std::function<RankNote()>& note) {

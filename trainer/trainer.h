@@ -54,6 +54,7 @@ class Trainer {
  private:
   void OpenData();
   void StartLoader();
+  std::vector<int64_t> DealStep(int64_t first) const;
   Context& ctx_;
   parallel::DeviceMesh& mesh_;
   const TrainOptions options_;

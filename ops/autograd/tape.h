@@ -7,6 +7,8 @@
 
 namespace longspan::autograd {
 
+class KeptResults;
+
 // The record of one forward pass: one entry per coarse op, replayed strictly in reverse. There is
 // no graph search, so all ranks that record the same ops issue their collectives in the same order
 // in both directions. An entry is destroyed right after it ran, which frees what it saved.
@@ -15,12 +17,16 @@ namespace longspan::autograd {
 // recomputed segment.
 class Tape {
  public:
-  explicit Tape(Context& ctx, bool recording = true) : ctx_(ctx), recording_(recording) {}
+  // `kept`: of a recomputed segment (recompute.h), whose first run does not record and whose second
+  // does.
+  explicit Tape(Context& ctx, bool recording = true, KeptResults* kept = nullptr)
+      : ctx_(ctx), recording_(recording), kept_(kept) {}
   Tape(const Tape&) = delete;
   Tape& operator=(const Tape&) = delete;
 
   Context& context() { return ctx_; }
   bool recording() const { return recording_; }
+  KeptResults* kept() const { return kept_; }  // for MakeOnce (kept.h); null elsewhere
   size_t size() const { return entries_.size(); }
 
   // `backward` reads the gradients of its outputs and adds those of its inputs. An entry none of
@@ -42,6 +48,7 @@ class Tape {
  private:
   Context& ctx_;
   const bool recording_;
+  KeptResults* const kept_;
   std::vector<std::function<void()>> entries_;
 };
 

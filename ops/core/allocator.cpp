@@ -40,8 +40,9 @@ class HostMemorySource : public MemorySource {
 }  // namespace
 
 const char* ToString(MemoryCategory category) {
-  constexpr const char* kNames[kMemoryCategories] = {"activations", "parameters", "gradients",
-                                                     "optimizer",   "workspace",  "staging"};
+  constexpr const char* kNames[kMemoryCategories] = {"activations", "parameters",   "gradients",
+                                                     "optimizer",   "workspace",    "staging",
+                                                     "attention",   "communication"};
   return kNames[static_cast<size_t>(category)];
 }
 

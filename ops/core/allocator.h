@@ -33,9 +33,13 @@ enum class MemoryCategory : uint8_t {
   kGradients,
   kOptimizer,  // its state: moments
   kWorkspace,  // scratch that libraries and kernels keep
-  kStaging,    // batches; communicators keep their own memory, which is not counted
+  kStaging,    // batches
+  kAttention,  // what attention's forward pass makes, and keeps for its backward pass
+  // What is sent and received: keys, values and their gradients. Communicators keep memory of their
+  // own besides, which is not counted.
+  kCommunication,
 };
-inline constexpr size_t kMemoryCategories = 6;
+inline constexpr size_t kMemoryCategories = 8;
 const char* ToString(MemoryCategory category);  // "activations", ...
 using BytesByCategory = std::array<size_t, kMemoryCategories>;
 

@@ -1,5 +1,7 @@
 #include "parallel/context/autograd.h"
 
+#include "ops/autograd/kept.h"
+
 namespace longspan::parallel {
 
 autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
@@ -7,8 +9,10 @@ autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
                                const autograd::Var& k, const autograd::Var& v,
                                const ops::AttentionOptions& options) {
   Context& ctx = tape.context();
-  const auto saved =
-      ContextAttentionForward(ctx, comm, *plan, q.value(), k.value(), v.value(), options);
+  const auto saved = autograd::MakeOnce(tape, autograd::KeptKind::kAttention, [&] {
+    const MemoryScope scope(ctx.allocator(), MemoryCategory::kAttention);
+    return ContextAttentionForward(ctx, comm, *plan, q.value(), k.value(), v.value(), options);
+  });
   const bool differentiated =
       tape.recording() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   autograd::Var out(saved.o, differentiated);

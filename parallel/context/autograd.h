@@ -6,8 +6,9 @@
 
 namespace longspan::parallel {
 
-// ContextAttentionForward / Backward as one entry of a tape; none when neither q nor k nor v requires
-// a gradient. `comm` must outlive the tape.
+// ContextAttentionForward / Backward as one entry of a tape; none when neither q nor k nor v
+// requires a gradient. `comm` must outlive the tape. A recomputed segment can keep the result of
+// the forward pass (KeptKind::kAttention), with all that the strategy needs for the backward pass.
 autograd::Var ContextAttention(autograd::Tape& tape, Communicator& comm,
                                std::shared_ptr<const AttentionPlan> plan, const autograd::Var& q,
                                const autograd::Var& k, const autograd::Var& v,

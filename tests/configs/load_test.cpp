@@ -198,7 +198,7 @@ TEST(ConfigLoadTest, UnknownFieldsAreAllReportedWithAdvice) {
             "c.textproto:20: model.mixer[s2].softmax.s2.sinks: unknown field (did you mean "
             "model.mixer[].softmax.window.sinks?)\n"
             "c.textproto:30: data.training_data: unknown field (known fields: train, validation, "
-            "document_mask, prefetch_micro_batches, align_documents)\n"
+            "document_mask, prefetch_micro_batches, align_documents, packing)\n"
             "c.textproto:31: data.train[1].pth: unknown field (did you mean path?)\n"
             "c.textproto:39: rum: unknown field (did you mean run?)\n"
             "c.textproto:40: [some.extension]: unknown field (known fields: run, model, data, "

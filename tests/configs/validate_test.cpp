@@ -212,6 +212,22 @@ TEST(ConfigValidateTest, AlignedDocumentsNeedBlocksAndTheirMask) {
                 "(use 64 or 128, or false)");
 }
 
+TEST(ConfigValidateTest, BalancedPackingNeedsTheDocumentMask) {
+  ExpectFine({"data.packing=BALANCED"});
+  ExpectFine({"data.packing=GREEDY", "data.document_mask=false"});
+  ExpectProblem(
+      {"data.document_mask=false", "data.packing=BALANCED"},
+      "data.packing: BALANCED needs document_mask: true, because without it all rows have "
+      "the same work (use GREEDY)");
+}
+
+TEST(ConfigValidateTest, MlpTilesAreCounted) {
+  ExpectFine({"run.mlp_tile_tokens=1", "run.recompute=ATTENTION_KEPT"});
+  ExpectProblem(
+      {"run.mlp_tile_tokens=-1"},
+      "run.mlp_tile_tokens: -1 is out of range (use a whole number from 0 to 1073741824)");
+}
+
 TEST(ConfigValidateTest, GlobalBatchIsWholeMicroBatches) {
   ExpectProblem({"run.global_batch_tokens=5000"},
                 "run.global_batch_tokens: 5000 is not a multiple of context_length 1024 x "

@@ -215,8 +215,10 @@ class Metrics:
     step."""
 
     KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "step_ms", "tokens_per_s",
-            "mfu", "comm_bytes", "peak_rss_bytes", "peak_device_bytes", "peak_device_memory"]
-    MEMORY = ["activations", "parameters", "gradients", "optimizer", "workspace", "staging"]
+            "mfu", "work_max_over_mean", "comm_bytes", "peak_rss_bytes", "peak_device_bytes",
+            "peak_device_memory"]
+    MEMORY = ["activations", "parameters", "gradients", "optimizer", "workspace", "staging",
+              "attention", "communication"]
 
     def __init__(self, run):
         self.steps, self.evaluations = [], {}

@@ -76,6 +76,7 @@ void JsonlSink::Write(const StepMetrics& metrics) {
       {"step_ms", metrics.step_ms},
       {"tokens_per_s", metrics.tokens_per_s},
       {"mfu", metrics.mfu ? Json(*metrics.mfu) : Json(nullptr)},
+      {"work_max_over_mean", metrics.work_max_over_mean},
       {"comm_bytes", metrics.comm_bytes},
       {"peak_rss_bytes", metrics.peak_rss_bytes},
       {"peak_device_bytes", metrics.peak_device_bytes},

@@ -13,9 +13,9 @@ class FileWriter;
 // keeps all complete lines.
 //
 //   step        {"step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "step_ms",
-//                "tokens_per_s", "mfu", "comm_bytes", "peak_rss_bytes", "peak_device_bytes",
-//                "peak_device_memory": {"activations", "parameters", "gradients", "optimizer",
-//                "workspace", "staging"}}
+//                "tokens_per_s", "mfu", "work_max_over_mean", "comm_bytes", "peak_rss_bytes",
+//                "peak_device_bytes", "peak_device_memory": {"activations", "parameters",
+//                "gradients", "optimizer", "workspace", "staging", "attention", "communication"}}
 //   evaluation  {"step", "eval", "value"}
 //
 // Numbers are printed so that reading them gives the same bits back. JSON has no NaN or infinity:

@@ -19,7 +19,10 @@ struct StepMetrics {
   int64_t valid_tokens = 0;              // those with a label
   double step_ms = 0;                    // wall time of the step
   double tokens_per_s = 0;
-  std::optional<double> mfu;   // fraction of the device's peak, 0..1; none when unknown
+  std::optional<double> mfu;  // fraction of the device's peak, 0..1; none when unknown
+  // Attention of the rank that had most of it, in (query, key, head) triples of all layers, over the
+  // mean of the ranks: 1 when all had the same.
+  double work_max_over_mean = 1;
   int64_t comm_bytes = 0;      // sent by all ranks in this step
   int64_t peak_rss_bytes = 0;  // largest of all ranks since their start
   // Most memory that tensors held at once on the run's device (a GPU's, or the host's), of the rank

@@ -14,16 +14,19 @@ using autograd::Parameter;
 using autograd::Tape;
 using autograd::Var;
 
+bool AnyTrained(std::initializer_list<const Parameter*> parameters) {
+  return std::any_of(parameters.begin(), parameters.end(),
+                     [](const Parameter* p) { return p != nullptr && p->grad.defined(); });
+}
+
 struct LayerParameters {
   const Parameter *q, *k, *v, *o, *gate, *up, *down, *attention_norm, *mlp_norm;
   const Parameter* duo;  // nullptr: this layer has no such gates
   SeerWeights seer;      // nullptr, the same
   bool Trained() const {
-    const std::initializer_list<const Parameter*> all = {
-        q, k, v, o, gate, up, down, attention_norm, mlp_norm, duo, seer.q, seer.k};
-    return std::any_of(all.begin(), all.end(),
-                       [](const Parameter* p) { return p != nullptr && p->grad.defined(); });
+    return MlpTrained() || AnyTrained({q, k, v, o, attention_norm, duo, seer.q, seer.k});
   }
+  bool MlpTrained() const { return AnyTrained({gate, up, down, mlp_norm}); }
 };
 
 LayerParameters LayerOf(const ModelOptions& options, const ParameterStore& store, size_t layer) {
@@ -93,6 +96,15 @@ Var MlpBranch(Tape& tape, const ModelOptions& options, const LayerParameters& p,
   return autograd::Linear(tape, inner, *p.down);
 }
 
+// x plus its MLP branch, tile by tile where the options say so.
+Var AddMlp(Tape& tape, const ModelOptions& options, const LayerParameters& p, const Var& x) {
+  const auto add = [&options, p](Tape& t, const Var& rows) {
+    return autograd::ResidualAdd(t, rows, MlpBranch(t, options, p, rows));
+  };
+  const int64_t tokens = x.value().dim(0), tile = options.MlpTile(tokens);
+  return tile < tokens ? autograd::RecomputeRows(tape, x, tile, p.MlpTrained(), add) : add(tape, x);
+}
+
 }  // namespace
 
 Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
@@ -115,13 +127,14 @@ Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& op
                                                                   const std::vector<Var>& in) {
       const Var mixed = autograd::ResidualAdd(
           t, in[0], AttentionBranch(t, cp, options, p, mixer, batch, gates, lesson, in[0]));
-      return autograd::ResidualAdd(t, mixed, MlpBranch(t, options, p, mixed));
+      return AddMlp(t, options, p, mixed);
     };
     // A layer that leads to nothing trained keeps nothing, so there is nothing to run again; what a
     // lesson keeps is small, and it is to be learnt once.
     const bool again =
         options.recompute_layers && gates != GateUse::kTaught && (x.requires_grad() || p.Trained());
-    x = again ? autograd::Recompute(tape, {x}, layer) : layer(tape, {x});
+    x = again ? autograd::Recompute(tape, {x}, layer, {.keep_attention = options.keep_attention})
+              : layer(tape, {x});
   }
   mark(layers + 1);
   return Norm(tape, options, x, store.Find("model.norm.weight"));

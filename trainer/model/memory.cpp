@@ -1,11 +1,13 @@
 #include "trainer/model/memory.h"
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
 
 #include "ops/attention/block_mask.h"
+#include "ops/autograd/recompute.h"
 #include "ops/core/dtype.h"
 #include "ops/loss/linear_cross_entropy.h"
 #include "trainer/model/parameters.h"
@@ -13,25 +15,42 @@
 namespace longspan::trainer {
 namespace {
 
-// Bytes handed out now and at most.
-struct Meter {
-  size_t used = 0, peak = 0;
+// Bytes handed out now, and of what they consisted when they were most.
+class Meter {
+ public:
+  void Take(MemoryCategory category, size_t bytes) {
+    used_[static_cast<size_t>(category)] += bytes;
+    total_ += bytes;
+    if (total_ <= most_) return;
+    most_ = total_;
+    peak_ = used_;
+  }
+  void Give(MemoryCategory category, size_t bytes) {
+    used_[static_cast<size_t>(category)] -= bytes;
+    total_ -= bytes;
+  }
+  const BytesByCategory& peak() const { return peak_; }
+
+ private:
+  BytesByCategory used_{}, peak_{};
+  size_t total_ = 0, most_ = 0;
 };
 
 // A tensor's memory for as long as somebody refers to it.
 class Held {
  public:
-  Held(Meter& meter, size_t bytes) : meter_(meter), bytes_(bytes) {
-    meter_.used += bytes_;
-    meter_.peak = std::max(meter_.peak, meter_.used);
+  Held(Meter& meter, size_t bytes, MemoryCategory category = MemoryCategory::kActivations)
+      : meter_(meter), bytes_(bytes), category_(category) {
+    meter_.Take(category_, bytes_);
   }
-  ~Held() { meter_.used -= bytes_; }
+  ~Held() { meter_.Give(category_, bytes_); }
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
 
  private:
   Meter& meter_;
   const size_t bytes_;
+  const MemoryCategory category_;
 };
 using Block = std::shared_ptr<const Held>;
 
@@ -43,25 +62,41 @@ struct Node {
 };
 using Shadow = std::shared_ptr<Node>;
 
+// What attention leaves to its backward pass.
+struct AttentionMemory {
+  Block o;
+  std::vector<Block> others;  // lse, lists of routed attention
+};
+
+// The shadow of autograd::KeptResults.
+struct ShadowKept {
+  bool attention = false;
+  std::deque<AttentionMemory> attentions{};
+  std::deque<Block> rows{};
+};
+
 // The shadow of autograd::Tape and of the ops on it (ops/autograd/functions.cpp).
 class ShadowTape {
  public:
   // `scratch`: bytes that the backward pass of attention makes for itself, by mixer.
   ShadowTape(Meter& meter, const ModelOptions& model, int64_t tokens, int64_t rows,
-             const std::vector<size_t>& scratch, bool recording = true)
+             const std::vector<size_t>& scratch, bool recording = true, ShadowKept* kept = nullptr)
       : meter_(meter),
         model_(model),
         tokens_(tokens),
         rows_(rows),
         row_length_((tokens + rows - 1) / rows),
         scratch_(scratch),
-        recording_(recording) {}
+        recording_(recording),
+        kept_(kept) {}
 
   const ModelOptions& model() const { return model_; }
+  int64_t tokens() const { return tokens_; }
   DType wide() const { return AccumulatorOf(model_.compute); }
-  Block Make(int64_t elements, DType dtype) {
+  Block Make(int64_t elements, DType dtype,
+             MemoryCategory category = MemoryCategory::kActivations) {
     const size_t bytes = static_cast<size_t>(elements) * SizeOf(dtype);
-    return std::make_shared<const Held>(meter_, Allocator::BlockBytes(bytes));
+    return std::make_shared<const Held>(meter_, Allocator::BlockBytes(bytes), category);
   }
   Shadow Value(int64_t width, DType dtype) {
     return std::make_shared<Node>(Node{Make(tokens_ * width, dtype), {}, tokens_ * width, dtype});
@@ -125,20 +160,13 @@ class ShadowTape {
     return y;
   }
   Shadow Attention(const Shadow& q, const Shadow& k, const Shadow& v, size_t mixer_index) {
-    const MixerOptions& mixer = model_.mixers[mixer_index];
-    const Shadow o = Value(q->elements / tokens_, q->dtype);
-    const bool softmax = !mixer.IsSigmoid();
+    const bool softmax = !model_.mixers[mixer_index].IsSigmoid();
     const int64_t rows = tokens_ * model_.num_heads;
-    std::vector<Block> saved;
-    if (softmax) saved.push_back(Make(rows, wide()));  // lse
-    if (mixer.moba.has_value()) {
-      const Block sums = q->dtype == wide() ? Block() : Make(q->elements, wide());
-      // What is chosen, and the lists of it.
-      const int64_t blocks = (row_length_ + mixer.moba->block_size - 1) / mixer.moba->block_size;
-      const int64_t chosen = rows * (std::min(mixer.moba->top_k, blocks) - 1);
-      for (int i = 0; i < 2; ++i) saved.push_back(Make(chosen, DType::kI32));
-    }
-    Record([this, q, k, v, o, softmax, rows, mixer_index, saved = std::move(saved)] {
+    const AttentionMemory saved =
+        Once(kept_ != nullptr && kept_->attention ? &kept_->attentions : nullptr,
+             [&] { return AttentionForward(q, model_.mixers[mixer_index]); });
+    const auto o = std::make_shared<Node>(Node{saved.o, {}, q->elements, q->dtype});
+    Record([this, q, k, v, o, softmax, rows, mixer_index, saved] {
       const Block dq = Make(q->elements, wide()), dkv = Make(2 * k->elements, wide()),
                   delta = softmax ? Make(rows, wide()) : Block();
       { const Held scratch(meter_, scratch_[mixer_index]); }
@@ -161,12 +189,14 @@ class ShadowTape {
       AddGrad(x, dx);
     });
   }
-  Shadow Recompute(const Shadow& x, const std::function<Shadow(ShadowTape&, Shadow)>& segment) {
-    ShadowTape silent(meter_, model_, tokens_, rows_, scratch_, /*recording=*/false);
+  using Segment = std::function<Shadow(ShadowTape&, const Shadow&)>;
+  Shadow Recompute(const Shadow& x, const Segment& segment) {
+    const auto kept = std::make_shared<ShadowKept>(ShadowKept{model_.keep_attention});
+    ShadowTape silent(meter_, model_, tokens_, rows_, scratch_, /*recording=*/false, kept.get());
     const Block value = segment(silent, x)->value;
     const auto y = std::make_shared<Node>(Node{value, {}, x->elements, x->dtype});
-    Record([this, x, segment, y] {
-      ShadowTape inner(meter_, model_, tokens_, rows_, scratch_);
+    Record([this, x, segment, y, kept] {
+      ShadowTape inner(meter_, model_, tokens_, rows_, scratch_, /*recording=*/true, kept.get());
       const auto fresh = std::make_shared<Node>(Node{x->value, {}, x->elements, x->dtype});
       const Shadow again = segment(inner, fresh);
       inner.AddGrad(again, y->grad);
@@ -175,17 +205,63 @@ class ShadowTape {
     });
     return y;
   }
+  // One tile stands for all of them, which leave nothing behind.
+  Shadow RecomputeRows(const Shadow& x, int64_t rows, const Segment& segment) {
+    const int64_t tile = autograd::TileRows(tokens_, rows);
+    const int64_t elements = x->elements / tokens_ * tile;
+    const Block value = Once(kept_ != nullptr ? &kept_->rows : nullptr, [&] {
+      const Block whole = Like(x);
+      ShadowTape silent(meter_, model_, tile, 1, scratch_, /*recording=*/false);
+      segment(silent, std::make_shared<Node>(Node{x->value, {}, elements, x->dtype}));
+      return whole;
+    });
+    const auto y = std::make_shared<Node>(Node{value, {}, x->elements, x->dtype});
+    Record([this, x, tile, elements, segment, y] {
+      const Block dx = Like(x);
+      ShadowTape inner(meter_, model_, tile, 1, scratch_);
+      const auto part = std::make_shared<Node>(Node{x->value, {}, elements, x->dtype});
+      inner.AddGrad(segment(inner, part), y->grad);
+      inner.Backward();
+      AddGrad(x, dx);
+    });
+    return y;
+  }
 
  private:
+  // The shadow of autograd::MakeOnce.
+  template <class T, class Make>
+  T Once(std::deque<T>* kept, Make make) {
+    if (kept == nullptr) return make();
+    if (!recording_) return kept->emplace_back(make());
+    T result = std::move(kept->front());
+    kept->pop_front();
+    return result;
+  }
+  AttentionMemory AttentionForward(const Shadow& q, const MixerOptions& mixer) {
+    constexpr MemoryCategory kAttention = MemoryCategory::kAttention;
+    AttentionMemory made{Make(q->elements, q->dtype, kAttention), {}};
+    const int64_t rows = tokens_ * model_.num_heads;
+    if (!mixer.IsSigmoid()) made.others.push_back(Make(rows, wide(), kAttention));  // lse
+    if (mixer.moba.has_value()) {
+      const Block sums = q->dtype == wide() ? Block() : Make(q->elements, wide(), kAttention);
+      // What is chosen, and the lists of it.
+      const int64_t blocks = (row_length_ + mixer.moba->block_size - 1) / mixer.moba->block_size;
+      const int64_t chosen = rows * (std::min(mixer.moba->top_k, blocks) - 1);
+      for (int i = 0; i < 2; ++i) made.others.push_back(Make(chosen, DType::kI32, kAttention));
+    }
+    return made;
+  }
+
   Meter& meter_;
   const ModelOptions& model_;
   const int64_t tokens_, rows_, row_length_;
   const std::vector<size_t>& scratch_;
   const bool recording_;
+  ShadowKept* const kept_;
   std::vector<std::function<void()>> entries_;
 };
 
-// The shadows of AttentionBranch and MlpBranch (decoder.cpp).
+// The shadows of AttentionBranch, MlpBranch and AddMlp (decoder.cpp).
 Shadow AttentionBranch(ShadowTape& tape, const Shadow& x, size_t index) {
   const ModelOptions& m = tape.model();
   const MixerOptions& mixer = m.mixers[index];
@@ -207,13 +283,21 @@ Shadow MlpBranch(ShadowTape& tape, const Shadow& x) {
   return tape.Linear(inner, m.hidden_size);
 }
 
+Shadow AddMlp(ShadowTape& tape, const Shadow& x) {
+  const auto add = [](ShadowTape& t, const Shadow& rows) {
+    return t.ResidualAdd(rows, MlpBranch(t, rows));
+  };
+  const int64_t tile = tape.model().MlpTile(tape.tokens());
+  return tile < tape.tokens() ? tape.RecomputeRows(x, tile, add) : add(tape, x);
+}
+
 void Forward(ShadowTape& tape, DeviceKind device) {
   const ModelOptions& model = tape.model();
   Shadow x = tape.Value(model.hidden_size, model.residual);
   for (const int mixer : model.layers) {
     const auto layer = [mixer](ShadowTape& t, const Shadow& in) {
       const Shadow mixed = t.ResidualAdd(in, AttentionBranch(t, in, static_cast<size_t>(mixer)));
-      return t.ResidualAdd(mixed, MlpBranch(t, mixed));
+      return AddMlp(t, mixed);
     };
     x = model.recompute_layers ? tape.Recompute(x, layer) : layer(tape, x);
   }
@@ -270,7 +354,9 @@ std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int6
   ShadowTape tape(meter, model, tokens, rows, scratch);
   Forward(tape, device);
   tape.Backward();
-  add(MemoryCategory::kActivations, meter.peak);
+  for (size_t c = 0; c < kMemoryCategories; ++c) {
+    add(static_cast<MemoryCategory>(c), meter.peak()[c]);
+  }
   return forecast;
 }
 

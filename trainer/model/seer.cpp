@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "ops/attention/attention.h"
+#include "ops/autograd/kept.h"
 #include "parallel/context/autograd.h"
 
 namespace longspan::trainer {
@@ -61,11 +62,14 @@ Var SeerAttention(Tape& tape, parallel::Communicator& cp, const SeerPlan& plan,
                   const parallel::AttentionPlan& causal, const ops::SeerSelection& selection,
                   const SeerWeights& weights, const Var& plain_q, const Var& plain_k, const Var& q,
                   const Var& k, const Var& v, const ops::AttentionOptions& options) {
-  Tape silent(tape.context(), /*recording=*/false);
-  const Gate gate = GateOf(silent, plan, weights, plain_q.value(), plain_k.value());
-  auto chosen = std::make_shared<parallel::AttentionPlan>(causal);
-  chosen->stages.front().mask = causal.stages.front().mask->Restrict(
-      ops::SeerSelect(tape.context(), gate.q.value(), gate.k.value(), plan.blocks, selection));
+  auto chosen = autograd::MakeOnce(tape, autograd::KeptKind::kAttention, [&] {
+    Tape silent(tape.context(), /*recording=*/false);
+    const Gate gate = GateOf(silent, plan, weights, plain_q.value(), plain_k.value());
+    auto some = std::make_shared<parallel::AttentionPlan>(causal);
+    some->stages.front().mask = causal.stages.front().mask->Restrict(
+        ops::SeerSelect(tape.context(), gate.q.value(), gate.k.value(), plan.blocks, selection));
+    return std::shared_ptr<const parallel::AttentionPlan>(std::move(some));
+  });
   return parallel::ContextAttention(tape, cp, std::move(chosen), q, k, v, options);
 }
 

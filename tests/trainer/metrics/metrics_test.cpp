@@ -36,6 +36,7 @@ StepMetrics Sample(int64_t step) {
   metrics.step_ms = 1000;
   metrics.tokens_per_s = 8192;
   metrics.mfu = 0.412;
+  metrics.work_max_over_mean = 1.25;
   metrics.comm_bytes = int64_t{1} << 40;
   metrics.peak_rss_bytes = 123456789;
   metrics.peak_device_bytes = 300;
@@ -83,7 +84,7 @@ TEST_F(JsonlSinkTest, WritesTheAgreedKeysInOrder) {
       lines[0],
       R"({"step":3,"loss":0.30000000000000004,"grad_norm":1.5,"lr":0.0003,"tokens":8192,)"
       R"("valid_tokens":8191,"step_ms":1000.0,"tokens_per_s":8192.0,"mfu":0.412,)"
-      R"("comm_bytes":1099511627776,"peak_rss_bytes":123456789,)"
+      R"("work_max_over_mean":1.25,"comm_bytes":1099511627776,"peak_rss_bytes":123456789,)"
       R"("peak_device_bytes":300,"peak_device_memory":{"parameters":100,"activations":200}})");
   EXPECT_EQ(lines[1], R"({"step":3,"eval":"passkey@8192","value":0.75})");
 }

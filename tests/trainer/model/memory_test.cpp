@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <functional>
 
+#include "ops/loss/linear_cross_entropy.h"
 #include "parallel/comm/self.h"
 #include "tests/support/numeric.h"
 #include "tests/trainer/model/model_support.h"
@@ -19,6 +20,7 @@ using namespace trainer;
 
 struct Measured {
   size_t peak = 0, largest = 0;
+  BytesByCategory by_category{};
 };
 
 // Forward and backward pass of one row that is one document.
@@ -44,7 +46,8 @@ Measured Measure(const ModelOptions& model, int64_t tokens) {
   autograd::Tape tape(ctx);
   DecoderForward(tape, self, model, store, prepared->local, {});
   tape.Backward();
-  return {ctx.allocator().peak_bytes(), ctx.allocator().largest_bytes()};
+  return {ctx.allocator().peak_bytes(), ctx.allocator().largest_bytes(),
+          ctx.allocator().peak_by_category()};
 }
 
 ModelOptions Model(DType dtype) {
@@ -74,6 +77,18 @@ TEST(MemoryTest, ForecastIsNearTheAllocator) {
       {"one layer", [](ModelOptions& m) { m.layers = {0}; }},
       {"many layers", [](ModelOptions& m) { m.layers.assign(9, 0); }},
       {"recompute", [](ModelOptions& m) { m.recompute_layers = true; }},
+      {"attention kept", [](ModelOptions& m) { m.recompute_layers = m.keep_attention = true; }},
+      {"attention kept, tiles",
+       [](ModelOptions& m) {
+         m.recompute_layers = m.keep_attention = true;
+         m.mlp_tile_tokens = 256;
+       }},
+      {"recompute, tiles",
+       [](ModelOptions& m) {
+         m.recompute_layers = true;
+         m.mlp_tile_tokens = 200;
+       }},
+      {"tiles alone", [](ModelOptions& m) { m.mlp_tile_tokens = 256; }},
       {"gqa", [](ModelOptions& m) { m.num_kv_heads = 1; }},
       {"narrow mlp", [](ModelOptions& m) { m.ffn_hidden_size = 16; }},
       {"gelu", [](ModelOptions& m) { m.mlp = MlpKind::kGelu; }},
@@ -98,11 +113,14 @@ TEST(MemoryTest, ForecastIsNearTheAllocator) {
       constexpr int64_t kTokens = 1500;
       const auto forecast = ForecastStepMemory(model, kTokens, DeviceKind::kCpu);
       ASSERT_TRUE(forecast.has_value());
+      const Measured measured = Measure(model, kTokens);
       const double ratio =
-          static_cast<double>(Measure(model, kTokens).peak) / static_cast<double>(forecast->bytes);
+          static_cast<double>(measured.peak) / static_cast<double>(forecast->bytes);
       EXPECT_GT(ratio, 0.95);
       EXPECT_LT(ratio, 1.10);
-      std::printf("%-20s %s %.3f\n", c.name, ToString(dtype), ratio);
+      const auto attention = static_cast<size_t>(MemoryCategory::kAttention);
+      EXPECT_EQ(measured.by_category[attention], forecast->by_category[attention]);
+      std::printf("%-22s %s %.3f\n", c.name, ToString(dtype), ratio);
     }
   }
 }
@@ -135,7 +153,8 @@ TEST(MemoryTest, SigmoidKeepsOneRowOfNumbersLessPerLayer) {
   sigmoid.mixers[0].normalization = ops::Normalization::kSigmoid;
   constexpr int64_t kTokens = 1500;
   const auto activations = [](const ModelOptions& m) {
-    return Of(*ForecastStepMemory(m, kTokens, DeviceKind::kCpu), MemoryCategory::kActivations);
+    const auto forecast = ForecastStepMemory(m, kTokens, DeviceKind::kCpu);
+    return Of(*forecast, MemoryCategory::kActivations) + Of(*forecast, MemoryCategory::kAttention);
   };
   const size_t lse = static_cast<size_t>(kTokens * softmax.num_heads) * sizeof(float);
   const size_t saved = activations(softmax) - activations(sigmoid);
@@ -146,6 +165,87 @@ TEST(MemoryTest, SigmoidKeepsOneRowOfNumbersLessPerLayer) {
       static_cast<double>(ForecastStepMemory(sigmoid, kTokens, DeviceKind::kCpu)->bytes);
   EXPECT_GT(ratio, 0.95);
   EXPECT_LT(ratio, 1.10);
+}
+
+// With tiles nothing of an MLP grows with the tokens: a rank's tokens are limited by the residual
+// stream and what attention needs, whatever the width of the MLP.
+TEST(MemoryTest, TiledMlpsNeedNoMoreForMoreTokens) {
+  ModelOptions model = Model(DType::kBF16);
+  model.mixers = {{"window", ops::AttentionPattern::Window(64)}};
+  model.layers = {0, 0};
+  model.ffn_hidden_size = 1024;
+  model.vocab_size = 60;  // so that logits are not the largest tensor
+  model.recompute_layers = true;
+  constexpr int64_t kTile = 256, kTokens = 4096;
+  std::printf(
+      "policy          MLP in tiles  at 2048  at 4096 tokens, MiB of activations and attention "
+      "(predicted)\n");
+  for (const bool keep : {false, true}) {
+    double at[2][2];  // [tiled][more tokens]
+    for (const bool tiled : {false, true}) {
+      model.keep_attention = keep;
+      model.mlp_tile_tokens = tiled ? kTile : kTokens;
+      double predicted[2];
+      for (const int64_t tokens : {kTokens / 2, kTokens}) {
+        const Measured measured = Measure(model, tokens);
+        const auto forecast = ForecastStepMemory(model, tokens, DeviceKind::kCpu);
+        const auto of_step = [](const BytesByCategory& bytes) {
+          return static_cast<double>(bytes[static_cast<size_t>(MemoryCategory::kActivations)] +
+                                     bytes[static_cast<size_t>(MemoryCategory::kAttention)]) /
+                 (1 << 20);
+        };
+        at[tiled][tokens == kTokens] = of_step(measured.by_category);
+        predicted[tokens == kTokens] = of_step(forecast->by_category);
+        const double ratio =
+            static_cast<double>(measured.peak) / static_cast<double>(forecast->bytes);
+        EXPECT_GT(ratio, 0.95);
+        EXPECT_LT(ratio, 1.10);
+        const size_t inner = static_cast<size_t>(tokens * model.ffn_hidden_size) * 2;
+        if (tiled) {
+          EXPECT_LT(measured.largest, inner) << "something has the size of [T, ffn]";
+        } else {
+          EXPECT_GE(measured.largest, inner);
+        }
+      }
+      std::printf("%-14s  %-12s  %.1f (%.1f)  %.1f (%.1f)\n", keep ? "ATTENTION_KEPT" : "LAYER",
+                  tiled ? "yes" : "no", at[tiled][0], predicted[0], at[tiled][1], predicted[1]);
+    }
+    // A token more costs the same as it would beside an MLP of no width; whole MLPs cost several
+    // times as much.
+    const double token = (at[1][1] - at[1][0]) / (at[0][1] - at[0][0]);
+    EXPECT_LT(token, 0.4);
+    ModelOptions narrow = model;
+    narrow.ffn_hidden_size = 16;
+    narrow.mlp_tile_tokens = kTile;
+    const auto growth = [](const ModelOptions& m) {
+      const auto bytes = [&](int64_t tokens) {
+        return ForecastStepMemory(m, tokens, DeviceKind::kCpu)->bytes;
+      };
+      return static_cast<double>(bytes(4 * kTokens) - bytes(2 * kTokens));
+    };
+    ModelOptions wide = model;
+    wide.mlp_tile_tokens = kTile;
+    EXPECT_NEAR(growth(wide) / growth(narrow), 1, 0.02);
+  }
+}
+
+// The loss works on tiles of a bounded number of logits, whatever the tokens and the vocabulary.
+TEST(MemoryTest, TheLossNeedsNoMoreForMoreTokens) {
+  for (const int64_t vocab : {320, 5000, 50000}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      const auto bytes = [&](int64_t tokens) {
+        const ops::LinearCrossEntropyScratch s =
+            ops::BackwardScratch(tokens, 64, vocab, dtype, DeviceKind::kCpu);
+        return 4 * (s.logits + s.sums) + static_cast<int64_t>(SizeOf(dtype)) * s.gradients;
+      };
+      EXPECT_LT(bytes(int64_t{1} << 20), int64_t{64} << 20) << vocab;
+      EXPECT_LT(static_cast<double>(bytes(int64_t{1} << 24)),
+                1.02 * static_cast<double>(bytes(int64_t{1} << 20)))
+          << vocab;
+      EXPECT_LE(ops::AutoChunkTokens(vocab, DeviceKind::kCpu) * vocab * 4,
+                std::max(int64_t{32} << 20, 64 * vocab * 4));
+    }
+  }
 }
 
 // Activations grow with the tokens; no tensor with their square.
