@@ -16,21 +16,22 @@ namespace {
 
 // Whether a result that was made from these takes part in the backward pass.
 bool Differentiated(const Tape& tape, std::initializer_list<const Var*> inputs,
-                    const Tensor& parameter_grad = {}) {
+                    const Parameter* w = nullptr) {
   const auto requires_grad = [](const Var* x) { return x->requires_grad(); };
-  return tape.recording() &&
-         (parameter_grad.defined() || std::any_of(inputs.begin(), inputs.end(), requires_grad));
+  return tape.recording() && ((w != nullptr && w->WantsGrad()) ||
+                              std::any_of(inputs.begin(), inputs.end(), requires_grad));
 }
 
 }  // namespace
 
 Var Linear(Tape& tape, const Var& x, const Parameter& w) {
   Context& ctx = tape.context();
-  Var y(ops::LinearForward(ctx, x.value(), w.value), Differentiated(tape, {&x}, w.grad));
+  Var y(ops::LinearForward(ctx, x.value(), w.value), Differentiated(tape, {&x}, &w));
   if (!y.requires_grad()) return y;
-  tape.Record([&ctx, x, w = w.value, dw = w.grad, y]() mutable {
+  tape.Record([&ctx, x, &w, y] {
     if (!y.grad().defined()) return;
-    const Tensor dx = ops::LinearBackward(ctx, y.grad(), x.value(), w, dw, x.requires_grad());
+    Tensor dw = w.grad;
+    const Tensor dx = ops::LinearBackward(ctx, y.grad(), x.value(), w.value, dw, x.requires_grad());
     if (x.requires_grad()) x.AddGrad(ctx, dx);
   });
   return y;
@@ -39,10 +40,12 @@ Var Linear(Tape& tape, const Var& x, const Parameter& w) {
 Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype,
               const ops::EmbeddingOrder& order) {
   Context& ctx = tape.context();
-  Var y(ops::EmbeddingForward(ctx, ids, table.value, dtype), Differentiated(tape, {}, table.grad));
+  Var y(ops::EmbeddingForward(ctx, ids, table.value, dtype), Differentiated(tape, {}, &table));
   if (!y.requires_grad()) return y;
-  tape.Record([&ctx, ids, order, dtable = table.grad, y]() mutable {
-    if (y.grad().defined()) ops::EmbeddingBackward(ctx, ids, y.grad(), dtable, order);
+  tape.Record([&ctx, ids, order, &table, y] {
+    if (!y.grad().defined()) return;
+    Tensor dtable = table.grad;
+    ops::EmbeddingBackward(ctx, ids, y.grad(), dtable, order);
   });
   return y;
 }
@@ -50,11 +53,12 @@ Var Embedding(Tape& tape, const Tensor& ids, const Parameter& table, DType dtype
 Var RmsNorm(Tape& tape, const Var& x, const Parameter& w, double eps) {
   Context& ctx = tape.context();
   const auto result = ops::RmsNormForward(ctx, x.value(), w.value, eps);
-  Var y(result.y, Differentiated(tape, {&x}, w.grad));
+  Var y(result.y, Differentiated(tape, {&x}, &w));
   if (!y.requires_grad()) return y;
-  tape.Record([&ctx, x, w = w.value, dw = w.grad, rstd = result.rstd, y]() mutable {
+  tape.Record([&ctx, x, &w, rstd = result.rstd, y] {
     if (!y.grad().defined()) return;
-    x.AddGrad(ctx, ops::RmsNormBackward(ctx, y.grad(), x.value(), w, rstd, dw));
+    Tensor dw = w.grad;
+    x.AddGrad(ctx, ops::RmsNormBackward(ctx, y.grad(), x.value(), w.value, rstd, dw));
   });
   return y;
 }
@@ -133,9 +137,10 @@ ops::LinearCrossEntropyResult LinearCrossEntropy(Tape& tape, const Var& x, const
                                                  double scale) {
   Context& ctx = tape.context();
   const auto result = ops::LinearCrossEntropyForward(ctx, x.value(), w.value, labels, options);
-  if (!Differentiated(tape, {&x}, w.grad)) return result;
-  tape.Record([&ctx, x, w = w.value, dw = w.grad, labels, options, scale, result]() mutable {
-    x.AddGrad(ctx, ops::LinearCrossEntropyBackward(ctx, result, x.value(), w, labels, options,
+  if (!Differentiated(tape, {&x}, &w)) return result;
+  tape.Record([&ctx, x, &w, labels, options, scale, result] {
+    Tensor dw = w.grad;
+    x.AddGrad(ctx, ops::LinearCrossEntropyBackward(ctx, result, x.value(), w.value, labels, options,
                                                    scale, dw));
   });
   return result;
@@ -152,25 +157,25 @@ Var HeadLinear(Tape& tape, const Var& x, const Parameter& w) {
     return t.Rows(h, h + 1).Reshape({t.dim(1), t.dim(2)});
   };
   Var y(ctx.Empty({in.dim(0), in.dim(1), weight.dim(1)}, in.dtype()),
-        Differentiated(tape, {&x}, w.grad));
+        Differentiated(tape, {&x}, &w));
   for (int64_t h = 0; h < in.dim(0); ++h) {
     Tensor out = head(y.value(), h);
     ops::Gemm(ctx, head(in, h), false, head(weight, h), true, out);
   }
   if (!y.requires_grad()) return y;
-  tape.Record([&ctx, head, x, w = weight, dw = w.grad, y] {
+  tape.Record([&ctx, head, x, &w, y] {
     if (!y.grad().defined()) return;
     const bool want_dx = x.requires_grad();
     const Tensor dx = want_dx ? ctx.Empty(x.value().shape(), x.value().dtype()) : Tensor();
-    for (int64_t h = 0; h < w.dim(0); ++h) {
+    for (int64_t h = 0; h < y.value().dim(0); ++h) {
       const Tensor dy = head(y.grad(), h);
-      if (dw.defined()) {
-        Tensor sum = head(dw, h);
+      if (w.grad.defined()) {
+        Tensor sum = head(w.grad, h);
         ops::Gemm(ctx, dy, true, head(x.value(), h), false, sum, {.accumulate = true});
       }
       if (!want_dx) continue;
       Tensor out = head(dx, h);
-      ops::Gemm(ctx, dy, false, head(w, h), false, out);
+      ops::Gemm(ctx, dy, false, head(w.value, h), false, out);
     }
     if (want_dx) x.AddGrad(ctx, dx);
   });
@@ -180,13 +185,14 @@ Var HeadLinear(Tape& tape, const Var& x, const Parameter& w) {
 Var DuoGate(Tape& tape, const Var& full, const Var& stream, const Parameter& alpha) {
   Context& ctx = tape.context();
   Var y(ops::DuoGateForward(ctx, full.value(), stream.value(), alpha.value),
-        Differentiated(tape, {&full, &stream}, alpha.grad));
+        Differentiated(tape, {&full, &stream}, &alpha));
   if (!y.requires_grad()) return y;
-  tape.Record([&ctx, full, stream, gate = alpha.value, dgate = alpha.grad, y]() mutable {
+  tape.Record([&ctx, full, stream, &alpha, y] {
     if (!y.grad().defined()) return;
+    Tensor dgate = alpha.grad;
     const bool branches = full.requires_grad() || stream.requires_grad();
-    const auto grads =
-        ops::DuoGateBackward(ctx, y.grad(), full.value(), stream.value(), gate, dgate, branches);
+    const auto grads = ops::DuoGateBackward(ctx, y.grad(), full.value(), stream.value(),
+                                            alpha.value, dgate, branches);
     if (!branches) return;
     full.AddGrad(ctx, grads.full);
     stream.AddGrad(ctx, grads.stream);
@@ -198,8 +204,9 @@ void GatePenalty(Tape& tape, const Parameter& alpha, const ops::GatePenalty& pen
                  Tensor& sums) {
   Context& ctx = tape.context();
   ops::GatePenaltyForward(ctx, alpha.value, penalty, sums);
-  if (!Differentiated(tape, {}, alpha.grad)) return;
-  tape.Record([&ctx, penalty, sums, dgate = alpha.grad]() mutable {
+  if (!Differentiated(tape, {}, &alpha)) return;
+  tape.Record([&ctx, penalty, sums, &alpha] {
+    Tensor dgate = alpha.grad;
     ops::GatePenaltyBackward(ctx, sums, penalty, dgate);
   });
 }
