@@ -8,6 +8,13 @@ std::string TensorEntry::Describe() const {
   return text + "]";
 }
 
+TensorEntry NamedTensor::Entry() const {
+  const Shape& shape = piece.has_value() ? piece->shape : tensor.shape();
+  TensorEntry entry{name, tensor.dtype(), {}};
+  for (int i = 0; i < shape.rank(); ++i) entry.shape.push_back(shape[i]);
+  return entry;
+}
+
 std::vector<std::string> DifferingIdentity(const std::map<std::string, std::string>& saved,
                                            const std::map<std::string, std::string>& current) {
   std::map<std::string, std::string> sentences;

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,19 +23,30 @@ struct CheckpointInfo {
   bool operator==(const CheckpointInfo&) const = default;
 };
 
-// A tensor under its logical path ("weights/model.norm.weight"), which does not depend on
-// layout. The name is what a checkpoint finds it by.
-struct NamedTensor {
-  std::string name;
-  Tensor tensor;
-};
-
 // What a checkpoint knows about one of its tensors.
 struct TensorEntry {
   std::string name;
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
   std::string Describe() const;  // "f32[4096, 256]"
+};
+
+// The place of elements in a tensor that is split over ranks.
+struct TensorPiece {
+  Shape shape;               // of the whole tensor
+  int64_t begin = 0;         // number of the first element held, flattened row by row
+  int copy = 0, copies = 1;  // this is one of so many ranks that hold the same elements
+};
+
+// A tensor under its logical path ("weights/model.norm.weight"), which does not depend on
+// layout. The name is what a checkpoint finds it by.
+struct NamedTensor {
+  std::string name;
+  Tensor tensor;  // the whole, the same on all ranks; or flat, what this rank holds of it
+  std::optional<TensorPiece> piece{};
+
+  TensorEntry Entry() const;  // of the whole
+  int64_t begin() const { return piece.has_value() ? piece->begin : 0; }
 };
 
 // One sentence for each field of `saved` that differs in `current` or is missing on one side, in

@@ -87,11 +87,13 @@ size_t PayloadBytes(const checkpoint::Shard& shard, DType dtype) {
   return static_cast<size_t>(shard.end() - shard.begin()) * SizeOf(dtype);
 }
 
-TensorEntry Requested(const NamedTensor& named) {
-  TensorEntry entry{named.name, named.tensor.dtype(), {}};
-  for (int i = 0; i < named.tensor.rank(); ++i) entry.shape.push_back(named.tensor.dim(i));
-  return entry;
-}
+// The part of a record that `wanted` holds, in elements of the tensor.
+struct Overlap {
+  int64_t begin, end;
+  Overlap(const checkpoint::Shard& shard, const NamedTensor& wanted)
+      : begin(std::max(shard.begin(), wanted.begin())),
+        end(std::min(shard.end(), wanted.begin() + wanted.tensor.numel())) {}
+};
 
 }  // namespace
 
@@ -141,7 +143,7 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
         << "CheckpointReader: tensor '" << named.name << "' is undefined or there twice";
   }
   std::vector<std::string> differences;
-  std::vector<std::pair<int, Tensor>> plan;
+  std::vector<std::pair<int, const NamedTensor*>> plan;
   for (size_t i = 0; i < state_->entries.size(); ++i) {
     const TensorEntry& saved = state_->entries[i];
     if (!std::string_view(saved.name).starts_with(prefix)) continue;
@@ -152,18 +154,18 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
           Str(saved.name, " is ", saved.Describe(), " in the checkpoint and not in the model"));
       continue;
     }
-    const TensorEntry expected = Requested(*found->second);
+    const TensorEntry expected = found->second->Entry();
     if (saved.dtype != expected.dtype || saved.shape != expected.shape) {
       differences.push_back(Str(saved.name, " is ", saved.Describe(), " in the checkpoint and ",
                                 expected.Describe(), " in the model"));
     }
-    plan.emplace_back(static_cast<int>(i), found->second->tensor);
+    plan.emplace_back(static_cast<int>(i), found->second);
     wanted.erase(found);
   }
   for (const auto& [name, named] : wanted) {
     if (may_lack(name)) continue;
     differences.push_back(
-        Str(name, " is ", Requested(*named).Describe(), " in the model and not in the checkpoint"));
+        Str(name, " is ", named->Entry().Describe(), " in the model and not in the checkpoint"));
   }
   if (!differences.empty()) {
     // A model of another width differs in every tensor; a few of them say as much.
@@ -179,17 +181,24 @@ void CheckpointReader::Load(const std::vector<NamedTensor>& into, std::string_vi
                               "; change the model section or choose another checkpoint"));
   }
   ShardFiles files(state_->path, state_->manifest);
-  std::vector<std::byte> staged;  // for tensors that are not in host memory
-  for (const auto& [index, target] : plan) {
+  std::vector<std::byte> staged;  // for tensors that are not in host memory, and parts of records
+  for (const auto& [index, named] : plan) {
     const checkpoint::Tensor& tensor = state_->manifest.tensors(index);
-    const bool direct = target.device().kind == DeviceKind::kCpu;
+    const Tensor& target = named->tensor;
+    const size_t element = SizeOf(target.dtype());
     for (const checkpoint::Shard& shard : tensor.shards()) {
-      const size_t offset = static_cast<size_t>(shard.begin()) * SizeOf(target.dtype());
+      const Overlap part(shard, *named);
+      if (part.begin >= part.end) continue;
+      const size_t offset = static_cast<size_t>(part.begin - named->begin()) * element;
       const size_t bytes = PayloadBytes(shard, target.dtype());
+      const bool whole = part.begin == shard.begin() && part.end == shard.end();
+      const bool direct = whole && target.device().kind == DeviceKind::kCpu;
       if (!direct && staged.size() < bytes) staged.resize(bytes);
       std::byte* to = direct ? target.raw() + offset : staged.data();
       files.Read(tensor, shard, to, bytes);
-      if (!direct) target.WriteRange(offset, bytes, to);
+      if (direct) continue;
+      target.WriteRange(offset, static_cast<size_t>(part.end - part.begin) * element,
+                        to + static_cast<size_t>(part.begin - shard.begin()) * element);
     }
   }
 }

@@ -32,7 +32,7 @@ class CheckpointReader {
   // (the first few by name) before anything is written. Every byte read is checked; after a
   // checksum error the content of `into` is undefined. With the default prefix everything is read.
   // Tensors whose names `optional` accepts may be on one side alone; they are then left as they
-  // are.
+  // are. Of a tensor that is split over ranks each reads the records that its piece touches.
   void Load(const std::vector<NamedTensor>& into, std::string_view prefix = "",
             const std::function<bool(std::string_view name)>& optional = nullptr) const;
 

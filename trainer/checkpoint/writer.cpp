@@ -81,10 +81,11 @@ checkpoint::Manifest ManifestOf(const CheckpointInfo& info,
   for (const auto& [key, value] : info.identity) (*manifest.mutable_identity())[key] = value;
   for (const auto& [key, value] : info.extra) (*manifest.mutable_extra())[key] = value;
   for (const NamedTensor& named : tensors) {
+    const TensorEntry entry = named.Entry();
     checkpoint::Tensor& tensor = *manifest.add_tensors();
-    tensor.set_name(named.name);
-    tensor.set_dtype(ToElementType(named.tensor.dtype()));
-    for (int i = 0; i < named.tensor.rank(); ++i) tensor.add_shape(named.tensor.dim(i));
+    tensor.set_name(entry.name);
+    tensor.set_dtype(ToElementType(entry.dtype));
+    for (const int64_t dim : entry.shape) tensor.add_shape(dim);
   }
   return manifest;
 }
@@ -162,7 +163,13 @@ void CheckpointWriter::CheckArguments(const CheckpointInfo& info,
   for (const NamedTensor& named : tensors) {
     LONGSPAN_CHECK(!named.name.empty() && named.tensor.defined() && names.insert(named.name).second)
         << "CheckpointWriter: tensor '" << named.name << "' is unnamed, undefined or there twice";
-    description += Str("\n", named.name, " ", named.tensor.Describe());
+    const bool fits = !named.piece.has_value() ||
+                      (named.piece->begin >= 0 && named.piece->copy >= 0 &&
+                       named.piece->copy < named.piece->copies &&
+                       named.piece->begin + named.tensor.numel() <= named.piece->shape.numel());
+    LONGSPAN_CHECK(fits) << "CheckpointWriter: what is there of tensor '" << named.name
+                         << "' is no piece of " << named.Entry().Describe();
+    description += Str("\n", named.name, " ", named.Entry().Describe());
   }
   // The shares of all ranks have to fit together.
   const auto digest = static_cast<int64_t>(Xxh3(description));
@@ -205,15 +212,16 @@ std::string CheckpointWriter::Stage(const std::vector<NamedTensor>& tensors) {
 void CheckpointWriter::StageTensor(uint32_t index, const NamedTensor& named, std::string& error) {
   const Tensor& tensor = named.tensor;
   const size_t element = SizeOf(tensor.dtype());
-  const int64_t end = ShareBegin(tensor.numel(), world_.rank() + 1, world_.size());
+  const int copy = named.piece.has_value() ? named.piece->copy : world_.rank();
+  const int copies = named.piece.has_value() ? named.piece->copies : world_.size();
+  const int64_t end = ShareBegin(tensor.numel(), copy + 1, copies);
   const auto record =
       static_cast<int64_t>(options_.max_record_bytes / element) / kShareUnit * kShareUnit;
-  for (int64_t at = ShareBegin(tensor.numel(), world_.rank(), world_.size()); at < end;
-       at += record) {
+  for (int64_t at = ShareBegin(tensor.numel(), copy, copies); at < end; at += record) {
     ShardPiece piece;
     piece.tensor = index;
-    piece.begin = at;
-    piece.end = std::min(end, at + record);
+    piece.begin = named.begin() + at;
+    piece.end = named.begin() + std::min(end, at + record);
     piece.payload_bytes = static_cast<size_t>(piece.end - piece.begin) * element;
     piece.frame = RecordFrame(named.name, piece.begin, piece.end, piece.payload_bytes);
     piece.payload = std::make_unique_for_overwrite<std::byte[]>(piece.payload_bytes);
@@ -286,6 +294,11 @@ void CheckpointWriter::GatherShards() {
   for (int r = 0; r < static_cast<int>(receive_pieces.size()); ++r) {
     AddFile(pending_->manifest, r, headers[static_cast<size_t>(r)].file_bytes,
             pieces[static_cast<size_t>(r)]);
+  }
+  // Where ranks hold copies of pieces, the order of ranks is not that of elements.
+  for (checkpoint::Tensor& tensor : *pending_->manifest.mutable_tensors()) {
+    std::sort(tensor.mutable_shards()->begin(), tensor.mutable_shards()->end(),
+              [](const auto& a, const auto& b) { return a.begin() < b.begin(); });
   }
 }
 

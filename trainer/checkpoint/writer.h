@@ -38,11 +38,13 @@ struct CheckpointWriterOptions {
 //   every N steps:     writer.Save(info, tensors);      // returns after copying
 //   before the end:    writer.Wait();
 //
-// Every rank passes the same tensors with equal contents (replicated) and writes its share:
-// elements [64 * floor(units * rank / ranks), ...) of each tensor, units = ceil(elements / 64).
-// Files go to `step_N.tmp`, are synced, and become `step_N` by one rename after the manifest is in
-// place, so an interruption at any moment leaves the earlier checkpoints and either none or all of
-// the new one. A step that exists already stays readable until its successor is complete.
+// Every rank passes the same list. Of a tensor that all hold (replicated) each writes its share:
+// elements [64 * floor(units * rank / ranks), ...), units = ceil(elements / 64); of one that is
+// split over ranks each writes its piece, or where several hold that, its share of the piece.
+// Together the pieces must cover the tensor once. Files go to `step_N.tmp`, are synced, and become
+// `step_N` by one rename after the manifest is in place, so an interruption at any moment leaves
+// the earlier checkpoints and either none or all of the new one. A step that exists already stays
+// readable until its successor is complete.
 //
 // Save, Poll and Wait are collective over `world` and throw on all ranks alike. The background
 // thread does not communicate. Not thread-safe. Destroying a writer abandons a pending save; its
@@ -52,6 +54,7 @@ struct CheckpointWriterOptions {
 //           (names the file, the system's reason, and the checkpoint that stays). The .tmp folder
 //           is removed, nothing else changes, and the writer can be used again.
 //           InvalidArgument: no name, a name twice, or lists or steps that differ between ranks.
+//           Pieces that do not fit together fail the save.
 // Devices   all: tensors on a GPU are copied through pinned memory after the work that was issued
 //           before; the file does not say where a tensor was
 class CheckpointWriter {
