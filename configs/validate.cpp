@@ -177,6 +177,22 @@ void CheckPacking(const Config& config, Problems& problems) {
                       "same work (use GREEDY)"});
 }
 
+void CheckSharding(const Config& config, Problems& problems) {
+  const Parallel& parallel = config.parallel();
+  const int64_t ranks = parallel.dp() * parallel.cp(), group = parallel.hybrid_shard();
+  if (group != 0 && parallel.zero_stage() == 0) {
+    problems.push_back({"parallel.hybrid_shard",
+                        Str(group, " does not go with parallel.zero_stage 0, which splits nothing "
+                                   "(use 0, or zero_stage 1, 2 or 3)")});
+  } else if (group != 0 && (group < 2 || ranks % group != 0)) {
+    problems.push_back({"parallel.hybrid_shard",
+                        Str(group, " does not split the ", ranks, " ranks of parallel.dp ",
+                            parallel.dp(), " x parallel.cp ", parallel.cp(),
+                            " into groups of at least 2 (use 0 for one group, or a divisor of ",
+                            ranks, " from 2 on)")});
+  }
+}
+
 std::string Divisors(int64_t value) {
   std::vector<std::string> divisors;
   for (int64_t d = 1; d <= value; ++d) {
@@ -228,6 +244,11 @@ void CheckPrecision(const Config& config, Problems& problems) {
   if (config.run().device() == Run::CPU && config.parallel().backend() == Parallel::NCCL) {
     problems.push_back(
         {"parallel.backend", "NCCL connects GPUs only (use AUTO, or run.device: CUDA)"});
+  }
+  if (config.run().device() == Run::CPU && config.parallel().offload_optimizer()) {
+    problems.push_back({"parallel.offload_optimizer",
+                        "on CPU the optimizer's state is in host memory anyway (use false, or "
+                        "run.device: CUDA)"});
   }
   const Precision residual = ResidualDtype(config);
   const bool widened = precision == BF16 && residual == F32;
@@ -404,6 +425,9 @@ std::vector<Problem> Validate(const Config& config) {
     CheckSchedule(config, problems);
   }
   CheckPrecision(config, problems);
+  if (good({"parallel.dp", "parallel.cp", "parallel.zero_stage", "parallel.hybrid_shard"})) {
+    CheckSharding(config, problems);
+  }
   CheckSavingAndEvaluation(config, problems);
   if (good({"run.context_length"})) CheckObjective(config, problems);
   for (Problem& problem : problems) problem.field = DisplayPath(config, problem.field);

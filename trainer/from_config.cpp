@@ -207,6 +207,9 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
                    ? parallel::StrategyKind::kAllGather
                    : parallel::StrategyKind::kRing;
   o.backend = BackendFrom(c.parallel().backend());
+  o.zero_stage = static_cast<int>(c.parallel().zero_stage());
+  o.hybrid_shard = c.parallel().hybrid_shard();
+  o.offload_optimizer = c.parallel().offload_optimizer();
   o.train = SourcesFrom(c.data().train());
   o.validation = SourcesFrom(c.data().validation());
   o.document_mask = c.data().document_mask();

@@ -56,6 +56,10 @@ struct TrainOptions {
   parallel::PlacementKind placement = parallel::PlacementKind::kZigzag;
   parallel::StrategyKind strategy = parallel::StrategyKind::kRing;
   CommBackend backend = CommBackend::kAuto;
+  // What is split over ranks: 1 the optimizer's state, 2 and gradients, 3 and weights (ZeRO).
+  int zero_stage = 0;
+  int64_t hybrid_shard = 0;        // ranks that hold all of it together; 0: all
+  bool offload_optimizer = false;  // its moments in host memory; CUDA only
 
   std::vector<DataSource> train, validation;
   bool document_mask = true;

@@ -12,11 +12,13 @@
 namespace longspan::trainer {
 namespace {
 
-// What ranks add up once a step: the loss sums of ops, what the host knows, and in places of their
-// own the notes of each rank and then its attention pairs.
+// What ranks add up once a step: the loss sums of ops and the squares of sharded gradients, from
+// the device; what the host knows, and in places of their own the notes of each rank and then its
+// attention pairs.
 constexpr int64_t kLossSums = ops::kLossSums;
+constexpr int64_t kDeviceSums = kLossSums + 1;
 enum HostSum { kTokens, kPairs, kOpenPairs, kSignals, kTimeUp, kHostSums };
-constexpr int64_t kSums = kLossSums + kHostSums;
+constexpr int64_t kSums = kDeviceSums + kHostSums;
 
 double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -46,7 +48,6 @@ void TrainStep::Prepare(size_t values) {
   values_ = values;
   report_ = ctx_.Zeros({sums + ops::kStepFields}, DType::kF64);
   report_.Rows(sums, report_.dim(0)).WriteFrom(record.data());
-  squares_ = ctx_.Zeros({1}, DType::kF64);
 }
 
 void TrainStep::SetSkippedSteps(int64_t steps) {
@@ -77,19 +78,15 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   std::shared_ptr<PendingStep::Slot> slot = FreeSlot();
   if (on_gpu_) slot->begin->Record();
 
-  std::vector<Tensor> grads;
-  for (Bucket& b : store_.buckets()) grads.push_back(b.grad);
-  parallel::GradReducer reducer(mesh_.world(), grads);
+  GradientExchange exchange(ctx_, mesh_.world(), store_);
   std::vector<double> host(kHostSums);
-  Backward(loader, reducer, host);
-  slot->sums = Reduce(reducer, note ? note() : RankNote(), host);
+  Backward(loader, exchange, host);
+  slot->sums = Reduce(exchange, note ? note() : RankNote(), host);
 
   Tensor record = report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0));
-  ctx_.SetZero(squares_);
-  for (const Bucket& b : store_.buckets()) ops::AddSumOfSquares(ctx_, b.grad, squares_);
   const bool skip = options_.on_nonfinite == NonFinitePolicy::kSkip;
   const double allowed = skip ? static_cast<double>(options_.max_skipped_steps) : 0;
-  ops::StepControl(ctx_, report_.Rows(0, kLossSums), squares_,
+  ops::StepControl(ctx_, report_.Rows(0, kLossSums), Squares(),
                    {.clip_norm = options_.clip_norm, .skips_allowed = allowed}, record);
   Update(step, pending.lr_);
 
@@ -109,9 +106,9 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   return pending;
 }
 
-// Gradients of the summed loss, handed to `reducer` bucket after bucket; the loss sums of this rank
-// in report_, what only the host knows in `host`.
-void TrainStep::Backward(data::Loader& loader, parallel::GradReducer& reducer,
+// Gradients of the summed loss, handed to `exchange` bucket after bucket; the loss sums of this
+// rank in report_, what only the host knows in `host`.
+void TrainStep::Backward(data::Loader& loader, GradientExchange& exchange,
                          std::vector<double>& host) {
   store_.ZeroGrads();
   ctx_.SetZero(report_.Rows(0, report_.dim(0) - ops::kStepFields));
@@ -122,9 +119,8 @@ void TrainStep::Backward(data::Loader& loader, parallel::GradReducer& reducer,
     const auto prepared = std::static_pointer_cast<PreparedBatch>(batch.attachment);
     const LocalBatch local = ToDevice(ctx_, prepared->local);
     autograd::Tape tape(ctx_);
-    const BucketHook ready = [&](size_t bucket) { reducer.BucketReady(static_cast<int>(bucket)); };
     const Tensor sums = ObjectiveForward(tape, mesh_.axis("cp"), options_.objective, options_.model,
-                                         store_, local, last ? ready : BucketHook());
+                                         store_, local, exchange.Pass(/*first=*/m == 0, last));
     ops::AddInto(ctx_, loss_sums, sums);
     host[kTokens] += static_cast<double>(local.ids.numel());
     host[kPairs] += prepared->attention_pairs;
@@ -133,9 +129,21 @@ void TrainStep::Backward(data::Loader& loader, parallel::GradReducer& reducer,
   }
 }
 
+// The sum of the gradients' squares.
+Tensor TrainStep::Squares() const { return report_.Rows(kLossSums, kDeviceSums); }
+
+void TrainStep::AddSquares() {
+  Tensor total = Squares();
+  for (const Bucket& b : store_.buckets()) {
+    for (const OwnedSegment& s : b.owned) {
+      if (s.grad.defined()) ops::AddSumOfSquares(ctx_, s.grad.Rows(0, s.end - s.begin), total);
+    }
+  }
+}
+
 // Sums over all ranks: gradients, losses, what the hosts know. Returns the last operation, of which
 // the host has not heard yet whether it failed.
-parallel::Work TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote& note,
+parallel::Work TrainStep::Reduce(GradientExchange& exchange, const RankNote& note,
                                  std::vector<double>& host) {
   host[kSignals] = note.wish == StopWish::kSignal ? 1 : 0;
   host[kTimeUp] = note.wish == StopWish::kTimeUp ? 1 : 0;
@@ -146,16 +154,21 @@ parallel::Work TrainStep::Reduce(parallel::GradReducer& reducer, const RankNote&
     ops::AddInto(ctx_, fresh, loss_sums);
   }
   const int64_t sums = report_.dim(0) - ops::kStepFields;
-  host.resize(static_cast<size_t>(sums - kLossSums));
+  host.resize(static_cast<size_t>(sums - kDeviceSums));
   std::copy(note.values.begin(), note.values.end(),
             host.begin() + kHostSums + mesh_.world().rank() * static_cast<int64_t>(values_));
   host[host.size() - static_cast<size_t>(mesh_.world().size() - mesh_.world().rank())] =
       host[kPairs];
-  report_.Rows(kLossSums, sums).WriteFrom(host.data());
+  report_.Rows(kDeviceSums, sums).WriteFrom(host.data());
   TraceScope scope(ctx_.trace(), "gradient reduction wait");
-  reducer.Finish();
+  exchange.Finish();
+  // Each part counts once, whatever number of ranks hold it; whole gradients are summed by now, and
+  // the same everywhere.
+  const parallel::ShardGroups* groups = store_.groups();
+  if (groups != nullptr && groups->copy() == 0) AddSquares();
   parallel::Work work = mesh_.world().AllReduce(report_.Rows(0, sums), parallel::ReduceOp::kSum);
   parallel::Work(work).Wait();
+  if (groups == nullptr) AddSquares();
   return work;
 }
 
@@ -177,20 +190,20 @@ StepResult TrainStep::Finish(PendingStep pending) {
   result.loss = record[ops::kStepLoss];
   result.grad_norm = record[ops::kStepGradNorm];
   result.valid_tokens = std::llround(s[ops::kValidSum]);
-  result.tokens = std::llround(s[kLossSums + kTokens]);
-  result.flops = flops_.per_token * s[kLossSums + kTokens] +
-                 flops_.per_pair * s[kLossSums + kPairs] +
-                 flops_.per_open_pair * s[kLossSums + kOpenPairs];
+  result.tokens = std::llround(s[kDeviceSums + kTokens]);
+  result.flops = flops_.per_token * s[kDeviceSums + kTokens] +
+                 flops_.per_pair * s[kDeviceSums + kPairs] +
+                 flops_.per_open_pair * s[kDeviceSums + kOpenPairs];
   if (options_.objective.kind == ObjectiveKind::kDuoGates && s[ops::kValidSum] > 0) {
     result.mean_gate = s[ops::kZLossSum] / s[ops::kValidSum];
   }
   result.seconds = on_gpu_ ? 1e-3 * slot.end->MillisecondsSince(*slot.begin) : slot.host_seconds;
-  result.time_is_up = s[kLossSums + kTimeUp] > 0;
-  result.stop_requested = result.time_is_up || s[kLossSums + kSignals] > 0;
+  result.time_is_up = s[kDeviceSums + kTimeUp] > 0;
+  result.stop_requested = result.time_is_up || s[kDeviceSums + kSignals] > 0;
   result.notes.assign(s + kSums, s + kSums + notes);
-  if (s[kLossSums + kPairs] > 0) {
+  if (s[kDeviceSums + kPairs] > 0) {
     result.work_max_over_mean = *std::max_element(pairs, record) *
-                                static_cast<double>(mesh_.world().size()) / s[kLossSums + kPairs];
+                                static_cast<double>(mesh_.world().size()) / s[kDeviceSums + kPairs];
   }
   // Reduced values are the same bits on every rank, so every rank decides alike.
   result.skipped = record[ops::kStepFinite] == 0;
@@ -213,22 +226,30 @@ void TrainStep::Update(int64_t step, double lr) {
   o.beta2 = options_.adamw.beta2;
   o.eps = options_.adamw.eps;
   o.step = step + 1;
-  for (Bucket& b : store_.buckets()) {
-    const bool copies = b.value.raw() != b.master.raw();
-    auto update = [&](int64_t begin, int64_t end, double weight_decay) {
-      if (begin == end) return;
-      o.weight_decay = weight_decay;
-      Tensor master = b.master.Rows(begin, end), m = b.m.Rows(begin, end), v = b.v.Rows(begin, end),
-             value = copies ? b.value.Rows(begin, end) : Tensor();
-      ops::AdamWStep(ctx_, o, record, master, b.grad.Rows(begin, end), m, v, value);
-    };
-    update(0, b.decay_end, options_.adamw.weight_decay);
-    update(b.decay_end, b.trained_end, 0);
-    for (size_t i = 0; i < b.specs.size(); ++i) {
-      if (!b.specs[i].fraction || b.offsets[i] >= b.trained_end) continue;
-      Tensor gates = b.master.Rows(b.offsets[i], b.offsets[i] + b.specs[i].shape.numel());
-      ops::Clamp(ctx_, gates, 0, 1);
+  for (size_t i = 0; i < store_.buckets().size(); ++i) {
+    Bucket& b = store_.buckets()[i];
+    for (OwnedSegment& s : b.owned) {
+      if (!s.layout.trained) continue;
+      // What this rank has of elements [begin, end) of the bucket.
+      const auto update = [&](int64_t begin, int64_t end, double weight_decay) {
+        begin = std::max(begin, s.begin) - s.begin;
+        end = std::min(end, s.end) - s.begin;
+        if (begin >= end) return;
+        o.weight_decay = weight_decay;
+        Tensor master = s.master.Rows(begin, end), m = s.m.Rows(begin, end),
+               v = s.v.Rows(begin, end),
+               value = s.value.defined() ? s.value.Rows(begin, end) : Tensor();
+        ops::AdamWStep(ctx_, o, record, master, s.grad.Rows(begin, end), m, v, value);
+      };
+      update(0, b.decay_end, options_.adamw.weight_decay);
+      update(b.decay_end, b.trained_end, 0);
     }
+    for (size_t spec = 0; spec < b.specs.size(); ++spec) {
+      if (!b.specs[spec].fraction || b.offsets[spec] >= b.trained_end) continue;
+      Tensor gates = ParameterStore::PartOf(b, spec, &OwnedSegment::master).elements;
+      if (gates.numel() > 0) ops::Clamp(ctx_, gates, 0, 1);
+    }
+    store_.Publish(i);
   }
 }
 

@@ -8,8 +8,8 @@
 #include "data/loader.h"
 #include "ops/core/cuda/backend.h"
 #include "parallel/mesh/device_mesh.h"
-#include "parallel/zero/grad_reducer.h"
 #include "trainer/batch.h"
+#include "trainer/gradients.h"
 #include "trainer/objective.h"
 #include "trainer/options.h"
 
@@ -97,9 +97,11 @@ class TrainStep {
  private:
   void Prepare(size_t values);
   std::shared_ptr<PendingStep::Slot> FreeSlot();
-  void Backward(data::Loader& loader, parallel::GradReducer& reducer, std::vector<double>& host);
-  parallel::Work Reduce(parallel::GradReducer& reducer, const RankNote& note,
+  void Backward(data::Loader& loader, GradientExchange& exchange, std::vector<double>& host);
+  parallel::Work Reduce(GradientExchange& exchange, const RankNote& note,
                         std::vector<double>& host);
+  Tensor Squares() const;
+  void AddSquares();
   void Update(int64_t step, double lr);
 
   Context& ctx_;
@@ -108,9 +110,9 @@ class TrainStep {
   ParameterStore& store_;
   const ObjectiveFlops flops_;
   const bool on_gpu_;
-  // On the device: the sums over ranks and the record of ops/optim/step_control.h, side by side for
-  // one copy to the host; and the sum of squares of the gradients.
-  Tensor report_, squares_;
+  // On the device: the sums over ranks (of the losses, of the squares of the gradients, of what
+  // hosts know) and the record of ops/optim/step_control.h, side by side for one copy to the host.
+  Tensor report_;
   size_t values_ = 0;  // of a RankNote
   std::vector<std::shared_ptr<PendingStep::Slot>> slots_;
 };

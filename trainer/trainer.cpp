@@ -51,16 +51,32 @@ data::RowSamplerOptions SamplerFrom(const TrainOptions& o, const std::vector<Dat
   return s;
 }
 
+// What this rank holds of one parameter in one of its tensors.
+NamedTensor Named(const ParameterStore& store, const Bucket& b, size_t spec, const char* prefix,
+                  Tensor OwnedSegment::* tensor) {
+  const ParameterSpec& p = b.specs[spec];
+  const ParameterStore::Part part = ParameterStore::PartOf(b, spec, tensor);
+  if (!store.sharded()) return {prefix + p.name, part.elements.Reshape(p.shape)};
+  const parallel::ShardGroups& groups = *store.groups();
+  return {prefix + p.name, part.elements,
+          TensorPiece{p.shape, part.begin, groups.copy(), groups.copies()}};
+}
+
 std::vector<NamedTensor> WeightsOf(ParameterStore& store) {
   std::vector<NamedTensor> weights;
-  for (Bucket& b : store.buckets()) {
+  for (const Bucket& b : store.buckets()) {
     for (size_t i = 0; i < b.specs.size(); ++i) {
-      const ParameterSpec& spec = b.specs[i];
-      const int64_t begin = b.offsets[i], end = begin + spec.shape.numel();
-      weights.push_back({kWeights + spec.name, b.master.Rows(begin, end).Reshape(spec.shape)});
+      weights.push_back(Named(store, b, i, kWeights, &OwnedSegment::master));
     }
   }
   return weights;
+}
+
+// The ranks among which state is split; none where each holds all of it.
+std::unique_ptr<parallel::ShardGroups> GroupsFor(const TrainOptions& o,
+                                                 parallel::Communicator& world) {
+  if (o.zero_stage == 0) return nullptr;
+  return std::make_unique<parallel::ShardGroups>(world, o.hybrid_shard);
 }
 
 parallel::Placement PlacementOf(const TrainOptions& o) {
@@ -72,7 +88,10 @@ parallel::Placement PlacementOf(const TrainOptions& o) {
 EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
                                   const TrainOptions& options, const CheckpointReader& reader,
                                   int64_t rows) {
-  ParameterStore store(ctx, options.model, /*training=*/false);
+  const auto groups = GroupsFor(options, mesh.world());
+  ParameterStore store(
+      ctx, options.model,
+      StoreOptions{.training = false, .zero_stage = options.zero_stage, .groups = groups.get()});
   std::unique_ptr<data::RowSampler> sampler;
   OnAllRanks(mesh.world(), [&] {
     sampler = OpenSampler(SamplerFrom(options, options.validation, false));
@@ -88,7 +107,11 @@ Trainer::Trainer(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& o
     : ctx_(ctx),
       mesh_(mesh),
       options_(options),
-      store_(ctx, options_.model, /*training=*/true),
+      groups_(GroupsFor(options_, mesh.world())),
+      store_(ctx, options_.model,
+             StoreOptions{.zero_stage = options_.zero_stage,
+                          .groups = groups_.get(),
+                          .offload_optimizer = options_.offload_optimizer}),
       train_step_(ctx, mesh, options_, store_) {
   OnAllRanks(mesh.world(), [&] { OpenData(); });
   RequireSame(mesh.world(), "the training data", train_->Fingerprint());
@@ -194,11 +217,9 @@ std::vector<NamedTensor> Trainer::State() {
   std::vector<NamedTensor> state = WeightsOf(store_);
   for (Bucket& b : store_.buckets()) {
     for (size_t i = 0; i < b.specs.size(); ++i) {
-      const auto& spec = b.specs[i];
-      const int64_t begin = b.offsets[i], end = begin + spec.shape.numel();
-      if (end > b.trained_end) continue;  // frozen: it has none
-      state.push_back({kFirstMoment + spec.name, b.m.Rows(begin, end).Reshape(spec.shape)});
-      state.push_back({kSecondMoment + spec.name, b.v.Rows(begin, end).Reshape(spec.shape)});
+      if (b.offsets[i] >= b.trained_end) continue;  // frozen: it has none
+      state.push_back(Named(store_, b, i, kFirstMoment, &OwnedSegment::m));
+      state.push_back(Named(store_, b, i, kSecondMoment, &OwnedSegment::v));
     }
   }
   return state;

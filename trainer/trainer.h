@@ -39,7 +39,8 @@ class Trainer {
   // Mean validation loss; only with validation data.
   EvaluationLoss Evaluate();
 
-  // What a checkpoint of this moment says and holds; tensors are the live ones.
+  // What a checkpoint of this moment says and holds; tensors are the live ones, with ZeRO those of
+  // this rank's parts.
   CheckpointInfo Info(const std::string& config_text) const;
   std::vector<NamedTensor> State();
   // Continues where `reader`'s run stopped. Refuses, by field, one with another model, seed, batch
@@ -58,6 +59,7 @@ class Trainer {
   Context& ctx_;
   parallel::DeviceMesh& mesh_;
   const TrainOptions options_;
+  std::unique_ptr<parallel::ShardGroups> groups_;  // null: every rank holds all state
   ParameterStore store_;
   TrainStep train_step_;
   std::unique_ptr<data::RowSampler> train_, validation_;

@@ -33,7 +33,7 @@ constexpr const char* kAttention = "context attention";
 trainer::TrainOptions OptionsOf(const StepCase& problem, const std::vector<std::string>& sets,
                                 const Context& ctx) {
   const bool cuda = ctx.device().kind == DeviceKind::kCuda;
-  std::vector<std::string> all = {"parallel.dp=1", "parallel.cp=1",
+  std::vector<std::string> all = {"parallel.dp=1", "parallel.cp=1", "parallel.hybrid_shard=0",
                                   Str("run.device=", cuda ? "CUDA" : "CPU")};
   all.insert(all.end(), sets.begin(), sets.end());
   trainer::TrainOptions o =
@@ -106,7 +106,11 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   parallel::SelfCommunicator self;
   self.UseDevice(ctx.runtime());
   parallel::DeviceMesh mesh(self, {.dp = 1, .cp = 1});
-  trainer::ParameterStore store(ctx, o.model, /*training=*/true);
+  parallel::ShardGroups groups(self, o.hybrid_shard);
+  trainer::ParameterStore store(ctx, o.model,
+                                trainer::StoreOptions{.zero_stage = o.zero_stage,
+                                                      .groups = &groups,
+                                                      .offload_optimizer = o.offload_optimizer});
   store.Initialize(o.seed);
   trainer::BatchBuilder builder(
       o.model, parallel::Placement(o.placement, o.micro_batch_rows, o.context_length, 1),
@@ -172,8 +176,9 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   }
   r.more.emplace_back("recompute", o.model.recompute_layers ? 1 : 0);
   r.more.emplace_back("peak_bytes", static_cast<double>(ctx.allocator().peak_bytes()));
-  const auto forecast = trainer::ForecastStepMemory(o.model, o.context_length * o.micro_batch_rows,
-                                                    ctx.device().kind, o.micro_batch_rows);
+  const auto forecast = trainer::ForecastStepMemory(
+      o.model, o.context_length * o.micro_batch_rows, ctx.device().kind, o.micro_batch_rows,
+      {.zero_stage = o.zero_stage, .offload_optimizer = o.offload_optimizer});
   if (forecast) r.more.emplace_back("predicted_bytes", static_cast<double>(forecast->bytes));
   r.more.emplace_back("largest_tensor_bytes", static_cast<double>(ctx.allocator().largest_bytes()));
   r.more.emplace_back("peak_rss_bytes", static_cast<double>(trainer::PeakRssBytes()));

@@ -97,8 +97,17 @@ void DescribeMemory(const configs::Config& c, const trainer::ModelOptions& model
                     InspectReport& report) {
   const int64_t tokens = c.run().micro_batch_rows() * c.run().context_length() / c.parallel().cp();
   const bool gpu = c.run().device() == configs::Run::CUDA;
-  const auto forecast = trainer::ForecastStepMemory(
-      model, tokens, gpu ? DeviceKind::kCuda : DeviceKind::kCpu, c.run().micro_batch_rows());
+  const configs::Parallel& parallel = c.parallel();
+  const int64_t group = parallel.hybrid_shard();
+  const trainer::StateSharding sharding{
+      .zero_stage = static_cast<int>(parallel.zero_stage()),
+      .parts = group > 0 ? group : parallel.dp() * parallel.cp(),
+      .offload_optimizer = parallel.offload_optimizer(),
+      .accumulates = c.run().global_batch_tokens() >
+                     c.run().context_length() * c.run().micro_batch_rows() * parallel.dp()};
+  const auto forecast =
+      trainer::ForecastStepMemory(model, tokens, gpu ? DeviceKind::kCuda : DeviceKind::kCpu,
+                                  c.run().micro_batch_rows(), sharding);
   if (!forecast.has_value()) {
     report.json["memory_of_step"] = nullptr;
     return;

@@ -251,6 +251,10 @@ TEST(ConfigValidateTest, Precision) {
   ExpectProblem({"parallel.backend=NCCL"},
                 "parallel.backend: NCCL connects GPUs only (use AUTO, or run.device: CUDA)");
   ExpectFine({"parallel.backend=NCCL", "run.device=CUDA"});
+  ExpectProblem({"parallel.offload_optimizer=true"},
+                "parallel.offload_optimizer: on CPU the optimizer's state is in host memory anyway "
+                "(use false, or run.device: CUDA)");
+  ExpectFine({"parallel.offload_optimizer=true", "run.device=CUDA"});
   ExpectProblem({"run.sync_checks=true"},
                 "run.sync_checks: there are no kernels to wait for on CPU (use false, or device: "
                 "CUDA)");
@@ -273,6 +277,27 @@ TEST(ConfigValidateTest, Precision) {
   for (const char* fine : {"BF16", "F32"}) {
     ExpectFine({"run.precision=BF16", Str("model.residual_dtype=", fine)});
   }
+}
+
+TEST(ConfigValidateTest, GroupsThatShareState) {
+  const std::string divisors =
+      " does not split the 4 ranks of parallel.dp 2 x parallel.cp 2 into groups of at least 2 (use "
+      "0 for one group, or a divisor of 4 from 2 on)";
+  for (const char* stage : {"parallel.zero_stage=1", "parallel.zero_stage=3"}) {
+    for (const char* fine : {"0", "2", "4"}) {
+      ExpectFine({stage, Str("parallel.hybrid_shard=", fine)});
+    }
+    for (const char* wrong : {"1", "3", "8"}) {
+      ExpectProblem({stage, Str("parallel.hybrid_shard=", wrong)},
+                    Str("parallel.hybrid_shard: ", wrong, divisors));
+    }
+  }
+  ExpectProblem({"parallel.hybrid_shard=2"},
+                "parallel.hybrid_shard: 2 does not go with parallel.zero_stage 0, which splits "
+                "nothing (use 0, or zero_stage 1, 2 or 3)");
+  ExpectProblem({"parallel.zero_stage=4"},
+                "parallel.zero_stage: 4 is out of range (use a whole number from 0 to 3)");
+  ExpectFine({"parallel.dp=1", "parallel.cp=1", "parallel.zero_stage=3"});
 }
 
 TEST(ConfigValidateTest, S2Options) {

@@ -6,6 +6,7 @@
 #include "ops/autograd/moba.h"
 #include "ops/autograd/recompute.h"
 #include "parallel/context/autograd.h"
+#include "trainer/model/weight_use.h"
 
 namespace longspan::trainer {
 namespace {
@@ -16,7 +17,7 @@ using autograd::Var;
 
 bool AnyTrained(std::initializer_list<const Parameter*> parameters) {
   return std::any_of(parameters.begin(), parameters.end(),
-                     [](const Parameter* p) { return p != nullptr && p->grad.defined(); });
+                     [](const Parameter* p) { return p != nullptr && p->WantsGrad(); });
 }
 
 struct LayerParameters {
@@ -105,11 +106,12 @@ Var AddMlp(Tape& tape, const ModelOptions& options, const LayerParameters& p, co
   return tile < tokens ? autograd::RecomputeRows(tape, x, tile, p.MlpTrained(), add) : add(tape, x);
 }
 
-}  // namespace
+using Weights = WeightUse<Tape, ParameterStore>;
 
-Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
-                  ParameterStore& store, const LocalBatch& batch, const BucketHook& bucket_ready,
-                  GateUse gates, SeerLesson* lesson) {
+// The hidden states after the last norm. The head's weights stay in use until the caller ends that.
+Var RunLayers(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
+              ParameterStore& store, Weights& weights, const LocalBatch& batch,
+              const BucketHook& bucket_ready, GateUse gates, SeerLesson* lesson) {
   const size_t layers = static_cast<size_t>(options.num_layers());
   // An entry recorded before a bucket's first use runs after its last gradient has been added.
   auto mark = [&](size_t bucket) {
@@ -117,8 +119,10 @@ Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& op
   };
 
   mark(0);
+  weights.BeginEmbedding();
   const Parameter& table = store.Find("model.embed_tokens.weight");
   Var x = autograd::Embedding(tape, batch.ids, table, options.residual, batch.order);
+  weights.EndEmbedding();
   for (size_t i = 0; i < layers; ++i) {
     mark(i + 1);
     const LayerParameters p = LayerOf(options, store, i);
@@ -131,13 +135,27 @@ Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& op
     };
     // A layer that leads to nothing trained keeps nothing, so there is nothing to run again; what a
     // lesson keeps is small, and it is to be learnt once.
-    const bool again =
-        options.recompute_layers && gates != GateUse::kTaught && (x.requires_grad() || p.Trained());
-    x = again ? autograd::Recompute(tape, {x}, layer, {.keep_attention = options.keep_attention})
-              : layer(tape, {x});
+    const bool differentiated = gates != GateUse::kTaught && (x.requires_grad() || p.Trained());
+    weights.BeginLayer(i + 1, differentiated);
+    x = options.recompute_layers && differentiated
+            ? autograd::Recompute(tape, {x}, layer, {.keep_attention = options.keep_attention})
+            : layer(tape, {x});
+    weights.EndLayer(i + 1, differentiated);
   }
   mark(layers + 1);
+  weights.BeginHead(layers + 1);
   return Norm(tape, options, x, store.Find("model.norm.weight"));
+}
+
+}  // namespace
+
+Var DecoderHidden(Tape& tape, parallel::Communicator& cp, const ModelOptions& options,
+                  ParameterStore& store, const LocalBatch& batch, const BucketHook& bucket_ready,
+                  GateUse gates, SeerLesson* lesson) {
+  Weights weights(tape, store, /*tied=*/false);
+  const Var x = RunLayers(tape, cp, options, store, weights, batch, bucket_ready, gates, lesson);
+  weights.EndHead(static_cast<size_t>(options.num_layers()) + 1);
+  return x;
 }
 
 ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator& cp,
@@ -145,12 +163,16 @@ ops::LinearCrossEntropyResult DecoderForward(Tape& tape, parallel::Communicator&
                                              const LocalBatch& batch,
                                              const BucketHook& bucket_ready,
                                              bool want_token_losses) {
-  const Var x = DecoderHidden(tape, cp, options, store, batch, bucket_ready);
+  Weights weights(tape, store, options.tie_embeddings);
+  const Var x = RunLayers(tape, cp, options, store, weights, batch, bucket_ready, GateUse::kMixed,
+                          /*lesson=*/nullptr);
   const Parameter& head =
       store.Find(options.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
-  return autograd::LinearCrossEntropy(
+  auto result = autograd::LinearCrossEntropy(
       tape, x, head, batch.labels,
       {.z_loss = options.z_loss, .want_token_losses = want_token_losses});
+  weights.EndHead(static_cast<size_t>(options.num_layers()) + 1);
+  return result;
 }
 
 }  // namespace longspan::trainer

@@ -10,7 +10,8 @@
 #include "ops/autograd/recompute.h"
 #include "ops/core/dtype.h"
 #include "ops/loss/linear_cross_entropy.h"
-#include "trainer/model/parameters.h"
+#include "trainer/model/state_memory.h"
+#include "trainer/model/weight_use.h"
 
 namespace longspan::trainer {
 namespace {
@@ -91,6 +92,7 @@ class ShadowTape {
         kept_(kept) {}
 
   const ModelOptions& model() const { return model_; }
+  bool recording() const { return recording_; }
   int64_t tokens() const { return tokens_; }
   DType wide() const { return AccumulatorOf(model_.compute); }
   Block Make(int64_t elements, DType dtype,
@@ -291,17 +293,31 @@ Shadow AddMlp(ShadowTape& tape, const Shadow& x) {
   return tile < tape.tokens() ? tape.RecomputeRows(x, tile, add) : add(tape, x);
 }
 
-void Forward(ShadowTape& tape, DeviceKind device) {
+void Forward(ShadowTape& tape, StateMemory& state, DeviceKind device) {
   const ModelOptions& model = tape.model();
+  WeightUse weights(tape, state, model.tie_embeddings);
+  const auto mark = [&](size_t bucket) {
+    tape.Record([&state, bucket] { state.BucketReady(bucket); });
+  };
+  mark(0);
+  weights.BeginEmbedding();
   Shadow x = tape.Value(model.hidden_size, model.residual);
+  weights.EndEmbedding();
+  size_t bucket = 0;
   for (const int mixer : model.layers) {
     const auto layer = [mixer](ShadowTape& t, const Shadow& in) {
       const Shadow mixed = t.ResidualAdd(in, AttentionBranch(t, in, static_cast<size_t>(mixer)));
       return AddMlp(t, mixed);
     };
+    mark(++bucket);
+    weights.BeginLayer(bucket, /*differentiated=*/true);
     x = model.recompute_layers ? tape.Recompute(x, layer) : layer(tape, x);
+    weights.EndLayer(bucket, /*differentiated=*/true);
   }
+  mark(++bucket);
+  weights.BeginHead(bucket);
   tape.CrossEntropy(tape.Norm(x), device);
+  weights.EndHead(bucket);
 }
 
 // What the backward pass of attention makes for itself, by mixer: of blocks, which lists of routed
@@ -330,33 +346,19 @@ std::vector<size_t> AttentionScratch(const ModelOptions& model, int64_t tokens, 
 }  // namespace
 
 std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int64_t tokens,
-                                                 DeviceKind device, int64_t rows) {
+                                                 DeviceKind device, int64_t rows,
+                                                 const StateSharding& sharding) {
   if (model.gates_only) return std::nullopt;
-  MemoryForecast forecast;
-  const auto add = [&](MemoryCategory category, size_t bytes) {
-    forecast.by_category[static_cast<size_t>(category)] += bytes;
-    forecast.bytes += bytes;
-  };
-  const DType wide = AccumulatorOf(model.compute);
-  for (const BucketSpec& bucket : ListParameters(model)) {
-    int64_t elements = 0;
-    for (const ParameterSpec& p : bucket.parameters) elements += p.shape.numel();
-    const auto block = [elements](DType dtype) {
-      return Allocator::BlockBytes(static_cast<size_t>(elements) * SizeOf(dtype));
-    };
-    add(MemoryCategory::kParameters, block(wide));
-    if (model.compute != wide) add(MemoryCategory::kParameters, block(model.compute));
-    add(MemoryCategory::kGradients, block(wide));
-    add(MemoryCategory::kOptimizer, 2 * block(wide));
-  }
   Meter meter;
   const std::vector<size_t> scratch = AttentionScratch(model, tokens, device, rows);
   ShadowTape tape(meter, model, tokens, rows, scratch);
-  Forward(tape, device);
+  StateMemory state(model, sharding, [&](int64_t elements, DType dtype, MemoryCategory category) {
+    return tape.Make(elements, dtype, category);
+  });
+  Forward(tape, state, device);
   tape.Backward();
-  for (size_t c = 0; c < kMemoryCategories; ++c) {
-    add(static_cast<MemoryCategory>(c), meter.peak()[c]);
-  }
+  MemoryForecast forecast{meter.peak(), 0};
+  for (const size_t bytes : forecast.by_category) forecast.bytes += bytes;
   return forecast;
 }
 

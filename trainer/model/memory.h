@@ -20,10 +20,19 @@ struct MemoryForecast {
   size_t bytes = 0;  // their sum
 };
 
+// How a rank's share of a model's state is stored (TrainOptions).
+struct StateSharding {
+  int zero_stage = 0;
+  int64_t parts = 1;  // ranks that share the state: parallel.hybrid_shard, or all
+  bool offload_optimizer = false;
+  bool accumulates = false;  // a step has several micro-batches
+};
+
 // `tokens` of one micro-batch on this rank, in `rows` rows (of one document each, which matters for
 // what attention keeps for its blocks). Asks which attention this processor would run. None for
 // training gates alone (model.gates_only), where most of the backward pass does not take place.
 std::optional<MemoryForecast> ForecastStepMemory(const ModelOptions& model, int64_t tokens,
-                                                 DeviceKind device, int64_t rows = 1);
+                                                 DeviceKind device, int64_t rows = 1,
+                                                 const StateSharding& sharding = {});
 
 }  // namespace longspan::trainer

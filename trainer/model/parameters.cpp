@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/core/parallel_for.h"
-#include "ops/core/rng.h"
-#include "ops/elementwise/elementwise.h"
+#include <utility>
 
 namespace longspan::trainer {
 namespace {
@@ -100,94 +98,46 @@ int64_t CountMatmulParameters(const ModelOptions& options) {
   return n;
 }
 
-ParameterStore::ParameterStore(Context& ctx, const ModelOptions& options, bool training)
-    : ctx_(ctx) {
-  const DType wide = AccumulatorOf(options.compute);
+std::vector<BucketLayout> LayOutParameters(const ModelOptions& options, int zero_stage) {
+  const bool rounds = options.compute != AccumulatorOf(options.compute);
+  std::vector<BucketLayout> buckets;
   for (BucketSpec& spec : ListParameters(options)) {
-    Bucket b;
-    b.name = spec.name;
+    BucketLayout b;
+    b.name = std::move(spec.name);
     b.specs = std::move(spec.parameters);
-    const auto order = [&](const ParameterSpec& p) { return OrderOf(p, options); };
+    // Last, what is used as it is stored: norm weights and gates are few, and bf16 near 1 is
+    // coarse.
+    const auto order = [&](const ParameterSpec& p) {
+      return std::pair(OrderOf(p, options), p.init_std == 0);
+    };
     std::stable_sort(b.specs.begin(), b.specs.end(),
                      [&](const auto& p, const auto& q) { return order(p) < order(q); });
-    int64_t n = 0;
     for (const ParameterSpec& p : b.specs) {
-      b.offsets.push_back(n);
-      n += p.shape.numel();
-      if (order(p) < 1) b.decay_end = n;
-      if (order(p) < 2) b.trained_end = n;
+      const int place = OrderOf(p, options);
+      SegmentLayout s{.begin = b.elements,
+                      .end = b.elements + p.shape.numel(),
+                      .trained = place < 2,
+                      .narrow = rounds};
+      if (zero_stage > 0) {
+        s.narrow = rounds && p.init_std != 0;
+        const bool gate = options.gates_only && s.trained;
+        s.resident = zero_stage < kShardsParameters || (rounds && !s.narrow) || gate;
+        s.keeps_grads = zero_stage < kShardsGradients || gate;
+      }
+      b.offsets.push_back(s.begin);
+      b.elements = s.end;
+      if (place < 1) b.decay_end = s.end;
+      if (place < 2) b.trained_end = s.end;
+      SegmentLayout* last = b.segments.empty() ? nullptr : &b.segments.back();
+      if (last != nullptr && last->trained == s.trained && last->narrow == s.narrow) {
+        last->end = s.end;
+      } else {
+        b.segments.push_back(s);
+      }
     }
-    const auto zeros = [&](MemoryCategory category, int64_t elements, DType dtype) {
-      const MemoryScope scope(ctx.allocator(), category);
-      return ctx.Zeros({elements}, dtype);
-    };
-    b.master = zeros(MemoryCategory::kParameters, n, wide);
-    b.value =
-        options.compute == wide ? b.master : zeros(MemoryCategory::kParameters, n, options.compute);
-    if (training) {
-      b.grad = zeros(MemoryCategory::kGradients, b.trained_end, wide);
-      b.m = zeros(MemoryCategory::kOptimizer, b.trained_end, wide);
-      b.v = zeros(MemoryCategory::kOptimizer, b.trained_end, wide);
-    }
-    for (size_t i = 0; i < b.specs.size(); ++i) {
-      const ParameterSpec& p = b.specs[i];
-      const int64_t begin = b.offsets[i], end = begin + p.shape.numel();
-      // Norm weights are used as they are stored: they are few, and bf16 near 1 is coarse.
-      const Tensor& source = p.init_std == 0 ? b.master : b.value;
-      b.parameters.push_back(
-          {p.name, source.Rows(begin, end).Reshape(p.shape),
-           training && end <= b.trained_end ? b.grad.Rows(begin, end).Reshape(p.shape) : Tensor()});
-    }
-    total_ += n;
-    buckets_.push_back(std::move(b));
+    buckets.push_back(std::move(b));
   }
-}
-
-const autograd::Parameter& ParameterStore::Find(const std::string& name) const {
-  for (const Bucket& b : buckets_) {
-    for (const autograd::Parameter& p : b.parameters) {
-      if (p.name == name) return p;
-    }
-  }
-  throw InvalidArgument("no parameter is called " + name);
-}
-
-void ParameterStore::Initialize(uint64_t seed) {
-  for (Bucket& b : buckets_) {
-    for (size_t i = 0; i < b.specs.size(); ++i) {
-      const ParameterSpec& p = b.specs[i];
-      const Philox rng(seed, StreamOf(p.name.c_str()));
-      Tensor weights = b.master.Rows(b.offsets[i], b.offsets[i] + p.shape.numel());
-      DispatchFloat(b.master.dtype(), "Initialize", [&]<class T>() {
-        if constexpr (!std::is_same_v<T, BF16>) {
-          // Always computed on the host, so that all devices start from the same bits.
-          const bool direct = ctx_.device().kind == DeviceKind::kCpu;
-          std::vector<T> staged(direct ? 0 : static_cast<size_t>(weights.numel()));
-          T* out = direct ? weights.data<T>() : staged.data();
-          ParallelRanges(ctx_, weights.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
-            for (int64_t j = begin; j < end; ++j) {
-              // Rounded to f32 in every mode, so that F32 and F64 runs start from the same weights.
-              out[j] = p.init_std == 0 ? T(1)
-                                       : static_cast<T>(static_cast<float>(
-                                             p.init_std * rng.Normal(static_cast<uint64_t>(j))));
-            }
-          });
-          if (!direct) weights.WriteFrom(staged.data());
-        }
-      });
-    }
-  }
-  RefreshValues();
-}
-
-void ParameterStore::RefreshValues() {
-  for (Bucket& b : buckets_) {
-    if (b.value.raw() != b.master.raw()) ops::CastInto(ctx_, b.master, b.value);
-  }
-}
-
-void ParameterStore::ZeroGrads() {
-  for (Bucket& b : buckets_) ctx_.SetZero(b.grad);
+  return buckets;
 }
 
 }  // namespace longspan::trainer

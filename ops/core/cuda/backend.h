@@ -21,6 +21,10 @@ std::shared_ptr<Runtime> MakeRuntime(int device, bool sync_checks);
 // Source of stream-ordered memory; keeps the runtime alive.
 std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime> runtime);
 
+// Source of pinned host memory that kernels of this GPU read and write in place, over the bus; keeps
+// the runtime alive.
+std::unique_ptr<MemorySource> MappedHostMemory(std::shared_ptr<Runtime> runtime);
+
 // In the order of the runtime's stream; see Runtime.
 void Set(Runtime& runtime, void* to, int byte, size_t bytes);
 void Upload(Runtime& runtime, void* to, const void* from, size_t bytes);

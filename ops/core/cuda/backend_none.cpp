@@ -17,6 +17,7 @@ int DeviceCount(std::string* why) {
 }
 std::shared_ptr<Runtime> MakeRuntime(int, bool) { Refuse(); }
 std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime>) { Refuse(); }
+std::unique_ptr<MemorySource> MappedHostMemory(std::shared_ptr<Runtime>) { Refuse(); }
 void Set(Runtime&, void*, int, size_t) { Refuse(); }
 void Upload(Runtime&, void*, const void*, size_t) { Refuse(); }
 void ReserveUploads(Runtime&, size_t) { Refuse(); }

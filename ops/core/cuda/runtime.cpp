@@ -64,6 +64,45 @@ class StreamMemory : public MemorySource {
   cudaMemPool_t pool_ = nullptr;
 };
 
+// Kernels use the host's address (unified addressing, which all 64-bit platforms have).
+class MappedMemory : public MemorySource {
+ public:
+  explicit MappedMemory(std::shared_ptr<Runtime> runtime) : runtime_(std::move(runtime)) {}
+  void* Get(size_t bytes) override {
+    runtime_->MakeCurrent();
+    void* block = nullptr;
+    const cudaError_t status =
+        cudaHostAlloc(&block, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    LONGSPAN_CUDA(status);
+    return block;
+  }
+  // Kernels may still use it.
+  void Return(void* block) noexcept override {
+    cudaStreamSynchronize(runtime_->stream());
+    cudaFreeHost(block);
+  }
+  void Fill(void* block, int byte, size_t bytes) override {
+    runtime_->Synchronize();
+    std::memset(block, byte, bytes);
+  }
+  void ToHost(void* host, const void* block, size_t bytes) override {
+    runtime_->Synchronize();
+    std::memcpy(host, block, bytes);
+  }
+  void FromHost(void* block, const void* host, size_t bytes) override {
+    runtime_->Synchronize();
+    std::memcpy(block, host, bytes);
+  }
+  const char* name() const override { return "pinned host"; }
+
+ private:
+  const std::shared_ptr<Runtime> runtime_;
+};
+
 class StreamMark : public Mark {
  public:
   explicit StreamMark(Runtime& runtime) : runtime_(runtime), event_(Current(runtime)) {}
@@ -127,6 +166,9 @@ std::shared_ptr<Runtime> MakeRuntime(int device, bool sync_checks) {
 }
 std::unique_ptr<MemorySource> DeviceMemory(std::shared_ptr<Runtime> runtime) {
   return std::make_unique<StreamMemory>(std::move(runtime));
+}
+std::unique_ptr<MemorySource> MappedHostMemory(std::shared_ptr<Runtime> runtime) {
+  return std::make_unique<MappedMemory>(std::move(runtime));
 }
 void Set(Runtime& runtime, void* to, int byte, size_t bytes) { runtime.Set(to, byte, bytes); }
 void Upload(Runtime& runtime, void* to, const void* from, size_t bytes) {
