@@ -57,14 +57,15 @@ LocalBatch ToDevice(Context& ctx, const LocalBatch& host) {
 }
 
 BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placement,
-                           parallel::StrategyKind strategy, int cp_rank)
+                           parallel::StrategyOptions strategy, int cp_rank)
     : model_(model),
-      placement_(std::move(placement)),
+      placement_(std::make_shared<const parallel::Placement>(std::move(placement))),
       strategy_(strategy),
       cp_rank_(cp_rank),
       ctx_(ContextOptions{.threads = 1}) {
+  strategy_.heads = model.num_heads;
   for (const MixerOptions& mixer : model_.mixers) {
-    LONGSPAN_CHECK(!(mixer.moba || mixer.seer) || placement_.ranks() == 1)
+    LONGSPAN_CHECK(!(mixer.moba || mixer.seer) || placement_->ranks() == 1)
         << "mixer " << mixer.name << " is routed, which is not built for context parallelism";
     LONGSPAN_CHECK(!(mixer.moba || mixer.seer || mixer.duo) || !mixer.IsSigmoid())
         << "mixer " << mixer.name << " is built for softmax only";
@@ -72,16 +73,16 @@ BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placem
 }
 
 std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch) {
-  LONGSPAN_CHECK(batch.rows == placement_.rows() && batch.row_length == placement_.row_length());
+  LONGSPAN_CHECK(batch.rows == placement_->rows() && batch.row_length == placement_->row_length());
   const TraceScope scope(ctx_.trace(), "prepare batch");
   CheckRange(batch.tokens, 0, model_.vocab_size, "token id");
   CheckRange(batch.labels, -1, model_.vocab_size, "label");
   auto prepared = std::make_shared<PreparedBatch>();
   LocalBatch& local = prepared->local;
-  local.ids = ToTensor(ctx_, placement_.Slice(batch.tokens, cp_rank_));
-  local.labels = ToTensor(ctx_, placement_.Slice(batch.labels, cp_rank_));
+  local.ids = ToTensor(ctx_, placement_->Slice(batch.tokens, cp_rank_));
+  local.labels = ToTensor(ctx_, placement_->Slice(batch.labels, cp_rank_));
   local.order = ops::OrderTokens(ctx_, local.ids, model_.vocab_size);
-  local.rope = ops::MakeRopeTable(ctx_, ToTensor(ctx_, placement_.Slice(batch.positions, cp_rank_)),
+  local.rope = ops::MakeRopeTable(ctx_, ToTensor(ctx_, placement_->Slice(batch.positions, cp_rank_)),
                                   {.theta = model_.rope_theta, .head_dim = model_.head_dim},
                                   AccumulatorOf(model_.compute));
   const Plans plans = PlansFor(std::make_shared<const ops::Documents>(

@@ -1,6 +1,7 @@
 #pragma once
 #include <deque>
 #include <memory>
+#include <utility>
 
 #include "data/loader.h"
 #include "ops/attention/documents.h"
@@ -33,8 +34,13 @@ LocalBatch ToDevice(Context& ctx, const LocalBatch& host);
 // Errors    DataError naming a token id or label that model.vocab_size does not cover
 class BatchBuilder {
  public:
+  // strategy.heads is that of the model.
   BatchBuilder(const ModelOptions& model, parallel::Placement placement,
-               parallel::StrategyKind strategy, int cp_rank);
+               parallel::StrategyOptions strategy, int cp_rank);
+  BatchBuilder(const ModelOptions& model, parallel::Placement placement,
+               parallel::StrategyKind strategy, int cp_rank)
+      : BatchBuilder(model, std::move(placement), parallel::StrategyOptions{.kind = strategy},
+                     cp_rank) {}
 
   std::shared_ptr<PreparedBatch> Build(const data::MicroBatch& batch);
   Trace& trace() { return ctx_.trace(); }  // "prepare batch"
@@ -51,8 +57,8 @@ class BatchBuilder {
   Plans PlansFor(std::shared_ptr<const ops::Documents> documents);
 
   const ModelOptions model_;
-  const parallel::Placement placement_;
-  const parallel::StrategyKind strategy_;
+  const std::shared_ptr<const parallel::Placement> placement_;
+  parallel::StrategyOptions strategy_;
   const int cp_rank_;
   Context ctx_;
   std::deque<Plans> cache_;  // most recent first

@@ -20,9 +20,6 @@ struct ContextDemand::Data {
   // Tokens of the blocks of `bits(word)`, a function of the word's index.
   template <class Bits>
   int64_t TokensOf(const Bits& bits) const;
-  // Rows over all kv heads of what `needed(head_pattern, word)` has and `held(word)` has not.
-  template <class Needed, class Held>
-  int64_t MissingRows(const Needed& needed, const Held& held) const;
 
   const ops::AttentionPattern pattern;
   const int64_t kv_heads;
@@ -126,13 +123,17 @@ int64_t ContextDemand::Data::TokensOf(const Bits& bits) const {
   return tokens;
 }
 
-template <class Needed, class Held>
-int64_t ContextDemand::Data::MissingRows(const Needed& needed, const Held& held) const {
-  int64_t rows = 0;
-  for (int64_t h = 0; h < walk.patterns(); ++h) {
-    rows += walk.heads_of(h) * TokensOf([&](size_t w) { return needed(h, w) & ~held(w); });
-  }
-  return rows;
+// Which kv heads of the data a demand is about.
+struct ContextDemand::Selection {
+  std::vector<int32_t> kv_heads;    // of the data
+  std::vector<int32_t> pattern_of;  // by selected kv head
+  std::vector<int32_t> walked;      // by pattern: that of the data
+  std::vector<int64_t> heads_of;    // by pattern
+};
+
+size_t ContextDemand::Walked(int64_t head_pattern) const {
+  const auto p = static_cast<size_t>(head_pattern);
+  return selection_ == nullptr ? p : static_cast<size_t>(selection_->walked[p]);
 }
 
 std::shared_ptr<const ContextDemand> ContextDemand::Build(
@@ -148,12 +149,60 @@ std::shared_ptr<const ContextDemand> ContextDemand::Build(
 
 int64_t ContextDemand::ranks() const { return data_->ranks; }
 int64_t ContextDemand::blocks() const { return data_->blocks; }
-int64_t ContextDemand::kv_heads() const { return data_->kv_heads; }
-int64_t ContextDemand::patterns() const { return data_->walk.patterns(); }
-int32_t ContextDemand::pattern_of(int64_t kv_head) const { return data_->walk.pattern_of(kv_head); }
-int64_t ContextDemand::heads_of(int64_t head_pattern) const {
-  return data_->walk.heads_of(head_pattern);
+int64_t ContextDemand::kv_heads() const {
+  return selection_ == nullptr ? data_->kv_heads
+                               : static_cast<int64_t>(selection_->kv_heads.size());
 }
+int64_t ContextDemand::patterns() const {
+  return selection_ == nullptr ? data_->walk.patterns()
+                               : static_cast<int64_t>(selection_->walked.size());
+}
+int32_t ContextDemand::pattern_of(int64_t kv_head) const {
+  return selection_ == nullptr ? data_->walk.pattern_of(kv_head)
+                               : selection_->pattern_of[static_cast<size_t>(kv_head)];
+}
+int64_t ContextDemand::heads_of(int64_t head_pattern) const {
+  return selection_ == nullptr ? data_->walk.heads_of(head_pattern)
+                               : selection_->heads_of[static_cast<size_t>(head_pattern)];
+}
+
+std::shared_ptr<const ContextDemand> ContextDemand::SelectHeads(
+    std::span<const int32_t> heads) const {
+  auto selection = std::make_shared<Selection>();
+  std::vector<int32_t> found(static_cast<size_t>(data_->walk.patterns()), -1);
+  for (const int32_t head : heads) {
+    if (head < 0 || head >= kv_heads()) {
+      throw InvalidArgument(
+          Str("ContextDemand::SelectHeads: kv head ", head, " of ", kv_heads(), " does not exist"));
+    }
+    const auto walked = static_cast<int32_t>(Walked(pattern_of(head)));
+    int32_t& pattern = found[static_cast<size_t>(walked)];
+    if (pattern < 0) {
+      pattern = static_cast<int32_t>(selection->walked.size());
+      selection->walked.push_back(walked);
+      selection->heads_of.push_back(0);
+    }
+    ++selection->heads_of[static_cast<size_t>(pattern)];
+    selection->pattern_of.push_back(pattern);
+    selection->kv_heads.push_back(
+        selection_ == nullptr ? head : selection_->kv_heads[static_cast<size_t>(head)]);
+  }
+  auto demand = std::make_shared<ContextDemand>();
+  demand->data_ = data_;
+  demand->selection_ = std::move(selection);
+  return demand;
+}
+
+std::shared_ptr<const ops::BlockMask> ContextDemand::Mask(const ops::BlockList& queries,
+                                                          const ops::BlockList& keys) const {
+  const Data& d = *data_;
+  if (selection_ == nullptr) {
+    return ops::BlockMask::Build(d.pattern, d.kv_heads, d.documents, queries, keys);
+  }
+  return ops::BlockMask::Build(d.pattern, d.kv_heads, d.documents, queries, keys,
+                               selection_->kv_heads);
+}
+
 const Placement& ContextDemand::placement() const { return *data_->placement; }
 const std::shared_ptr<const Placement>& ContextDemand::shared_placement() const {
   return data_->placement;
@@ -164,7 +213,7 @@ const std::shared_ptr<const ops::Documents>& ContextDemand::documents() const {
 const ops::AttentionPattern& ContextDemand::pattern() const { return data_->pattern; }
 
 bool ContextDemand::Needs(int rank, int64_t head_pattern, int64_t block) const {
-  return data_->needs[static_cast<size_t>(head_pattern)].Has(rank, block);
+  return data_->needs[Walked(head_pattern)].Has(rank, block);
 }
 
 std::vector<int32_t> ContextDemand::NeededFrom(int rank, int owner, int64_t head_pattern) const {
@@ -177,13 +226,15 @@ std::vector<int32_t> ContextDemand::NeededFrom(int rank, int owner, int64_t head
 }
 
 int64_t ContextDemand::PairsBetween(int64_t head_pattern, int rank, int owner) const {
-  Data::Between& row = data_->between[static_cast<size_t>(head_pattern * ranks() + rank)];
-  std::call_once(row.once, [&] { row.pairs = data_->FindPairsBetween(head_pattern, rank); });
+  const auto walked = static_cast<int64_t>(Walked(head_pattern));
+  Data::Between& row = data_->between[static_cast<size_t>(walked * ranks() + rank)];
+  std::call_once(row.once, [&] { row.pairs = data_->FindPairsBetween(walked, rank); });
   return row.pairs[static_cast<size_t>(owner)];
 }
 
 int64_t ContextDemand::Pairs(int64_t head_pattern, int rank) const {
-  return data_->pairs[static_cast<size_t>(head_pattern * ranks() + rank)];
+  return data_
+      ->pairs[Walked(head_pattern) * static_cast<size_t>(ranks()) + static_cast<size_t>(rank)];
 }
 
 int64_t ContextDemand::TotalPairs(int rank) const {
@@ -194,9 +245,12 @@ int64_t ContextDemand::TotalPairs(int rank) const {
 
 int64_t ContextDemand::LowerBoundRows(int rank) const {
   const std::span<const uint64_t> held = data_->owned.Of(rank);
-  return data_->MissingRows(
-      [&](int64_t h, size_t w) { return data_->needs[static_cast<size_t>(h)].Of(rank)[w]; },
-      [&](size_t w) { return held[w]; });
+  int64_t rows = 0;
+  for (int64_t h = 0; h < patterns(); ++h) {
+    const std::span<const uint64_t> needed = data_->needs[Walked(h)].Of(rank);
+    rows += heads_of(h) * data_->TokensOf([&](size_t w) { return needed[w] & ~held[w]; });
+  }
+  return rows;
 }
 
 int64_t ContextDemand::NodeLowerBoundRows(int node, int ranks_per_node) const {
@@ -211,15 +265,20 @@ int64_t ContextDemand::NodeLowerBoundRows(int node, int ranks_per_node) const {
     for (int64_t rank = begin; rank < end; ++rank) word |= bits.Of(rank)[w];
     return word;
   };
-  return data_->MissingRows(
-      [&](int64_t h, size_t w) { return any(data_->needs[static_cast<size_t>(h)], w); },
-      [&](size_t w) { return any(data_->owned, w); });
+  int64_t rows = 0;
+  for (int64_t h = 0; h < patterns(); ++h) {
+    const BlockBits& needed = data_->needs[Walked(h)];
+    rows += heads_of(h) *
+            data_->TokensOf([&](size_t w) { return any(needed, w) & ~any(data_->owned, w); });
+  }
+  return rows;
 }
 
 uint64_t ContextDemand::Hash() const {
   const ops::Documents& documents = *data_->documents;
   Fingerprint print;
   print.Add(data_->pattern.ToString()).Add(data_->kv_heads);
+  if (selection_ != nullptr) print.AddAll(selection_->kv_heads);
   for (int64_t t = 0; t < documents.tokens();) {
     t = documents.doc_end[static_cast<size_t>(t)];
     print.Add(t);

@@ -60,7 +60,8 @@ class ContextDemand {
   int64_t NodeLowerBoundRows(int node, int ranks_per_node) const;
 
   // The demand of an attention whose kv head i has the rule of kv head `kv_heads[i]` of this one
-  // (repeats allowed): what a rank that holds only some heads plans with. The same placement.
+  // (repeats allowed): what a rank that holds only some heads plans with. Same placement, no new
+  // walk. Throws InvalidArgument for a head that does not exist.
   std::shared_ptr<const ContextDemand> SelectHeads(std::span<const int32_t> kv_heads) const;
   // The mask of these heads (after SelectHeads: of the selected ones) between two block lists.
   std::shared_ptr<const ops::BlockMask> Mask(const ops::BlockList& queries,
@@ -72,7 +73,12 @@ class ContextDemand {
 
  private:
   struct Data;
+  struct Selection;
+  // Of a head pattern of this demand: what `data_` calls it.
+  size_t Walked(int64_t head_pattern) const;
+
   std::shared_ptr<const Data> data_;
+  std::shared_ptr<const Selection> selection_;  // null: all heads
 };
 
 }  // namespace longspan::parallel

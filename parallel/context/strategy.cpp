@@ -1,43 +1,11 @@
 #include "parallel/context/strategy.h"
 
-#include <cstring>
-
-#include "ops/core/cuda/backend.h"
 #include "ops/elementwise/elementwise.h"
-#include "parallel/context/internal.h"
+#include "parallel/context/choose.h"
+#include "parallel/context/executor.h"
+#include "parallel/context/ulysses_run.h"
 
 namespace longspan::parallel {
-namespace internal {
-
-namespace {
-
-void Copy(Context& ctx, const Tensor& from, const Tensor& to) {
-  if (from.bytes() == 0) return;
-  if (ctx.device().kind == DeviceKind::kCuda) {
-    cuda::CopyOnDevice(ctx.cuda(), to.raw(), from.raw(), from.bytes());
-  } else {
-    std::memcpy(to.raw(), from.raw(), from.bytes());
-  }
-}
-
-}  // namespace
-
-Tensor PackKv(Context& ctx, const Tensor& k, const Tensor& v) {
-  Tensor kv = ctx.Empty({2, k.dim(0), k.dim(1), k.dim(2)}, k.dtype());
-  Copy(ctx, k, FirstHalf(kv));
-  Copy(ctx, v, SecondHalf(kv));
-  return kv;
-}
-
-Tensor FirstHalf(const Tensor& kv) {
-  return kv.Rows(0, 1).Reshape({kv.dim(1), kv.dim(2), kv.dim(3)});
-}
-Tensor SecondHalf(const Tensor& kv) {
-  return kv.Rows(1, 2).Reshape({kv.dim(1), kv.dim(2), kv.dim(3)});
-}
-
-}  // namespace internal
-
 namespace {
 
 void CheckOperands(const Communicator& comm, const AttentionPlan& plan, const Tensor& q,
@@ -45,10 +13,36 @@ void CheckOperands(const Communicator& comm, const AttentionPlan& plan, const Te
   LONGSPAN_CHECK(comm.rank() == plan.rank && comm.size() == plan.ranks)
       << "plan of rank " << plan.rank << " of " << plan.ranks << " used on rank " << comm.rank()
       << " of " << comm.size();
-  LONGSPAN_CHECK(q.rank() == 3 && k.rank() == 3 && k.shape() == v.shape() && q.dim(0) == k.dim(0))
+  LONGSPAN_CHECK(q.rank() == 3 && k.rank() == 3 && k.shape() == v.shape() && q.dim(0) == k.dim(0) &&
+                 q.dim(2) == k.dim(2) && q.dtype() == k.dtype() && k.dtype() == v.dtype())
       << "q " << q.Describe() << ", k " << k.Describe() << ", v " << v.Describe();
-  LONGSPAN_CHECK(!plan.stages.empty() && plan.stages[0].mask->queries().tokens() == q.dim(0))
-      << "q " << q.Describe() << " has not the plan's number of tokens";
+  LONGSPAN_CHECK(q.dim(0) == plan.local_tokens)
+      << "q " << q.Describe() << " has not the plan's number of tokens, " << plan.local_tokens;
+  LONGSPAN_CHECK(k.dim(1) == plan.kv_heads)
+      << "k " << k.Describe() << " has not the plan's number of kv heads, " << plan.kv_heads;
+  LONGSPAN_CHECK(plan.ulysses == nullptr || plan.ulysses->heads == q.dim(1))
+      << "q " << q.Describe() << " but the plan deals " << (plan.ulysses ? plan.ulysses->heads : 0)
+      << " query heads; set StrategyOptions::heads to " << q.dim(1);
+}
+
+// On one rank: one kernel, rounded once.
+ContextAttentionResult WholeForward(Context& ctx, const ops::BlockMask& mask, const Tensor& q,
+                                    const Tensor& k, const Tensor& v,
+                                    ops::AttentionOptions options) {
+  options.round_output = true;
+  const auto r = ops::AttentionForward(ctx, q, ops::MakeKvView(k, v, mask), mask, options);
+  return {.o = r.o, .lse = r.lse};
+}
+
+BackwardOutput WholeBackward(Context& ctx, const ops::BlockMask& mask, const Tensor& d_out,
+                             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                             const Tensor& delta, const ops::AttentionOptions& options) {
+  const DType wide = AccumulatorOf(q.dtype());
+  BackwardOutput grads{ctx.Zeros(q.shape(), wide), ctx.Zeros(k.shape(), wide),
+                       ctx.Zeros(v.shape(), wide)};
+  ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(k, v, mask), lse, delta, mask, grads.dq,
+                         ops::MakeKvGradView(grads.dk, grads.dv, mask), options);
+  return grads;
 }
 
 }  // namespace
@@ -58,17 +52,14 @@ ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
                                                const Tensor& k, const Tensor& v,
                                                const ops::AttentionOptions& options) {
   CheckOperands(comm, plan, q, k, v);
-  TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
-  if (plan.stages.size() == 1 && plan.ranks == 1) {
-    ops::AttentionOptions whole = options;
-    whole.round_output = true;
-    const ops::BlockMask& mask = *plan.stages[0].mask;
-    auto r = ops::AttentionForward(ctx, q, ops::MakeKvView(k, v, mask), mask, whole);
-    return {r.o, r.lse, {}};
+  const TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
+  if (plan.ranks == 1) return WholeForward(ctx, *plan.whole, q, k, v, options);
+  if (plan.ulysses != nullptr) {
+    UlyssesOutput out = UlyssesForward(ctx, comm, *plan.ulysses, q, k, v, options);
+    return {.o = out.o, .lse = out.lse, .ulysses = std::move(out.saved)};
   }
-  return plan.strategy == StrategyKind::kRing
-             ? internal::RingForward(ctx, comm, plan, q, k, v, options)
-             : internal::AllGatherForward(ctx, comm, plan, q, k, v, options);
+  ForwardOutput out = RunForward(ctx, comm, plan.forward, q, k, v, options);
+  return {.o = out.o, .lse = out.lse, .kept = out.kept};
 }
 
 ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
@@ -77,34 +68,42 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
                                                const ContextAttentionResult& saved,
                                                const ops::AttentionOptions& options) {
   CheckOperands(comm, plan, q, k, v);
-  TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
-  const DType sum = AccumulatorOf(q.dtype());
-  Tensor dq = ctx.Zeros(q.shape(), sum);
-  Tensor dkv = ctx.Zeros({2, k.dim(0), k.dim(1), k.dim(2)}, sum);
+  LONGSPAN_CHECK(d_out.shape() == q.shape())
+      << "d_out " << d_out.Describe() << " but q " << q.Describe();
+  const TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
   const bool softmax = options.normalization == ops::Normalization::kSoftmax;
   const Tensor delta = softmax ? ops::AttentionDelta(ctx, d_out, saved.o) : Tensor();
-  if (plan.ranks == 1) {
-    const ops::BlockMask& mask = *plan.stages[0].mask;
-    const Tensor dk = internal::FirstHalf(dkv), dv = internal::SecondHalf(dkv);
-    ops::AttentionBackward(ctx, d_out, q, ops::MakeKvView(k, v, mask), saved.lse, delta, mask, dq,
-                           ops::MakeKvGradView(dk, dv, mask), options);
-  } else if (plan.strategy == StrategyKind::kRing) {
-    internal::RingBackward(ctx, comm, plan, d_out, q, k, v, delta, saved, options, dq, dkv);
-  } else {
-    internal::AllGatherBackward(ctx, comm, plan, d_out, q, k, v, delta, saved, options, dq, dkv);
+  if (plan.ulysses != nullptr) {
+    LONGSPAN_CHECK(saved.ulysses != nullptr) << "the saved result is not of this plan";
+    UlyssesGrads grads =
+        UlyssesBackward(ctx, comm, *plan.ulysses, d_out, delta, *saved.ulysses, q.dtype(), options);
+    return {grads.dq, grads.dk, grads.dv};
   }
-  return {ops::Cast(ctx, dq, q.dtype()), ops::Cast(ctx, internal::FirstHalf(dkv), q.dtype()),
-          ops::Cast(ctx, internal::SecondHalf(dkv), q.dtype())};
+  const BackwardOutput grads =
+      plan.ranks == 1 ? WholeBackward(ctx, *plan.whole, d_out, q, k, v, saved.lse, delta, options)
+                      : RunBackward(ctx, comm, plan.backward, d_out, q, k, v, saved.lse, delta,
+                                    saved.kept, options);
+  return {ops::Cast(ctx, grads.dq, q.dtype()), ops::Cast(ctx, grads.dk, q.dtype()),
+          ops::Cast(ctx, grads.dv, q.dtype())};
 }
 
-ContextTraffic PlannedTraffic(const AttentionPlan& plan, int64_t local_tokens, int64_t kv_heads,
-                              int64_t head_dim, DType dtype) {
-  const int64_t p = plan.ranks, elements = 2 * local_tokens * kv_heads * head_dim;
-  if (p == 1) return {0, 0};
-  const int64_t kv = elements * static_cast<int64_t>(SizeOf(dtype));
-  const int64_t dkv = elements * static_cast<int64_t>(SizeOf(AccumulatorOf(dtype)));
-  if (plan.strategy == StrategyKind::kRing) return {(p - 1) * kv, (p - 2) * kv + (p - 1) * dkv};
-  return {(p - 1) * kv, (p - 1) * kv + (p - 1) * dkv};
+ContextTraffic PlannedTraffic(const AttentionPlan& plan, int64_t heads, int64_t kv_heads,
+                              int64_t head_dim, DType dtype, ops::Normalization normalization) {
+  LONGSPAN_CHECK(kv_heads == plan.kv_heads)
+      << "PlannedTraffic: " << kv_heads << " kv heads but the plan has " << plan.kv_heads;
+  const auto bytes = [](const Timeline& timeline) {
+    int64_t sum = 0;
+    for (const TimelineEvent& event : timeline) {
+      for (const TimelineMessage& m : event.sends) sum += m.bytes;
+    }
+    return sum;
+  };
+  const PlanTimelines timelines =
+      MakeTimelines(plan, {.heads = heads,
+                           .head_dim = head_dim,
+                           .dtype = dtype,
+                           .sigmoid = normalization == ops::Normalization::kSigmoid});
+  return {bytes(timelines.forward), bytes(timelines.backward)};
 }
 
 }  // namespace longspan::parallel

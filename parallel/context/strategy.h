@@ -5,26 +5,29 @@
 
 namespace longspan::parallel {
 
+struct UlyssesSaved;  // ulysses_run.h
+
 // Attention with the sequence split over the cp axis. Every rank passes its own tokens in the order
 // of its placement and gets the outputs and gradients of exactly those tokens; results do not
 // depend on placement, strategy or rank count beyond rounding. The backward pass takes the options
 // of the forward pass.
 //
-// Shapes    q, o [T, Hq, D]; k, v [T, Hkv, D] with T = placement.local_tokens(); lse [T, Hq],
-//           undefined of sigmoid
-// Dtypes    q, k, v all f32, bf16 or f64; o in that dtype; lse and travelling dK/dV f32 (f64)
+// Shapes    q, o [T, Hq, D]; k, v [T, Hkv, D] with T = plan.local_tokens, which may be 0; lse
+//           [T, Hq], undefined of sigmoid
+// Dtypes    q, k, v all f32, bf16 or f64; o in that dtype; d_out in it or f32; lse and travelling
+//           partial dK/dV f32 (f64)
 // Numerics  partial outputs are merged (of sigmoid added) in f32 and rounded once; dK/dV partials
 //           travel and add in f32, in an order fixed by the plan
 // Sigmoid   an absent bias is that of the whole row on every rank
 // Overlap   the transfer of the next stage is in flight while a stage computes: on a CPU kernels
 //           move it through ctx.Progress(), on a GPU it runs on the communicator's stream
+// Errors    InvalidArgument for operands that do not fit the plan, before anything is sent
 // Devices   cpu, cuda (f32 and bf16); `comm` has been given the runtime of `ctx` (UseDevice)
 struct ContextAttentionResult {
   Tensor o;
-  Tensor lse;  // softmax only
-  // ring with P > 2: the last keys and values received [2, T, Hkv, D], where the backward pass
-  // starts
-  Tensor last_kv;
+  Tensor lse;                                     // softmax only
+  Tensor kept{};                                  // arena kKept of the plan's programs
+  std::shared_ptr<const UlyssesSaved> ulysses{};  // of plans that exchange heads
 };
 
 ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
@@ -43,11 +46,13 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
                                                const ContextAttentionResult& saved,
                                                const ops::AttentionOptions& options = {});
 
-// Bytes this rank sends for one forward and one backward pass, as the strategies are written.
+// Bytes this rank sends for one forward and one backward pass, d_out in `dtype`. Of sigmoid the
+// strategies that exchange heads send no row statistics.
 struct ContextTraffic {
-  int64_t forward_bytes, backward_bytes;
+  int64_t forward_bytes = 0, backward_bytes = 0;
 };
-ContextTraffic PlannedTraffic(const AttentionPlan& plan, int64_t local_tokens, int64_t kv_heads,
-                              int64_t head_dim, DType dtype);
+ContextTraffic PlannedTraffic(const AttentionPlan& plan, int64_t heads, int64_t kv_heads,
+                              int64_t head_dim, DType dtype,
+                              ops::Normalization normalization = ops::Normalization::kSoftmax);
 
 }  // namespace longspan::parallel

@@ -66,7 +66,7 @@ Var SeerAttention(Tape& tape, parallel::Communicator& cp, const SeerPlan& plan,
     Tape silent(tape.context(), /*recording=*/false);
     const Gate gate = GateOf(silent, plan, weights, plain_q.value(), plain_k.value());
     auto some = std::make_shared<parallel::AttentionPlan>(causal);
-    some->stages.front().mask = causal.stages.front().mask->Restrict(
+    some->whole = causal.whole->Restrict(
         ops::SeerSelect(tape.context(), gate.q.value(), gate.k.value(), plan.blocks, selection));
     return std::shared_ptr<const parallel::AttentionPlan>(std::move(some));
   });
@@ -80,7 +80,7 @@ Var SeerTeach(Tape& tape, const SeerPlan& plan, const parallel::AttentionPlan& c
   Context& ctx = tape.context();
   LONGSPAN_CHECK(!q.requires_grad() && !k.requires_grad() && !v.requires_grad())
       << "SeerTeach: the weights below the gate must be frozen";
-  const ops::BlockMask& mask = *causal.stages.front().mask;
+  const ops::BlockMask& mask = *causal.whole;
   ops::AttentionOptions dense = options;
   dense.round_output = true;
   dense.want_block_maxima = true;
