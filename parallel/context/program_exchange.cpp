@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "parallel/context/exchange_routes.h"
@@ -79,6 +80,13 @@ class ExchangeWriter {
     RowSpan forward, in;            // partial, as Fetch::Buffers
     RowSpan from_forward, from_in;  // arriving from neighbours, and from those we sent keys to
   };
+  // Sums under way: of the group computed last the first hop (to who forwarded the keys, or home),
+  // of the one before the second (home).
+  struct Flight {
+    std::vector<Sums> sums;  // [group]
+    int32_t transfer = -1;
+    std::optional<size_t> first_hop, second_hop;
+  };
 
   bool Relayed(size_t g) const { return g < remote_ && routes_.forwards(); }
   size_t GroupOf(int rank, int owner) const {
@@ -100,6 +108,8 @@ class ExchangeWriter {
   ops::BlockList KeysOf(const Group& group) const;
   void AppendPieces(const Parcel& parcel, int64_t row, std::vector<Piece>& to) const;
   std::vector<Piece> PiecesOf(const std::vector<Parcel>& parcels, int64_t row) const;
+  // What a group brings, by (kv head, block), with the rows of both kinds of parcels.
+  PieceList PiecesOf(const Group& group, const RowSpan& in, const RowSpan& forward) const;
   std::vector<RowMove> MovesBetween(const std::vector<Parcel>& forwards, int64_t forward_row,
                                     const std::vector<Parcel>& in, int64_t in_row,
                                     bool to_in) const;
@@ -118,8 +128,10 @@ class ExchangeWriter {
   ComputeStep WithKeys(size_t g, const Fetch::Buffers& buffers) const;
   std::pair<ComputeStep, ComputeStep> SplitOwn() const;
 
-  void AddSums(Transfer& transfer, const std::vector<Parcel>& sends, const RowSpan& from,
-               const std::vector<Parcel>& recvs, const RowSpan& to) const;
+  void AddParcels(Transfer& transfer, const std::vector<Parcel>& sends, const RowSpan& from,
+                  const std::vector<Parcel>& recvs, const RowSpan& to) const;
+  void Depart(ProgramWriter& writer, Flight& flight, std::optional<size_t> g) const;
+  void Settle(ProgramWriter& writer, Flight& flight) const;
   void SettleForwarded(ProgramWriter& writer, size_t g, Sums& sums) const;
   void SettleHome(ProgramWriter& writer, size_t g, Sums& sums) const;
 
@@ -249,6 +261,15 @@ std::vector<Piece> ExchangeWriter::PiecesOf(const std::vector<Parcel>& parcels, 
   return pieces;
 }
 
+PieceList ExchangeWriter::PiecesOf(const Group& group, const RowSpan& in,
+                                   const RowSpan& forward) const {
+  PieceList list{RowsOf(group.in) > 0 ? in.arena : forward.arena, PiecesOf(group.in, in.begin)};
+  const std::vector<Piece> more = PiecesOf(group.in_forward, forward.begin);
+  list.pieces.insert(list.pieces.end(), more.begin(), more.end());
+  SortPieces(list.pieces);
+  return list;
+}
+
 // For each piece of `forwards`, rows between its place there and its place among `in`, where the
 // same piece lies once.
 std::vector<RowMove> ExchangeWriter::MovesBetween(const std::vector<Parcel>& forwards,
@@ -329,7 +350,7 @@ void ExchangeWriter::PostForward(ProgramWriter& writer, const Group& group,
   writer.Move({buffers.in.arena, out.arena,
                MovesBetween(group.out_forward, out.begin, group.in, buffers.in.begin,
                             /*to_in=*/false)});
-  AddSums(transfer, group.out_forward, out, group.in_forward, buffers.forward);
+  AddParcels(transfer, group.out_forward, out, group.in_forward, buffers.forward);
 }
 
 void ExchangeWriter::PostFetch(ProgramWriter& writer, const Schedule& schedule, bool backward,
@@ -344,7 +365,7 @@ void ExchangeWriter::PostFetch(ProgramWriter& writer, const Schedule& schedule, 
     PackOut(writer, groups_[g], backward, transfer, pack, temps);
     if (!here) continue;
     const RowSpan in = fetch.buffers[g].in = writer.Allocate(arena, RowsOf(groups_[g].in));
-    AddSums(transfer, {}, {}, groups_[g].in, in);
+    AddParcels(transfer, {}, {}, groups_[g].in, in);
   }
   writer.Pack(std::move(pack));
   for (size_t g = 0; here && g < remote_; ++g) {
@@ -371,11 +392,7 @@ ComputeStep ExchangeWriter::WithKeys(size_t g, const Fetch::Buffers& buffers) co
   const Group& group = groups_[g];
   ComputeStep step = group.step;
   if (step.pairs == 0) return step;
-  step.keys.arena = RowsOf(group.in) > 0 ? buffers.in.arena : buffers.forward.arena;
-  step.keys.pieces = PiecesOf(group.in, buffers.in.begin);
-  const std::vector<Piece> more = PiecesOf(group.in_forward, buffers.forward.begin);
-  step.keys.pieces.insert(step.keys.pieces.end(), more.begin(), more.end());
-  SortPieces(step.keys.pieces);
+  step.keys = PiecesOf(group, buffers.in, buffers.forward);
   return step;
 }
 
@@ -403,9 +420,9 @@ Program ExchangeWriter::Forward() {
 // ---- gradients --------------------------------------------------------------------------------
 
 // Parcels lie one after another in `from` and `to`.
-void ExchangeWriter::AddSums(Transfer& transfer, const std::vector<Parcel>& sends,
-                             const RowSpan& from, const std::vector<Parcel>& recvs,
-                             const RowSpan& to) const {
+void ExchangeWriter::AddParcels(Transfer& transfer, const std::vector<Parcel>& sends,
+                                const RowSpan& from, const std::vector<Parcel>& recvs,
+                                const RowSpan& to) const {
   int64_t at = 0;
   for (const Parcel& parcel : sends) {
     AddMessage(transfer.sends, parcel.peer, Part(from, at, parcel.rows));
@@ -415,6 +432,44 @@ void ExchangeWriter::AddSums(Transfer& transfer, const std::vector<Parcel>& send
   for (const Parcel& parcel : recvs) {
     AddMessage(transfer.recvs, parcel.peer, Part(to, at, parcel.rows));
     at += parcel.rows;
+  }
+}
+
+// Posts the first hop of group `g`, if any, and the second one of the group before.
+void ExchangeWriter::Depart(ProgramWriter& writer, Flight& flight, std::optional<size_t> g) const {
+  Transfer transfer;
+  const auto home = [&](size_t which) {
+    Sums& sums = flight.sums[which];
+    const Group& group = groups_[which];
+    sums.from_in = writer.Allocate(Arena::kGrad, RowsOf(group.out));
+    AddParcels(transfer, group.in, sums.in, group.out, sums.from_in);
+  };
+  if (flight.second_hop.has_value()) home(*flight.second_hop);
+  if (g.has_value() && Relayed(*g)) {
+    Sums& sums = flight.sums[*g];
+    const Group& group = groups_[*g];
+    sums.from_forward = writer.Allocate(Arena::kGrad, RowsOf(group.out_forward));
+    AddParcels(transfer, group.in_forward, sums.forward, group.out_forward, sums.from_forward);
+  } else if (g.has_value()) {
+    home(*g);
+  }
+  flight.first_hop = g;
+  flight.transfer = writer.Post(std::move(transfer));
+}
+
+// Waits for what is under way and adds it up; what has one more hop to go is the second hop then.
+void ExchangeWriter::Settle(ProgramWriter& writer, Flight& flight) const {
+  if (flight.transfer < 0) return;
+  writer.Wait(std::exchange(flight.transfer, -1));
+  if (const auto g = std::exchange(flight.second_hop, std::nullopt)) {
+    SettleHome(writer, *g, flight.sums[*g]);
+  }
+  const auto g = std::exchange(flight.first_hop, std::nullopt);
+  if (g.has_value() && Relayed(*g)) {
+    SettleForwarded(writer, *g, flight.sums[*g]);
+    flight.second_hop = g;
+  } else if (g.has_value()) {
+    SettleHome(writer, *g, flight.sums[*g]);
   }
 }
 
@@ -475,77 +530,35 @@ Program ExchangeWriter::Backward() {
   Fetch fetch;
   fetch.buffers = routes_.keeps(rank_) ? kept_ : std::vector<Fetch::Buffers>(groups_.size());
   if (fetched) PostFetch(writer, schedule, true, fetch, 0);
-  const bool waits = fetched && !routes_.keeps(rank_);
+  const bool waits = fetched && !routes_.keeps(rank_) &&
+                     std::any_of(groups_.begin(), groups_.end(),
+                                 [](const Group& group) { return group.step.pairs > 0; });
   auto [own_first, own_last] = waits ? SplitOwn() : std::pair(ComputeStep{}, own_);
   writer.Compute(std::move(own_first));
 
-  // Of the groups computed last and before, whose gradients are on the way: `flight` carries the
-  // first hop of the last one and the second hop of the one before.
-  std::vector<Sums> sums(groups_.size());
-  int32_t flight = -1;
-  std::optional<size_t> first_hop, second_hop;
-  const auto settle = [&] {
-    if (flight >= 0) writer.Wait(flight);
-    flight = -1;
-    if (second_hop.has_value()) SettleHome(writer, *second_hop, sums[*second_hop]);
-    second_hop.reset();
-    if (!first_hop.has_value()) return;
-    const size_t g = *first_hop;
-    first_hop.reset();
-    if (Relayed(g)) {
-      SettleForwarded(writer, g, sums[g]);
-      second_hop = g;
-    } else {
-      SettleHome(writer, g, sums[g]);
-    }
-  };
-  const auto depart = [&](std::optional<size_t> g) {
-    Transfer transfer;
-    if (second_hop.has_value()) {
-      Sums& home = sums[*second_hop];
-      const Group& group = groups_[*second_hop];
-      home.from_in = writer.Allocate(Arena::kGrad, RowsOf(group.out));
-      AddSums(transfer, group.in, home.in, group.out, home.from_in);
-    }
-    if (g.has_value() && Relayed(*g)) {
-      const Group& group = groups_[*g];
-      sums[*g].from_forward = writer.Allocate(Arena::kGrad, RowsOf(group.out_forward));
-      AddSums(transfer, group.in_forward, sums[*g].forward, group.out_forward,
-              sums[*g].from_forward);
-    } else if (g.has_value()) {
-      const Group& group = groups_[*g];
-      sums[*g].from_in = writer.Allocate(Arena::kGrad, RowsOf(group.out));
-      AddSums(transfer, group.in, sums[*g].in, group.out, sums[*g].from_in);
-    }
-    first_hop = g;
-    flight = writer.Post(std::move(transfer));
-  };
-
+  Flight flight;
+  flight.sums.resize(groups_.size());
   for (const size_t g : schedule.order) {
     if (fetched) AwaitKeys(writer, schedule, true, fetch, schedule.ready[g]);
     const Group& group = groups_[g];
-    sums[g].forward = writer.Allocate(Arena::kGrad, RowsOf(group.in_forward));
-    sums[g].in = writer.Allocate(Arena::kGrad, RowsOf(group.in));
-    writer.Zero(sums[g].forward);
-    writer.Zero(sums[g].in);
+    Sums& sums = flight.sums[g];
+    sums.forward = writer.Allocate(Arena::kGrad, RowsOf(group.in_forward));
+    sums.in = writer.Allocate(Arena::kGrad, RowsOf(group.in));
+    writer.Zero(sums.forward);
+    writer.Zero(sums.in);
     ComputeStep step = WithKeys(g, fetch.buffers[g]);
-    if (step.pairs > 0) {
-      step.grads = {Arena::kGrad, PiecesOf(group.in, sums[g].in.begin)};
-      const std::vector<Piece> more = PiecesOf(group.in_forward, sums[g].forward.begin);
-      step.grads.pieces.insert(step.grads.pieces.end(), more.begin(), more.end());
-      SortPieces(step.grads.pieces);
-    }
+    if (step.pairs > 0) step.grads = PiecesOf(group, sums.in, sums.forward);
     writer.Compute(std::move(step));
     writer.Free(fetch.buffers[g].in);
     writer.Free(fetch.buffers[g].forward);
-    settle();
-    depart(g);
+    Settle(writer, flight);
+    Depart(writer, flight, g);
   }
   writer.Compute(std::move(own_last));
-  settle();
-  if (second_hop.has_value()) {
-    depart(std::nullopt);
-    settle();
+  Settle(writer, flight);
+  if (flight.second_hop.has_value()) {
+    Depart(writer, flight, std::nullopt);
+    Settle(writer, flight);
   }
   return writer.Finish();
 }
