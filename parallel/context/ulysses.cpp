@@ -138,6 +138,12 @@ Tensor OfHeads(Context& ctx, const UlyssesPlan& plan, const std::vector<int32_t>
   return ctx.Empty({plan.group_tokens(), Size(heads), elements}, dtype);
 }
 
+// What comes home, before its heads are put in their places.
+Tensor Arriving(Context& ctx, int64_t elements, DType dtype) {
+  const MemoryScope scope(ctx.allocator(), MemoryCategory::kCommunication);
+  return ctx.Empty({elements}, dtype);
+}
+
 // Virtual kv heads that are not the keys themselves, one for one.
 bool Repeats(const UlyssesShare& share, int64_t keys) {
   if (Size(share.slots) != keys) return true;
@@ -200,8 +206,8 @@ class ForwardPass {
     const int64_t tokens = plan_.local_tokens(), dim = q_.dim(2);
     const bool softmax = options_.normalization == ops::Normalization::kSoftmax;
     const DType wide = AccumulatorOf(q_.dtype());
-    arrived_o_ = ctx_.Empty({tokens * plan_.heads * dim}, q_.dtype());
-    if (softmax) arrived_lse_ = ctx_.Empty({tokens * plan_.heads}, wide);
+    arrived_o_ = Arriving(ctx_, tokens * plan_.heads * dim, q_.dtype());
+    if (softmax) arrived_lse_ = Arriving(ctx_, tokens * plan_.heads, wide);
     RunChain(
         ctx_, plan_.steps.size(), [&](size_t s) { return Bring(s); },
         [&](size_t s) { return Compute(s); });
@@ -318,7 +324,7 @@ class BackwardPass {
   UlyssesGrads Run() {
     const int64_t tokens = plan_.local_tokens(), dim = d_out_.dim(2);
     const auto arriving = [&](const HeadGather& gather, DType dtype) {
-      return ctx_.Empty({tokens * static_cast<int64_t>(gather.sources.size()) * dim}, dtype);
+      return Arriving(ctx_, tokens * static_cast<int64_t>(gather.sources.size()) * dim, dtype);
     };
     arrived_dq_ = arriving(plan_.unpack_queries, dtype_);
     arrived_whole_ = arriving(plan_.unpack_whole, dtype_);
