@@ -135,12 +135,11 @@ void CheckRun(const Config& config, Problems& problems) {
   const Parallel& parallel = config.parallel();
   const int64_t context = run.context_length();
   if (parallel.cp() > 1) {
-    const bool zigzag = parallel.placement() == Parallel::ZIGZAG;
-    const int64_t unit = (zigzag ? 128 : 64) * parallel.cp();
+    const int64_t unit = (parallel.placement() == Parallel::ZIGZAG ? 128 : 64) * parallel.cp();
     if (context % unit != 0) {
       problems.push_back({"run.context_length",
                           Str(context, " does not split into whole blocks for placement ",
-                              zigzag ? "ZIGZAG" : "CONTIGUOUS", " on ", parallel.cp(),
+                              Parallel::Placement_Name(parallel.placement()), " on ", parallel.cp(),
                               " context-parallel ranks (use a multiple of ", unit, ", such as ",
                               NearestMultiples(context, unit), ", or change parallel.cp)")});
     }
@@ -182,8 +181,9 @@ void CheckSharding(const Config& config, Problems& problems) {
   const int64_t ranks = parallel.dp() * parallel.cp(), group = parallel.hybrid_shard();
   if (group != 0 && parallel.zero_stage() == 0) {
     problems.push_back({"parallel.hybrid_shard",
-                        Str(group, " does not go with parallel.zero_stage 0, which splits nothing "
-                                   "(use 0, or zero_stage 1, 2 or 3)")});
+                        Str(group,
+                            " does not go with parallel.zero_stage 0, which splits nothing "
+                            "(use 0, or zero_stage 1, 2 or 3)")});
   } else if (group != 0 && (group < 2 || ranks % group != 0)) {
     problems.push_back({"parallel.hybrid_shard",
                         Str(group, " does not split the ", ranks, " ranks of parallel.dp ",

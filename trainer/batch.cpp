@@ -1,13 +1,12 @@
 #include "trainer/batch.h"
 
+#include <chrono>
 #include <cstring>
 
 #include "ops/core/cuda/backend.h"
 
 namespace longspan::trainer {
 namespace {
-
-constexpr size_t kCachedLayouts = 4;
 
 template <class T>
 Tensor ToTensor(Context& ctx, const std::vector<T>& values) {
@@ -56,83 +55,50 @@ LocalBatch ToDevice(Context& ctx, const LocalBatch& host) {
   return device;
 }
 
-BatchBuilder::BatchBuilder(const ModelOptions& model, parallel::Placement placement,
-                           parallel::StrategyOptions strategy, int cp_rank)
+BatchBuilder::BatchBuilder(const ModelOptions& model, const ContextLayout& layout, int cp_rank)
     : model_(model),
-      placement_(std::make_shared<const parallel::Placement>(std::move(placement))),
-      strategy_(strategy),
+      planner_(model, layout, cp_rank),
       cp_rank_(cp_rank),
-      ctx_(ContextOptions{.threads = 1}) {
-  strategy_.heads = model.num_heads;
-  for (const MixerOptions& mixer : model_.mixers) {
-    LONGSPAN_CHECK(!(mixer.moba || mixer.seer) || placement_->ranks() == 1)
-        << "mixer " << mixer.name << " is routed, which is not built for context parallelism";
-    LONGSPAN_CHECK(!(mixer.moba || mixer.seer || mixer.duo) || !mixer.IsSigmoid())
-        << "mixer " << mixer.name << " is built for softmax only";
-  }
-}
+      ctx_(ContextOptions{.threads = 1}) {}
+
+BatchBuilder::BatchBuilder(const ModelOptions& model, const parallel::Placement& placement,
+                           parallel::StrategyKind strategy, int cp_rank)
+    : BatchBuilder(model,
+                   ContextLayout{.placement = placement.kind(),
+                                 .rows = placement.rows(),
+                                 .row_length = placement.row_length(),
+                                 .ranks = placement.ranks(),
+                                 .strategy = {.kind = strategy}},
+                   cp_rank) {}
 
 std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch) {
-  LONGSPAN_CHECK(batch.rows == placement_->rows() && batch.row_length == placement_->row_length());
+  LONGSPAN_CHECK(batch.rows == planner_.layout().rows &&
+                 batch.row_length == planner_.layout().row_length);
   const TraceScope scope(ctx_.trace(), "prepare batch");
   CheckRange(batch.tokens, 0, model_.vocab_size, "token id");
   CheckRange(batch.labels, -1, model_.vocab_size, "label");
   auto prepared = std::make_shared<PreparedBatch>();
+  const auto start = std::chrono::steady_clock::now();
+  prepared->plans = planner_.PlansFor(std::make_shared<const ops::Documents>(
+      ops::Documents::FromEnds(batch.row_length, batch.doc_ends)));
+  prepared->plan_ms =
+      std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  const BatchPlans& plans = *prepared->plans;
+  const parallel::Placement& placement = *plans.placement;
   LocalBatch& local = prepared->local;
-  local.ids = ToTensor(ctx_, placement_->Slice(batch.tokens, cp_rank_));
-  local.labels = ToTensor(ctx_, placement_->Slice(batch.labels, cp_rank_));
+  local.ids = ToTensor(ctx_, placement.Slice(batch.tokens, cp_rank_));
+  local.labels = ToTensor(ctx_, placement.Slice(batch.labels, cp_rank_));
   local.order = ops::OrderTokens(ctx_, local.ids, model_.vocab_size);
-  local.rope = ops::MakeRopeTable(ctx_, ToTensor(ctx_, placement_->Slice(batch.positions, cp_rank_)),
+  local.rope = ops::MakeRopeTable(ctx_, ToTensor(ctx_, placement.Slice(batch.positions, cp_rank_)),
                                   {.theta = model_.rope_theta, .head_dim = model_.head_dim},
                                   AccumulatorOf(model_.compute));
-  const Plans plans = PlansFor(std::make_shared<const ops::Documents>(
-      ops::Documents::FromEnds(batch.row_length, batch.doc_ends)));
-  local.plans = plans.per_mixer;
-  local.stream_plans = plans.stream_per_mixer;
-  local.seer_plans = plans.seer_per_mixer;
-  local.moba_plans = plans.moba_per_mixer;
+  local.plans = plans.plans;
+  local.stream_plans = plans.stream_plans;
+  local.seer_plans = plans.seer_plans;
+  local.moba_plans = plans.moba_plans;
   prepared->attention_pairs = plans.attention_pairs;
   prepared->open_pairs = plans.open_pairs;
   return prepared;
-}
-
-BatchBuilder::Plans BatchBuilder::PlansFor(std::shared_ptr<const ops::Documents> documents) {
-  for (const Plans& plans : cache_) {
-    if (*plans.documents == *documents) return plans;
-  }
-  Plans plans{documents, {}, {}, {}, {}, 0, 0};
-  std::vector<double> open_pairs, stream_pairs, kept;
-  const double group = static_cast<double>(model_.num_heads / model_.num_kv_heads);
-  const auto plan = [&](const ops::AttentionPattern& pattern) {
-    return parallel::MakePlan(pattern, model_.num_kv_heads, documents, placement_, strategy_,
-                              cp_rank_);
-  };
-  const auto pairs_of = [group](const std::shared_ptr<const parallel::AttentionPlan>& p) {
-    return p == nullptr ? 0.0 : group * static_cast<double>(p->VisiblePairs());
-  };
-  for (const MixerOptions& mixer : model_.mixers) {
-    plans.per_mixer.push_back(mixer.moba ? nullptr : plan(mixer.pattern));
-    plans.stream_per_mixer.push_back(mixer.duo ? plan(mixer.duo->Stream()) : nullptr);
-    plans.moba_per_mixer.push_back(
-        mixer.moba ? ops::MobaPlan::Build(*mixer.moba, model_.num_kv_heads, documents) : nullptr);
-    open_pairs.push_back(
-        mixer.moba
-            ? static_cast<double>(model_.num_heads * plans.moba_per_mixer.back()->NominalPairs())
-            : pairs_of(plans.per_mixer.back()));
-    stream_pairs.push_back(pairs_of(plans.stream_per_mixer.back()));
-    plans.seer_per_mixer.push_back(mixer.seer ? MakeSeerPlan(ctx_, model_, *mixer.seer, *documents)
-                                              : nullptr);
-    kept.push_back(mixer.seer ? plans.seer_per_mixer.back()->KeptShare(mixer.seer->selection)
-                              : 1.0);
-  }
-  for (int layer : model_.layers) {
-    const auto mixer = static_cast<size_t>(layer);
-    plans.open_pairs += open_pairs[mixer];
-    plans.attention_pairs += kept[mixer] * open_pairs[mixer] + stream_pairs[mixer];
-  }
-  cache_.push_front(plans);
-  if (cache_.size() > kCachedLayouts) cache_.pop_back();
-  return plans;
 }
 
 }  // namespace longspan::trainer

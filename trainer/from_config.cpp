@@ -169,6 +169,60 @@ CommBackend BackendFrom(configs::Parallel::Backend backend) {
   }
 }
 
+parallel::PlacementKind PlacementFrom(configs::Parallel::Placement placement) {
+  switch (placement) {
+    case configs::Parallel::CONTIGUOUS:
+      return parallel::PlacementKind::kContiguous;
+    case configs::Parallel::STRIPED:
+      return parallel::PlacementKind::kStriped;
+    case configs::Parallel::BALANCED:
+      return parallel::PlacementKind::kBalanced;
+    default:
+      return parallel::PlacementKind::kZigzag;
+  }
+}
+
+parallel::StrategyKind StrategyKindFrom(configs::ContextStrategy strategy) {
+  switch (strategy) {
+    case configs::ALL_GATHER:
+      return parallel::StrategyKind::kAllGather;
+    case configs::DOUBLE_RING:
+      return parallel::StrategyKind::kDoubleRing;
+    case configs::ULYSSES:
+      return parallel::StrategyKind::kUlysses;
+    case configs::HYBRID:
+      return parallel::StrategyKind::kHybrid;
+    case configs::EXCHANGE:
+      return parallel::StrategyKind::kExchange;
+    case configs::AUTO:
+      return parallel::StrategyKind::kAuto;
+    default:
+      return parallel::StrategyKind::kRing;
+  }
+}
+
+parallel::StrategyOptions StrategyFrom(const configs::Parallel& c) {
+  return {.kind = StrategyKindFrom(c.strategy()),
+          .ranks_per_node = static_cast<int>(c.ranks_per_node()),
+          .stages = static_cast<int>(c.exchange_stages()),
+          .head_groups = c.head_groups(),
+          .ulysses_ranks = static_cast<int>(c.ulysses_ranks()),
+          .outer = StrategyKindFrom(c.hybrid_outer()),
+          .deduplicate = c.deduplicate()};
+}
+
+// What a cost of 0 stands for.
+parallel::NetworkOptions NetworkFrom(const configs::ContextCost& cost, DeviceKind device) {
+  const bool gpu = device == DeviceKind::kCuda;
+  const auto given = [](double value, double otherwise) { return value > 0 ? value : otherwise; };
+  const double latency_s = 1e-6 * given(cost.latency_us(), gpu ? 10 : 20);
+  parallel::NetworkOptions network;
+  network.intra = {latency_s, 1e9 * given(cost.gbytes_per_s(), gpu ? 300 : 4)};
+  network.inter = {latency_s, 1e9 * given(cost.node_gbytes_per_s(), gpu ? 40 : 4)};
+  network.flops_per_s = 1e9 * given(cost.gflops(), gpu ? 4e5 : 100);
+  return network;
+}
+
 ObjectiveOptions ObjectiveFrom(const configs::Objective& objective) {
   if (objective.has_seer_gates()) {
     return {.kind = ObjectiveKind::kSeerGates,
@@ -200,13 +254,12 @@ void FillOptions(const configs::Config& c, TrainOptions& o) {
   o.log_every_steps = run.log_every_steps();
   o.dp = c.parallel().dp();
   o.cp = c.parallel().cp();
-  o.placement = c.parallel().placement() == configs::Parallel::CONTIGUOUS
-                    ? parallel::PlacementKind::kContiguous
-                    : parallel::PlacementKind::kZigzag;
-  o.strategy = c.parallel().strategy() == configs::Parallel::ALL_GATHER
-                   ? parallel::StrategyKind::kAllGather
-                   : parallel::StrategyKind::kRing;
+  o.placement = PlacementFrom(c.parallel().placement());
+  o.strategy = StrategyFrom(c.parallel());
+  o.keep_key_bytes = static_cast<int64_t>(c.parallel().keep_keys_mib() * (1 << 20));
+  o.network = NetworkFrom(c.parallel().cost(), o.device);
   o.backend = BackendFrom(c.parallel().backend());
+  o.timeout_s = c.parallel().timeout_s();
   o.zero_stage = static_cast<int>(c.parallel().zero_stage());
   o.hybrid_shard = c.parallel().hybrid_shard();
   o.offload_optimizer = c.parallel().offload_optimizer();
@@ -304,6 +357,15 @@ TrainOptions OptionsFromConfig(const configs::LoadedConfig& loaded, int world_si
   const std::string placement =
       parallel::Placement::Problem(options.placement, options.context_length, options.cp);
   if (!placement.empty()) problems.push_back({"run.context_length", placement});
+  if (options.cp > 1) {
+    parallel::StrategyOptions strategy = options.strategy;
+    strategy.heads = options.model.num_heads;
+    if (strategy.kind == parallel::StrategyKind::kAuto) strategy.kind = {};  // takes what fits
+    for (const std::string& text :
+         strategy.Problems(options.model.num_kv_heads, static_cast<int>(options.cp))) {
+      problems.push_back({"parallel.strategy", text});
+    }
+  }
   if (!options.model.attention_implementation.empty()) {
     const std::string problem = ImplementationProblem(options);
     if (!problem.empty()) problems.push_back({"run.attention_implementation", problem});

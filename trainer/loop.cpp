@@ -1,14 +1,19 @@
 #include "trainer/loop.h"
 
+#include <glog/logging.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <numeric>
+#include <utility>
 
 #include "parallel/comm/bootstrap.h"
+#include "parallel/context/strategy.h"
 #include "trainer/agreement.h"
 #include "trainer/checkpoint/directory.h"
 #include "trainer/checkpoint/writer.h"
@@ -18,6 +23,7 @@
 #include "trainer/resume.h"
 #include "trainer/run_directory/file_io.h"
 #include "trainer/run_directory/run_directory.h"
+#include "trainer/straggler.h"
 
 namespace longspan::trainer {
 namespace {
@@ -62,8 +68,32 @@ class Reporter {
 };
 
 // What each rank notes beside the sums of a step; kDeviceBytes by category of memory.
-enum RankValue { kSentBytes, kPeakRssBytes, kReportFailed, kDeviceBytes };
+// kStrategies: of every strategy of attention the bytes sent and the seconds waited.
+constexpr parallel::StrategyKind kStrategyKinds[] = {
+    parallel::StrategyKind::kRing,      parallel::StrategyKind::kDoubleRing,
+    parallel::StrategyKind::kAllGather, parallel::StrategyKind::kUlysses,
+    parallel::StrategyKind::kHybrid,    parallel::StrategyKind::kExchange};
+enum RankValue {
+  kSentBytes,
+  kControlBytes,
+  kPeakRssBytes,
+  kReportFailed,
+  kOwnSeconds,
+  kStrategies,
+  kDeviceBytes = kStrategies + 2 * std::size(kStrategyKinds)
+};
 constexpr size_t kNotes = kDeviceBytes + kMemoryCategories;
+
+// Of the times of a Trace, those in which a rank waited for others.
+double WaitSeconds(const std::map<std::string, double>& totals) {
+  double seconds = 0;
+  for (const char* category :
+       {"communication wait", "gradient reduction wait", "parameter gather wait"}) {
+    const auto it = totals.find(category);
+    if (it != totals.end()) seconds += it->second;
+  }
+  return seconds;
+}
 
 // The run of one rank: everything that RunTraining needs at hand.
 class Run {
@@ -223,11 +253,16 @@ class Run {
     writer_->Wait();
   }
   PendingStep BeginStep() {
+    step_begin_ = Clock::now();
     return trainer_->BeginStep([this] { return Note(); });
   }
   // Results of the steps begun, oldest first, until `left` remain.
   void FinishSteps(size_t left);
-  RankNote Note() const;
+  RankNote Note();
+  double OwnSeconds();
+  void FillContext(const StepResult& r, StepMetrics& m) const;
+  void NoteDeviceSeconds(const StepResult& r);
+  void FindStragglers(const StepResult& r);
   StopWish Wish() const {
     if (settings_.stop_requested && settings_.stop_requested()) return StopWish::kSignal;
     return settings_.max_seconds > 0 && Seconds(start_) >= settings_.max_seconds ? StopWish::kTimeUp
@@ -278,24 +313,84 @@ class Run {
   std::unique_ptr<Reporter> reporter_;
   std::string report_error_;
   int64_t resumed_step_ = -1, saved_step_ = -1;
-  int64_t seen_bytes_ = 0, tokens_ = 0;
+  parallel::CommCounts seen_counts_;  // before the step
+  int64_t tokens_ = 0;
   int64_t first_step_ = 0;                // steps done when this process started
   std::map<std::string, double> traced_;  // seconds in timed steps by category
   double timed_seconds_ = 0;              // of those steps
+  Clock::time_point step_begin_;          // of the step that is being issued
+  double device_own_s_ = -1, device_waited_s_ = 0;
+  StragglerWatch stragglers_;
   std::shared_ptr<TraceRecorder> tracing_;
   std::deque<PendingStep> pending_;
   bool stop_ = false, time_is_up_ = false;
   RunSummary summary_;
 };
 
-RankNote Run::Note() const {
+// How long this rank has computed in the step that is being issued, which a CPU has done by now;
+// of a GPU the last timed step that has ended. Negative: not known.
+double Run::OwnSeconds() {
+  if (OnGpu()) return std::exchange(device_own_s_, -1.0);
+  return Seconds(step_begin_) - WaitSeconds(ctx_.trace().Totals());
+}
+
+void Run::NoteDeviceSeconds(const StepResult& r) {
+  // Where the next step is timed as well, the totals may hold some of it.
+  if (!OnGpu() || !IsTimed(r.step - 1)) return;
+  const double waited = WaitSeconds(ctx_.trace().Totals());
+  if (!IsTimed(r.step)) device_own_s_ = std::max(0.0, r.seconds - (waited - device_waited_s_));
+  device_waited_s_ = waited;
+}
+
+// Every rank finds the same ones, in the same step.
+void Run::FindStragglers(const StepResult& r) {
+  std::vector<double> own;
+  for (size_t rank = 0; rank < r.notes.size(); rank += kNotes) {
+    own.push_back(r.notes[rank + kOwnSeconds]);
+  }
+  for (const Straggler& s : stragglers_.Step(own)) {
+    const std::string host = parallel::BroadcastString(world_, HostName(), s.rank);
+    if (!root_) continue;
+    LOG(WARNING) << "step " << r.step << ": rank " << s.rank << " on host " << host
+                 << " is slow: it computes " << s.own_s << " s in a step, the other ranks "
+                 << s.others_s << " s (median), and they wait for it";
+  }
+}
+
+RankNote Run::Note() {
   std::vector<double> values(kNotes);
-  values[kSentBytes] = static_cast<double>(counted_.counts().Total().bytes - seen_bytes_);
+  const parallel::CommCounts counts = counted_.counts();
+  values[kSentBytes] = static_cast<double>(counts.Total().bytes - seen_counts_.Total().bytes);
   values[kPeakRssBytes] = static_cast<double>(PeakRssBytes());
   values[kReportFailed] = report_error_.empty() ? 0 : 1;
+  values[kControlBytes] = static_cast<double>(counts.control.bytes - seen_counts_.control.bytes);
+  values[kOwnSeconds] = OwnSeconds();
+  const std::map<std::string, double> totals = ctx_.trace().Totals();
+  for (size_t i = 0; i < std::size(kStrategyKinds); ++i) {
+    const auto waited = totals.find(parallel::WaitCategory(kStrategyKinds[i]));
+    values[kStrategies + 2 * i] = static_cast<double>(
+        counts.bytes_of[static_cast<size_t>(parallel::TrafficOf(kStrategyKinds[i]))] -
+        seen_counts_.bytes_of[static_cast<size_t>(parallel::TrafficOf(kStrategyKinds[i]))]);
+    values[kStrategies + 2 * i + 1] = waited == totals.end() ? 0 : waited->second;
+  }
   const BytesByCategory peak = ctx_.allocator().peak_by_category();
   for (size_t c = 0; c < peak.size(); ++c) values[kDeviceBytes + c] = static_cast<double>(peak[c]);
   return {Wish(), std::move(values)};
+}
+
+void Run::FillContext(const StepResult& r, StepMetrics& m) const {
+  m.plan_ms = r.plan_ms;
+  m.context_work_max_over_mean = r.context_work_max_over_mean;
+  for (size_t i = 0; i < std::size(kStrategyKinds); ++i) {
+    StrategyMetrics use{parallel::WaitCategory(kStrategyKinds[i]) + sizeof("wait of"), 0, {}};
+    double waited_s = 0;
+    for (size_t rank = 0; rank < r.notes.size(); rank += kNotes) {
+      use.bytes += std::llround(r.notes[rank + kStrategies + 2 * i]);
+      waited_s = std::max(waited_s, r.notes[rank + kStrategies + 2 * i + 1]);
+    }
+    if (!OnGpu()) use.exposed_ms = 1e3 * waited_s;
+    if (use.bytes > 0) m.strategies.push_back(std::move(use));
+  }
 }
 
 void Run::Report(const StepResult& r) {
@@ -314,6 +409,7 @@ void Run::Report(const StepResult& r) {
   if (settings_.peak_flops > 0) m.mfu = r.flops / r.seconds / settings_.peak_flops;
   for (size_t rank = 0; rank < r.notes.size(); rank += kNotes) {
     m.comm_bytes += std::llround(r.notes[rank + kSentBytes]);
+    m.control_bytes += std::llround(r.notes[rank + kControlBytes]);
     m.peak_rss_bytes =
         std::max(m.peak_rss_bytes, static_cast<int64_t>(r.notes[rank + kPeakRssBytes]));
     if (r.notes[rank + kReportFailed] != 0) RaiseReportError();
@@ -327,6 +423,9 @@ void Run::Report(const StepResult& r) {
                                         std::llround(peak[c]));
     }
   }
+  FillContext(r, m);
+  NoteDeviceSeconds(r);
+  FindStragglers(r);
   if (IsTimed(r.step - 1)) timed_seconds_ += r.seconds;
   summary_.seconds += r.seconds;
   tokens_ += r.tokens;
@@ -397,12 +496,9 @@ void Run::AddShares() {
     traced_ = ctx_.trace().Totals();
   }
   if (timed_seconds_ <= 0) return;
-  const auto share = [&](const char* category) {
-    const auto it = traced_.find(category);
-    return it == traced_.end() ? 0.0 : it->second / timed_seconds_;
-  };
-  summary_.attention_share = share("attention");
-  summary_.wait_share = share("communication wait") + share("gradient reduction wait");
+  const auto attention = traced_.find("attention");
+  summary_.attention_share = attention == traced_.end() ? 0.0 : attention->second / timed_seconds_;
+  summary_.wait_share = WaitSeconds(traced_) / timed_seconds_;
 }
 
 RunSummary Run::Loop() {
@@ -410,7 +506,7 @@ RunSummary Run::Loop() {
   const size_t ahead = OnGpu() ? 1 : 0;
   while (trainer_->step() < options_.steps && !stop_) {
     BeginTracing();
-    seen_bytes_ = counted_.counts().Total().bytes;
+    seen_counts_ = counted_.counts();
     pending_.push_back(BeginStep());
     EndTracing();
     const bool pause = Due(options_.evaluation_every_steps) ||

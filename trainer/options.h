@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "ops/core/device.h"
-#include "parallel/context/placement.h"
-#include "parallel/context/plan.h"
+#include "parallel/comm/communicator.h"
+#include "trainer/batch_plans.h"
 #include "trainer/model/options.h"
 #include "trainer/schedule.h"
 
@@ -54,8 +54,11 @@ struct TrainOptions {
 
   int64_t dp = 1, cp = 1;
   parallel::PlacementKind placement = parallel::PlacementKind::kZigzag;
-  parallel::StrategyKind strategy = parallel::StrategyKind::kRing;
+  parallel::StrategyOptions strategy{};  // ranks_per_node 0: as the launcher placed the ranks
+  int64_t keep_key_bytes = 0;            // ContextLayout
+  parallel::NetworkOptions network{};    // of auto
   CommBackend backend = CommBackend::kAuto;
+  double timeout_s = parallel::kDefaultTimeoutS;  // of one operation among ranks
   // What is split over ranks: 1 the optimizer's state, 2 and gradients, 3 and weights (ZeRO).
   int zero_stage = 0;
   int64_t hybrid_shard = 0;        // ranks that hold all of it together; 0: all
@@ -81,6 +84,19 @@ struct TrainOptions {
   int64_t evaluation_rows = 0;         // 0 = all
 
   int64_t rows_per_step() const { return global_batch_tokens / context_length; }
+  // `node_ranks`: neighbouring cp ranks of a node, as the launcher placed them (DeviceMesh).
+  ContextLayout context_layout(int node_ranks) const {
+    ContextLayout layout{.placement = placement,
+                         .rows = micro_batch_rows,
+                         .row_length = context_length,
+                         .ranks = cp,
+                         .strategy = strategy,
+                         .keep_key_bytes = keep_key_bytes,
+                         .network = network};
+    if (strategy.ranks_per_node == 0) layout.strategy.ranks_per_node = node_ranks;
+    layout.network.ranks_per_node = layout.strategy.ranks_per_node;
+    return layout;
+  }
   int64_t accumulation() const { return rows_per_step() / (dp * micro_batch_rows); }
 };
 

@@ -17,7 +17,17 @@ namespace {
 // attention pairs.
 constexpr int64_t kLossSums = ops::kLossSums;
 constexpr int64_t kDeviceSums = kLossSums + 1;
-enum HostSum { kTokens, kPairs, kOpenPairs, kSignals, kTimeUp, kHostSums };
+enum HostSum {
+  kTokens,
+  kPairs,
+  kOpenPairs,
+  kPlanMs,
+  kContextMost,
+  kContextMean,
+  kSignals,
+  kTimeUp,
+  kHostSums
+};
 constexpr int64_t kSums = kDeviceSums + kHostSums;
 
 double SecondsSince(std::chrono::steady_clock::time_point start) {
@@ -106,6 +116,13 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   return pending;
 }
 
+// Before every micro-batch; on a GPU, where the host would wait for all work before it, once.
+void TrainStep::CheckPlans(const BatchPlans& plans) {
+  if (options_.cp == 1 || (on_gpu_ && plans_checked_)) return;
+  plans_checked_ = true;
+  parallel::CheckSamePlans(mesh_.axis("cp"), plans.hash);
+}
+
 // Gradients of the summed loss, handed to `exchange` bucket after bucket; the loss sums of this
 // rank in report_, what only the host knows in `host`.
 void TrainStep::Backward(data::Loader& loader, GradientExchange& exchange,
@@ -117,6 +134,10 @@ void TrainStep::Backward(data::Loader& loader, GradientExchange& exchange,
     const bool last = m + 1 == options_.accumulation();
     const data::MicroBatch batch = loader.Next();
     const auto prepared = std::static_pointer_cast<PreparedBatch>(batch.attachment);
+    CheckPlans(*prepared->plans);
+    host[kPlanMs] += prepared->plan_ms;
+    host[kContextMost] += prepared->plans->work_max;
+    host[kContextMean] += prepared->plans->work_mean;
     const LocalBatch local = ToDevice(ctx_, prepared->local);
     autograd::Tape tape(ctx_);
     const Tensor sums = ObjectiveForward(tape, mesh_.axis("cp"), options_.objective, options_.model,
@@ -191,6 +212,11 @@ StepResult TrainStep::Finish(PendingStep pending) {
   result.grad_norm = record[ops::kStepGradNorm];
   result.valid_tokens = std::llround(s[ops::kValidSum]);
   result.tokens = std::llround(s[kDeviceSums + kTokens]);
+  result.plan_ms = s[kDeviceSums + kPlanMs] / mesh_.world().size();
+  if (s[kDeviceSums + kContextMean] > 0) {
+    result.context_work_max_over_mean =
+        s[kDeviceSums + kContextMost] / s[kDeviceSums + kContextMean];
+  }
   result.flops = flops_.per_token * s[kDeviceSums + kTokens] +
                  flops_.per_pair * s[kDeviceSums + kPairs] +
                  flops_.per_open_pair * s[kDeviceSums + kOpenPairs];

@@ -21,8 +21,11 @@ struct StepResult {
   double grad_norm = 0;             // of the mean loss, before clipping
   std::optional<double> mean_gate;  // duo gates: the mean of alpha before the step
   double lr = 0;
-  int64_t tokens = 0;           // input tokens of the step
-  int64_t valid_tokens = 0;     // those with a label
+  int64_t tokens = 0;        // input tokens of the step
+  int64_t valid_tokens = 0;  // those with a label
+  double plan_ms = 0;        // a rank's loader made the plans of the step's micro-batches (mean)
+  // Attention of the busiest cp rank over the mean of ranks, over layers and micro-batches.
+  double context_work_max_over_mean = 1;
   double flops = 0;             // of the MFU formula: matmuls and visible attention pairs
   double seconds = 0;           // on a GPU by its own clock
   bool skipped = false;         // not finite, weights untouched
@@ -102,6 +105,7 @@ class TrainStep {
                         std::vector<double>& host);
   Tensor Squares() const;
   void AddSquares();
+  void CheckPlans(const BatchPlans& plans);
   void Update(int64_t step, double lr);
 
   Context& ctx_;
@@ -114,6 +118,7 @@ class TrainStep {
   // hosts know) and the record of ops/optim/step_control.h, side by side for one copy to the host.
   Tensor report_;
   size_t values_ = 0;  // of a RankNote
+  bool plans_checked_ = false;
   std::vector<std::shared_ptr<PendingStep::Slot>> slots_;
 };
 

@@ -79,10 +79,6 @@ std::unique_ptr<parallel::ShardGroups> GroupsFor(const TrainOptions& o,
   return std::make_unique<parallel::ShardGroups>(world, o.hybrid_shard);
 }
 
-parallel::Placement PlacementOf(const TrainOptions& o) {
-  return {o.placement, o.micro_batch_rows, o.context_length, o.cp};
-}
-
 }  // namespace
 
 EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
@@ -99,7 +95,7 @@ EvaluationLoss EvaluateCheckpoint(Context& ctx, parallel::DeviceMesh& mesh,
   });
   RequireSame(mesh.world(), "the validation data", sampler->Fingerprint());
   store.RefreshValues();
-  BatchBuilder builder(options.model, PlacementOf(options), options.strategy, mesh.cp_index());
+  BatchBuilder builder(options.model, options.context_layout(mesh.node_ranks()), mesh.cp_index());
   return EvaluateLoss(ctx, mesh, options, store, *sampler, builder, rows);
 }
 
@@ -125,14 +121,12 @@ Trainer::~Trainer() = default;
 
 void Trainer::OpenData() {
   train_ = OpenSampler(SamplerFrom(options_, options_.train, true));
-  const parallel::Placement placement = PlacementOf(options_);
+  const ContextLayout layout = options_.context_layout(mesh_.node_ranks());
   const int cp_rank = mesh_.cp_index();
-  train_builder_ =
-      std::make_unique<BatchBuilder>(options_.model, placement, options_.strategy, cp_rank);
+  train_builder_ = std::make_unique<BatchBuilder>(options_.model, layout, cp_rank);
   if (options_.validation.empty()) return;
   validation_ = OpenSampler(SamplerFrom(options_, options_.validation, false));
-  validation_builder_ =
-      std::make_unique<BatchBuilder>(options_.model, placement, options_.strategy, cp_rank);
+  validation_builder_ = std::make_unique<BatchBuilder>(options_.model, layout, cp_rank);
 }
 
 void Trainer::StartLoader() {

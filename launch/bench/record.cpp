@@ -83,6 +83,7 @@ std::string ToJsonLine(const BenchRecord& r) {
     json["tokens_per_s"] = *r.tokens_per_s;
     json["mfu"] = OrNull(r.mfu);
   }
+  for (const auto& [key, value] : r.labels) json[key] = value;
   for (const auto& [key, value] : r.more) json[key] = value;
   return json.dump();
 }

@@ -48,6 +48,7 @@ struct BenchRecord {
   // Of whole training steps only, and only then in the JSON.
   std::optional<double> tokens_per_s, mfu;
   std::vector<std::pair<std::string, double>> more;  // further keys of the JSON
+  std::vector<std::pair<std::string, std::string>> labels;  // further ones whose values are words
 };
 
 // What is known of a record before anything is measured.

@@ -10,10 +10,12 @@
 
 #include "launch/bench/attention_bench.h"
 #include "launch/bench/cases.h"
+#include "launch/bench/context_parallel_bench.h"
 #include "launch/bench/gemm_bench.h"
 #include "launch/bench/gpu_peaks.h"
 #include "launch/bench/memory_bench.h"
 #include "launch/bench/record.h"
+#include "launch/cli/bench_context_parallel.h"
 #include "launch/cli/bench_step.h"
 #include "launch/cli/commands.h"
 #include "ops/attention/attention.h"
@@ -34,6 +36,7 @@ struct BenchArguments {
   double seconds = 0.5;
   int repeats = 5;
   bool json = false, long_list = false;
+  ContextParallelArguments context_parallel;
 };
 
 constexpr double kSecondsPerPeak = 0.2;
@@ -111,7 +114,7 @@ Implementations ImplementationsOf(const std::string& op, const Context& ctx) {
       result.elsewhere.push_back(Str(name, " (", reason, ")"));
     }
   };
-  if (op == "attention" || op == "step") {
+  if (op == "attention" || op == "context_parallel" || op == "step") {
     for (const ops::AttentionImplementation& entry : ops::AttentionImplementations()) {
       add(entry.name, entry.device,
           entry.rejects({.dtype = DType::kBF16,
@@ -209,6 +212,23 @@ void RunSteps(Context& ctx, const BenchArguments& a) {
   }
 }
 
+void RunContextParallel(Context& ctx, const BenchArguments& a) {
+  ContextParallelOptions options = ContextParallelOptionsOf(a.context_parallel);
+  options.forward = a.pass != "backward";
+  options.backward = a.pass != "forward";
+  const std::vector<AttentionCase> cases = CasesOf(a, ParseAttentionCase);
+  size_t width = 0;
+  for (const AttentionCase& c : cases) width = std::max(width, c.name.size());
+  PrintMachine(ctx, a, Measure(ctx, kSecondsPerPeak));
+  if (!a.json) std::printf("%s\n", ContextParallelHead(width).c_str());
+  for (const AttentionCase& c : cases) {
+    BenchContextParallel(c, options, [&](const BenchRecord& r) {
+      std::printf("%s\n", (a.json ? ToJsonLine(r) : ContextParallelLine(r, width)).c_str());
+      std::fflush(stdout);
+    });
+  }
+}
+
 void RunMachine(Context& ctx, const BenchArguments& a) {
   const MachinePeaks peaks = Measure(ctx, a.seconds);
   std::printf("%s\n", (a.json ? ToJsonLine(peaks) : ToText(peaks)).c_str());
@@ -223,6 +243,8 @@ void RunOp(Context& ctx, const BenchArguments& a) {
     RunGroups(ctx, a, CasesOf(a, ParseMemoryCase), BenchMemory);
   } else if (a.op == "step") {
     RunSteps(ctx, a);
+  } else if (a.op == "context_parallel") {
+    RunContextParallel(ctx, a);
   } else {
     RunMachine(ctx, a);
   }
@@ -257,7 +279,16 @@ void RefuseOptions(const CLI::App& command, const std::string& op) {
       {"step", {"--filter", "--pass", "--impl", "--long"}},
       {"memory", {"--long", "--set"}},
       {"attention", {"--set"}},
-      {"gemm", {"--set"}}};
+      {"gemm", {"--set"}},
+      {"context_parallel",
+       {"--impl", "--threads", "--seconds", "--repeats", "--set", "--device", "--trace"}}};
+  if (op != "context_parallel") {
+    for (const char* option : ContextParallelArguments::Names()) {
+      if (command.get_option(option)->count() > 0) {
+        throw InvalidArgument(Str(option, " has no meaning for ", op, "; leave it out"));
+      }
+    }
+  }
   for (const char* option : unused.at(op)) {
     if (command.get_option(option)->count() > 0) {
       throw InvalidArgument(Str(option, " has no meaning for ", op, "; leave it out"));
@@ -274,9 +305,11 @@ void AddBenchCommand(CLI::App& root, int* exit_code) {
   command
       ->add_option("op", a->op,
                    "attention, gemm, memory (ops that move more than they compute), step (a whole "
-                   "training step), or machine (the measured peaks alone)")
+                   "training step), context_parallel (attention split over ranks on a simulated "
+                   "network), or machine (the measured peaks alone)")
       ->required()
-      ->check(CLI::IsMember({"attention", "gemm", "memory", "step", "machine"}));
+      ->check(
+          CLI::IsMember({"attention", "gemm", "memory", "step", "context_parallel", "machine"}));
   command->add_option("--device", a->device, "cpu or cuda: the first GPU, by its own clock")
       ->check(CLI::IsMember({"cpu", "cuda"}));
   CLI::Option* problem = command->add_option(
@@ -306,6 +339,7 @@ void AddBenchCommand(CLI::App& root, int* exit_code) {
   command->add_option("--trace", a->trace_file,
                       "Write a Chrome trace (chrome://tracing, Perfetto) of everything that runs");
   command->add_flag("--json", a->json, "Print one JSON object a line instead of a table");
+  AddContextParallelOptions(*command, a->context_parallel);
   command->add_flag("--long", a->long_list, "The built-in list of large cases")->excludes(problem);
   command->callback([a, command, exit_code] {
     RefuseOptions(*command, a->op);

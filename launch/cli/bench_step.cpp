@@ -112,9 +112,7 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
                                                       .groups = &groups,
                                                       .offload_optimizer = o.offload_optimizer});
   store.Initialize(o.seed);
-  trainer::BatchBuilder builder(
-      o.model, parallel::Placement(o.placement, o.micro_batch_rows, o.context_length, 1),
-      o.strategy, 0);
+  trainer::BatchBuilder builder(o.model, o.context_layout(1), 0);
   trainer::TrainStep train(ctx, mesh, o, store);
   data::Loader loader(LoaderFrom(o, builder));
 
@@ -174,7 +172,7 @@ BenchRecord BenchStep(Context& ctx, const StepCase& problem, const std::vector<s
   if (ctx.device().kind == DeviceKind::kCpu) {
     r.more.emplace_back("attention_ms", Summarize(std::move(attention)).median_ms);
   }
-  r.more.emplace_back("recompute", o.model.recompute_layers ? 1 : 0);
+  r.more.emplace_back("recompute", o.model.keep_attention ? 2 : o.model.recompute_layers ? 1 : 0);
   r.more.emplace_back("peak_bytes", static_cast<double>(ctx.allocator().peak_bytes()));
   const auto forecast = trainer::ForecastStepMemory(
       o.model, o.context_length * o.micro_batch_rows, ctx.device().kind, o.micro_batch_rows,

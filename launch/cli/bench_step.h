@@ -30,7 +30,8 @@ StepCase ReadStepCase(const std::string& file);
 //   attention_ms   of a step, the median: context attention with its recomputation; on a CPU
 //   parameters, first_loss (of the first step, before any update), peak_bytes of tensors with
 //             what was predicted (trainer/model/memory.h), the largest_tensor_bytes of one,
-//             recompute (1: of layers), peak_rss_bytes of the process
+//             recompute (1: of layers, 2: of all in them but attention), peak_rss_bytes of the
+//             process
 // Two warm-up steps, or one that takes more than 10 s.
 //
 // Errors    those of a configuration; StepFailure when the loss is not finite

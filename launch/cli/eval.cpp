@@ -95,8 +95,11 @@ void Eval(const Rank& rank, const EvalArguments& a) {
     Context ctx = MakeContext(rank, device, o);
     const auto carrier = MakeCarrier(rank, o, ctx);
     parallel::Communicator& world = carrier != nullptr ? *carrier : rank.world;
+    world.SetTimeout(o.timeout_s);
     world.UseDevice(ctx.runtime());
-    parallel::DeviceMesh mesh(world, {.dp = static_cast<int>(o.dp), .cp = static_cast<int>(o.cp)});
+    parallel::DeviceMesh mesh(world, {.dp = static_cast<int>(o.dp),
+                                      .cp = static_cast<int>(o.cp),
+                                      .node_ranks = NodeRanks(rank)});
     ctx.SetProgress([&] { mesh.axis("cp").Progress(); });
     if (recorder != nullptr) {
       ctx.trace().TimeDevice(true);

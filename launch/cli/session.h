@@ -8,7 +8,8 @@ namespace longspan::launch {
 
 // Runs `body` as one rank of a job and turns its outcome into an exit code:
 //   0  success
-//   2  every rank failed: rank 0 prints its error, all leave through the communicator's clean end
+//   2  every rank failed: one prints its error (rank 0, unless its own is that another rank did not
+//      answer and that rank knows why), all leave through the communicator's clean end
 //   3  only some ranks failed: after waiting a few seconds for the others, a failed rank prints its
 //      error and ends the whole job
 int RunSession(const std::function<void(parallel::Bootstrap&)>& body);
@@ -20,6 +21,10 @@ struct Rank {
   int threads = 1;                     // of the host, for this rank
   bool is_thread = false;
 };
+
+// Neighbouring ranks that share a node, as DeviceMesh takes it: 1 when nodes have different numbers
+// of ranks. Collective.
+int NodeRanks(const Rank& rank);
 
 // The same with `body` called for each rank of this process: once, or with local_ranks > 0 on that
 // many threads, which are then the whole job. The first error of a thread is the job's.

@@ -14,6 +14,7 @@
 #include "launch/cli/signals.h"
 #include "ops/core/rng.h"
 #include "parallel/comm/counting.h"
+#include "parallel/comm/faulty.h"
 #include "parallel/mesh/device_mesh.h"
 #include "trainer/agreement.h"
 #include "trainer/from_config.h"
@@ -29,6 +30,7 @@ struct TrainArguments {
   double max_minutes = 0;
   double lock_wait_seconds = 30;
   int local_ranks = 0;
+  std::vector<std::string> faults;
   bool json = false;
 };
 
@@ -45,7 +47,7 @@ void PrintStart(const trainer::TrainOptions& o, const TrainArguments& a, const R
       static_cast<long long>(o.context_length), static_cast<long long>(o.global_batch_tokens),
       static_cast<long long>(o.accumulation()), static_cast<long long>(o.dp * o.micro_batch_rows),
       static_cast<long long>(o.dp), static_cast<long long>(o.cp), ToString(o.placement),
-      ToString(o.strategy), device.name.c_str(), threads, a.run.run_directory.c_str());
+      ToString(o.strategy.kind), device.name.c_str(), threads, a.run.run_directory.c_str());
   std::fflush(stdout);
 }
 
@@ -97,6 +99,8 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a,
 }
 
 void Train(const Rank& rank, TrainArguments a) {
+  std::vector<parallel::Fault> faults;
+  for (const std::string& text : a.faults) faults.push_back(parallel::ParseFault(text));
   const configs::LoadedConfig loaded = configs::Load(a.config, a.sets);
   // Before anything is built on it: ranks with other layouts would wait for each other for ever.
   trainer::RequireSame(rank.world, "the configuration", StreamOf(loaded.resolved_text().c_str()));
@@ -113,10 +117,15 @@ void Train(const Rank& rank, TrainArguments a) {
   const RankDevice device = ChooseDevice(rank, options);
   Context ctx = MakeContext(rank, device, options);
   const auto carrier = MakeCarrier(rank, options, ctx);
-  parallel::CountingCommunicator world(carrier != nullptr ? *carrier : rank.world);
+  parallel::Communicator& carried = carrier != nullptr ? *carrier : rank.world;
+  std::unique_ptr<parallel::FaultyCommunicator> faulty;
+  if (!faults.empty()) faulty = std::make_unique<parallel::FaultyCommunicator>(carried, faults);
+  parallel::CountingCommunicator world(faulty != nullptr ? *faulty : carried);
+  world.SetTimeout(options.timeout_s);
   world.UseDevice(ctx.runtime());
-  parallel::DeviceMesh mesh(
-      world, {.dp = static_cast<int>(options.dp), .cp = static_cast<int>(options.cp)});
+  parallel::DeviceMesh mesh(world, {.dp = static_cast<int>(options.dp),
+                                    .cp = static_cast<int>(options.cp),
+                                    .node_ranks = NodeRanks(rank)});
   ctx.SetProgress([&] {
     mesh.axis("cp").Progress();
     mesh.world().Progress();
@@ -171,6 +180,12 @@ void AddTrainCommand(CLI::App& root, int* exit_code) {
   command
       ->add_option("--checkpoint-bytes-per-second", a->run.checkpoint_bytes_per_second,
                    "Slow checkpoint writing down, to test interruptions (0 = full speed)")
+      ->group("Testing");
+  command
+      ->add_option("--fault", a->faults,
+                   "Let something fail, to test what happens: lose:RANK:OPERATION, "
+                   "delay:RANK:OPERATION:SECONDS or throw:RANK:OPERATION, repeatable")
+      ->allow_extra_args(false)
       ->group("Testing");
   command->callback([a, exit_code] {
     CatchStopSignals();  // before the start: a signal that comes early ends the run after one step

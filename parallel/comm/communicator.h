@@ -19,6 +19,22 @@ enum class ReduceOp { kSum, kMax, kMin };
 // works alone, such as on its part of a checkpoint.
 inline constexpr double kDefaultTimeoutS = 1800;
 
+// What operations move: operands of the model and their gradients, those of context-parallel
+// attention by strategy, or what ranks tell each other about them (block summaries, requests,
+// fingerprints of plans).
+enum class Traffic : uint8_t {
+  kPayload,
+  kControl,
+  kRing,
+  kDoubleRing,
+  kAllGather,
+  kUlysses,
+  kHybrid,
+  kExchange,
+  kRouted,
+};
+inline constexpr size_t kTraffics = 9;
+
 // A pending operation. Its buffers must stay alive and untouched until Done() is true or Wait()
 // returns (send buffers may be read). A default-constructed Work is complete. Dropping a Work that
 // is not complete is an error: `local` fails the group, `mpi` and `nccl` log it.
@@ -136,6 +152,11 @@ class Communicator {
   // that simulate time (simulated.h) count them, to the others it is nothing.
   virtual void Computed(double /*flops*/) {}
 
+  // From here on operations of this communicator are of this kind; returns the former one.
+  // Communicators that count (counting.h) tell the two apart, to the others it is nothing. Not
+  // collective. See ControlTraffic.
+  virtual Traffic SetTraffic(Traffic /*traffic*/) { return Traffic::kPayload; }
+
   // From here on operations of this communicator and of all related to it by Split may take this
   // many seconds; 0: no limit. One that takes longer fails with CommError naming the operation,
   // this rank and, where known, the ranks that are missing. Not collective, but the same on all
@@ -151,6 +172,24 @@ class Communicator {
   // to it by Split) failed: every pending and later call on it throws CommError, and so does this
   // call. `self` has nobody else to end: it only throws CommError.
   [[noreturn]] virtual void Abort(const std::string& reason) = 0;
+};
+
+// Operations of `comm` that are issued while this lives are of this kind.
+class TrafficScope {
+ public:
+  TrafficScope(Communicator& comm, Traffic traffic)
+      : comm_(comm), former_(comm.SetTraffic(traffic)) {}
+  ~TrafficScope() { comm_.SetTraffic(former_); }
+  TrafficScope(const TrafficScope&) = delete;
+  TrafficScope& operator=(const TrafficScope&) = delete;
+
+ private:
+  Communicator& comm_;
+  const Traffic former_;
+};
+class ControlTraffic : public TrafficScope {
+ public:
+  explicit ControlTraffic(Communicator& comm) : TrafficScope(comm, Traffic::kControl) {}
 };
 
 // Blocking helpers on single host values, for agreement between ranks.

@@ -18,8 +18,8 @@ class CommLedger {
 
   explicit CommLedger(std::shared_ptr<CommLedger> parent) : parent_(std::move(parent)) {}
 
-  int64_t Begin(CommOp op, int64_t bytes, std::string details) {
-    Count(op, bytes);
+  int64_t Begin(CommOp op, Traffic traffic, int64_t bytes, std::string details) {
+    Count(op, traffic, bytes);
     std::lock_guard lock(mutex_);
     recent_.push_back({.number = next_, .op = op, .details = std::move(details)});
     if (recent_.size() > CountingCommunicator::kRecentOperations) recent_.pop_front();
@@ -61,14 +61,16 @@ class CommLedger {
     bool done = false;
   };
 
-  void Count(CommOp op, int64_t bytes) {
+  void Count(CommOp op, Traffic traffic, int64_t bytes) {
     {
       std::lock_guard lock(mutex_);
-      CommCount& count = counts_.ops[static_cast<size_t>(op)];
+      CommCount& count =
+          traffic == Traffic::kControl ? counts_.control : counts_.ops[static_cast<size_t>(op)];
       ++count.calls;
       count.bytes += bytes;
+      counts_.bytes_of[static_cast<size_t>(traffic)] += bytes;
     }
-    if (parent_ != nullptr) parent_->Count(op, bytes);
+    if (parent_ != nullptr) parent_->Count(op, traffic, bytes);
   }
 
   std::shared_ptr<CommLedger> parent_;
@@ -117,10 +119,10 @@ class CountingState : public Work::State {
 
 // Issues an operation that is counted from the moment it is accepted.
 template <class F>
-Work Counted(const std::shared_ptr<CommLedger>& ledger, CommOp op, int64_t bytes,
+Work Counted(const std::shared_ptr<CommLedger>& ledger, CommOp op, Traffic traffic, int64_t bytes,
              std::string details, F&& issue) {
   Work work = Explain(*ledger, issue);
-  const int64_t number = ledger->Begin(op, bytes, std::move(details));
+  const int64_t number = ledger->Begin(op, traffic, bytes, std::move(details));
   return Work(std::make_shared<CountingState>(std::move(work), ledger, number));
 }
 
@@ -159,25 +161,25 @@ std::vector<std::string> CountingCommunicator::RecentOperations() const {
 
 Work CountingCommunicator::AllReduce(Tensor t, ReduceOp op) {
   const auto bytes = t.defined() ? static_cast<int64_t>(t.bytes()) : 0;
-  return Counted(ledger_, CommOp::kAllReduce, 2 * (size() - 1) * bytes / size(), t.Describe(),
-                 [&] { return inner_->AllReduce(t, op); });
+  return Counted(ledger_, CommOp::kAllReduce, traffic_, 2 * (size() - 1) * bytes / size(),
+                 t.Describe(), [&] { return inner_->AllReduce(t, op); });
 }
 
 Work CountingCommunicator::AllGather(Tensor in, Tensor out) {
   const auto bytes = in.defined() ? static_cast<int64_t>(in.bytes()) : 0;
-  return Counted(ledger_, CommOp::kAllGather, (size() - 1) * bytes, in.Describe(),
+  return Counted(ledger_, CommOp::kAllGather, traffic_, (size() - 1) * bytes, in.Describe(),
                  [&] { return inner_->AllGather(in, out); });
 }
 
 Work CountingCommunicator::ReduceScatter(Tensor in, Tensor out) {
   const auto bytes = out.defined() ? static_cast<int64_t>(out.bytes()) : 0;
-  return Counted(ledger_, CommOp::kReduceScatter, (size() - 1) * bytes, in.Describe(),
+  return Counted(ledger_, CommOp::kReduceScatter, traffic_, (size() - 1) * bytes, in.Describe(),
                  [&] { return inner_->ReduceScatter(in, out); });
 }
 
 Work CountingCommunicator::Broadcast(Tensor t, int root) {
   const auto bytes = t.defined() ? static_cast<int64_t>(t.bytes()) : 0;
-  return Counted(ledger_, CommOp::kBroadcast, rank() == root ? (size() - 1) * bytes : 0,
+  return Counted(ledger_, CommOp::kBroadcast, traffic_, rank() == root ? (size() - 1) * bytes : 0,
                  Str(t.Describe(), " from rank ", root),
                  [&] { return inner_->Broadcast(t, root); });
 }
@@ -186,20 +188,21 @@ Work CountingCommunicator::Exchange(std::vector<Send> sends, std::vector<Recv> r
   int64_t sent = 0, received = 0;
   for (const Send& s : sends) sent += s.peer == rank() ? 0 : s.bytes;
   for (const Recv& r : recvs) received += r.peer == rank() ? 0 : r.bytes;
-  return Counted(ledger_, CommOp::kExchange, sent,
+  return Counted(ledger_, CommOp::kExchange, traffic_, sent,
                  Str(sends.size(), " sends of ", sent, " bytes, ", recvs.size(), " receives of ",
                      received, " bytes"),
                  [&] { return inner_->Exchange(std::move(sends), std::move(recvs)); });
 }
 
 void CountingCommunicator::Barrier() {
-  const int64_t number = ledger_->Begin(CommOp::kBarrier, 0, Str(size(), " ranks"));
+  const int64_t number = ledger_->Begin(CommOp::kBarrier, traffic_, 0, Str(size(), " ranks"));
   internal::Explain(*ledger_, [&] { inner_->Barrier(); });
   ledger_->End(number);
 }
 
 std::unique_ptr<Communicator> CountingCommunicator::Split(int color, int key) {
-  const int64_t number = ledger_->Begin(CommOp::kSplit, 0, Str("color ", color, ", key ", key));
+  const int64_t number =
+      ledger_->Begin(CommOp::kSplit, traffic_, 0, Str("color ", color, ", key ", key));
   auto inner = internal::Explain(*ledger_, [&] { return inner_->Split(color, key); });
   ledger_->End(number);
   if (inner == nullptr) return nullptr;

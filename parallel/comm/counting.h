@@ -24,9 +24,11 @@ struct CommCount {
   int64_t bytes = 0;
 };
 struct CommCounts {
-  std::array<CommCount, kCommOps> ops{};
+  std::array<CommCount, kCommOps> ops{};      // payload (Traffic)
+  CommCount control;                          // all operations of Traffic::kControl
+  std::array<int64_t, kTraffics> bytes_of{};  // by Traffic, of all of them
   const CommCount& operator[](CommOp op) const { return ops[static_cast<size_t>(op)]; }
-  CommCount Total() const;
+  CommCount Total() const;  // of the payload
 };
 
 namespace internal {
@@ -65,6 +67,10 @@ class CountingCommunicator : public Communicator {
   }
   void Progress() override { inner_->Progress(); }
   void Computed(double flops) override { inner_->Computed(flops); }
+  Traffic SetTraffic(Traffic traffic) override {
+    inner_->SetTraffic(traffic);
+    return std::exchange(traffic_, traffic);
+  }
   void SetTimeout(double seconds) override { inner_->SetTimeout(seconds); }
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;
@@ -76,6 +82,7 @@ class CountingCommunicator : public Communicator {
   std::unique_ptr<Communicator> owned_;
   Communicator* inner_;
   std::shared_ptr<internal::CommLedger> ledger_;
+  Traffic traffic_ = Traffic::kPayload;
 };
 
 }  // namespace longspan::parallel

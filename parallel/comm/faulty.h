@@ -60,6 +60,7 @@ class FaultyCommunicator : public Communicator {
   }
   void Progress() override { inner_->Progress(); }
   void Computed(double flops) override { inner_->Computed(flops); }
+  Traffic SetTraffic(Traffic traffic) override { return inner_->SetTraffic(traffic); }
   void SetTimeout(double seconds) override;
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;

@@ -79,6 +79,7 @@ class SimulatedCommunicator : public Communicator {
   }
   void Progress() override;
   void Computed(double flops) override;
+  Traffic SetTraffic(Traffic traffic) override { return inner_->SetTraffic(traffic); }
   void SetTimeout(double seconds) override;
   std::unique_ptr<Communicator> Split(int color, int key) override;
   [[noreturn]] void Abort(const std::string& reason) override;

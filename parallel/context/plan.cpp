@@ -231,7 +231,11 @@ std::shared_ptr<const AttentionPlan> MakePlan(const ops::AttentionPattern& patte
 }
 
 void CheckSamePlan(Communicator& comm, const AttentionPlan& plan) {
-  const auto hash = static_cast<int64_t>(plan.figures.hash);
+  CheckSamePlans(comm, plan.figures.hash);
+}
+
+void CheckSamePlans(Communicator& comm, uint64_t fingerprint) {
+  const auto hash = static_cast<int64_t>(fingerprint);
   // The largest hash, and the largest complement of one, which is that of the smallest.
   const Tensor both = internal::HostTensor({2}, DType::kI64);
   both.data<int64_t>()[0] = hash;
@@ -253,10 +257,11 @@ void CheckSamePlan(Communicator& comm, const AttentionPlan& plan) {
   for (size_t r = 0; r < hashes.size(); ++r) {
     if (hashes[r] != usual) others += Str(others.empty() ? "" : ", ", r);
   }
-  throw CommError(Str("ranks made their plans of attention (strategy ", ToString(plan.strategy),
-                      ") from different patterns, documents, placements or options: rank ", others,
-                      " of ", comm.size(), " differ", others.find(',') == others.npos ? "s" : "",
-                      " from the others; all ranks must read the same data and configuration"));
+  throw CommError(
+      Str("ranks made their plans of attention from different patterns, documents, "
+          "placements or options: rank ",
+          others, " of ", comm.size(), " differ", others.find(',') == others.npos ? "s" : "",
+          " from the others; all ranks must read the same data and configuration"));
 }
 
 }  // namespace longspan::parallel

@@ -113,5 +113,7 @@ class PlanMaker {
 // rank, naming the ranks that differ from most, when figures.hash is not the same everywhere.
 // Sends 16 bytes a rank (times two in an all-reduce) while they agree.
 void CheckSamePlan(Communicator& comm, const AttentionPlan& plan);
+// The same of many plans by one fingerprint of their hashes.
+void CheckSamePlans(Communicator& comm, uint64_t hash);
 
 }  // namespace longspan::parallel

@@ -45,7 +45,72 @@ BackwardOutput WholeBackward(Context& ctx, const ops::BlockMask& mask, const Ten
   return grads;
 }
 
+// Counts what a pass sends and waits for under its strategy while this lives.
+class StrategyScope {
+ public:
+  StrategyScope(Context& ctx, Communicator& comm, StrategyKind kind)
+      : ctx_(ctx),
+        kind_(kind),
+        timed_(comm.size() > 1 && ctx.device().kind == DeviceKind::kCpu),
+        traffic_(comm, TrafficOf(kind)),
+        before_(Waited()) {}
+  ~StrategyScope() {
+    if (timed_) ctx_.trace().Add(WaitCategory(kind_), Waited() - before_);
+  }
+  StrategyScope(const StrategyScope&) = delete;
+  StrategyScope& operator=(const StrategyScope&) = delete;
+
+ private:
+  double Waited() const { return timed_ ? ctx_.trace().Totals()["communication wait"] : 0; }
+
+  Context& ctx_;
+  const StrategyKind kind_;
+  const bool timed_;
+  const TrafficScope traffic_;
+  const double before_;
+};
+
 }  // namespace
+
+Traffic TrafficOf(StrategyKind kind) {
+  switch (kind) {
+    case StrategyKind::kRing:
+      return Traffic::kRing;
+    case StrategyKind::kDoubleRing:
+      return Traffic::kDoubleRing;
+    case StrategyKind::kAllGather:
+      return Traffic::kAllGather;
+    case StrategyKind::kUlysses:
+      return Traffic::kUlysses;
+    case StrategyKind::kHybrid:
+      return Traffic::kHybrid;
+    case StrategyKind::kExchange:
+      return Traffic::kExchange;
+    case StrategyKind::kAuto:
+      break;
+  }
+  return Traffic::kPayload;
+}
+
+const char* WaitCategory(StrategyKind kind) {
+  switch (kind) {
+    case StrategyKind::kRing:
+      return "wait of ring";
+    case StrategyKind::kDoubleRing:
+      return "wait of double_ring";
+    case StrategyKind::kAllGather:
+      return "wait of all_gather";
+    case StrategyKind::kUlysses:
+      return "wait of ulysses";
+    case StrategyKind::kHybrid:
+      return "wait of hybrid";
+    case StrategyKind::kExchange:
+      return "wait of exchange";
+    case StrategyKind::kAuto:
+      break;
+  }
+  return "wait of auto";
+}
 
 ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
                                                const AttentionPlan& plan, const Tensor& q,
@@ -53,6 +118,7 @@ ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
                                                const ops::AttentionOptions& options) {
   CheckOperands(comm, plan, q, k, v);
   const TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
+  const StrategyScope counted(ctx, comm, plan.strategy);
   if (plan.ranks == 1) return WholeForward(ctx, *plan.whole, q, k, v, options);
   if (plan.ulysses != nullptr) {
     UlyssesOutput out = UlyssesForward(ctx, comm, *plan.ulysses, q, k, v, options);
@@ -71,6 +137,7 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
   LONGSPAN_CHECK(d_out.shape() == q.shape())
       << "d_out " << d_out.Describe() << " but q " << q.Describe();
   const TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
+  const StrategyScope counted(ctx, comm, plan.strategy);
   const bool softmax = options.normalization == ops::Normalization::kSoftmax;
   const Tensor delta = softmax ? ops::AttentionDelta(ctx, d_out, saved.o) : Tensor();
   if (plan.ulysses != nullptr) {

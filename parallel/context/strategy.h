@@ -35,6 +35,11 @@ ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
                                                const Tensor& k, const Tensor& v,
                                                const ops::AttentionOptions& options = {});
 
+// What its transfers are counted as, and the category of the Trace in which its waits for them add
+// up (on a GPU, where the host does not wait, nothing does).
+Traffic TrafficOf(StrategyKind kind);
+const char* WaitCategory(StrategyKind kind);
+
 struct ContextAttentionGrads {
   Tensor dq, dk, dv;  // dtype of q
 };

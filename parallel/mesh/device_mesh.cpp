@@ -1,5 +1,7 @@
 #include "parallel/mesh/device_mesh.h"
 
+#include <numeric>
+
 namespace longspan::parallel {
 
 DeviceMesh::DeviceMesh(Communicator& world, MeshShape shape) : world_(&world), shape_(shape) {
@@ -19,6 +21,11 @@ DeviceMesh::DeviceMesh(Communicator& world, MeshShape shape) : world_(&world), s
   cp_index_ = world.rank() % shape.cp;
   cp_ = world.Split(dp_index_, cp_index_);
   dp_ = world.Split(cp_index_, dp_index_);
+}
+
+int DeviceMesh::node_ranks() const {
+  if (shape_.node_ranks == 0 || shape_.node_ranks % shape_.cp == 0) return 0;
+  return std::gcd(shape_.node_ranks, shape_.cp);
 }
 
 Communicator& DeviceMesh::axis(std::string_view name) {

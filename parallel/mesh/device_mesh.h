@@ -9,6 +9,8 @@ namespace longspan::parallel {
 struct MeshShape {
   int dp = 1;  // data-parallel replicas
   int cp = 1;  // ranks that share each sequence
+  // Neighbouring ranks of the world that share a node; 0: all of them.
+  int node_ranks = 0;
 };
 
 // The ranks of a job as a dp x cp grid with cp innermost: rank = dp_index * cp + cp_index, so that
@@ -28,6 +30,9 @@ class DeviceMesh {
   Communicator& axis(std::string_view name);
   int dp_index() const { return dp_index_; }
   int cp_index() const { return cp_index_; }
+  // Neighbouring ranks of the cp axis that certainly share a node, so that groups of so many never
+  // lie across nodes; 0 when all do.
+  int node_ranks() const;
 
  private:
   Communicator* world_;

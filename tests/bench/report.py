@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measures the rows of docs/performance.md, and writes its tables.
+"""Measures the rows of docs/performance.md and docs/context-parallel.md, and writes their tables.
 
 usage: report.py measure --longspan FILE --out FOLDER [--only SECTION]... [--python FILE]
-       report.py write FOLDER [--doc FILE]
+       report.py write FOLDER [--docs FOLDER]
 
 measure runs, with a program built of this tree, the commands of every section (PyTorch peers with --python) and keeps their JSON lines in
-FOLDER/SECTION.jsonl. write puts commands and tables between the markers of the document; a section
+FOLDER/SECTION.jsonl. write puts commands and tables between the markers of the documents; a section
 without results says that it was not measured.
 """
 
@@ -16,9 +16,10 @@ import shlex
 import subprocess
 import sys
 
+import context_parallel_tables
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
-DOC = os.path.join(ROOT, "docs", "performance.md")
 NOT_MEASURED = "Not measured yet."
 
 ATTENTION = "{longspan} bench attention --json --impl best"
@@ -54,6 +55,7 @@ COMMANDS = {
                "--set run.recompute=LAYER"],
     "gemm": ["{longspan} bench gemm --json --threads 2"],
     "memory_bound": ["{longspan} bench memory --json --threads 2"],
+    **context_parallel_tables.COMMANDS,
 }
 
 
@@ -208,7 +210,7 @@ def memory(records):
         if not r.get("predicted_bytes"):
             continue
         ratio = r["peak_bytes"] / r["predicted_bytes"]
-        rows.append((r["case"], "LAYER" if r["recompute"] else "NONE", f"{r['peak_bytes'] / 2**20:.0f}",
+        rows.append((r["case"], ("NONE", "LAYER", "ATTENTION_KEPT")[int(r["recompute"])], f"{r['peak_bytes'] / 2**20:.0f}",
                      f"{r['predicted_bytes'] / 2**20:.0f}", f"{ratio:.3f}",
                      "met" if abs(ratio - 1) <= 0.15 else "missed", f"{r['largest_tensor_bytes'] / 2**20:.0f}",
                      f"{r['peak_rss_bytes'] / 2**20:.0f}"))
@@ -236,6 +238,12 @@ TABLES = {
     "dense_f32": lambda r: dense(r, {"forward": 0.5, "backward": 0.4}, {"forward": 1, "both": 1}),
     "sparse": sparse, "moba": moba, "threads": threads, "step": step, "step_hybrid": step_hybrid,
     "memory": memory, "gemm": gemm, "memory_bound": memory_bound,
+    **context_parallel_tables.sections(table),
+}
+# The sections of each document.
+DOCS = {
+    "performance.md": [s for s in TABLES if s not in context_parallel_tables.COMMANDS],
+    "context-parallel.md": list(context_parallel_tables.COMMANDS),
 }
 
 
@@ -249,7 +257,7 @@ def section_text(folder, section):
 def write(folder, doc):
     with open(doc, encoding="utf-8") as file:
         text = file.read()
-    for section in TABLES:
+    for section in DOCS[os.path.basename(doc)]:
         begin, end = f"<!-- {section} -->\n", f"<!-- end of {section} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{doc} has not one pair of markers for {section}")
@@ -306,11 +314,12 @@ def main():
     run.add_argument("--python", default=sys.executable, help="one that has PyTorch")
     fill = parts.add_parser("write")
     fill.add_argument("folder")
-    fill.add_argument("--doc", default=DOC)
+    fill.add_argument("--docs", default=os.path.join(ROOT, "docs"))
     arguments = parser.parse_args()
     if arguments.part == "measure":
         return measure(arguments)
-    write(arguments.folder, arguments.doc)
+    for doc in DOCS:
+        write(arguments.folder, os.path.join(arguments.docs, doc))
     return 0
 
 

@@ -87,16 +87,43 @@ class TablesTest(unittest.TestCase):
         self.assertEqual(row[-2:], ["1.60", "met (>= 1.5)"])
 
 
+class ContextParallelTest(unittest.TestCase):
+    def test_auto_is_compared_with_the_fastest_of_both_passes(self):
+        def r(strategy, which, ms, impl=None):
+            return {"op": "context_parallel", "mask": "s2", "strategy": strategy, "impl": impl or strategy, "ranks": 8,
+                    "placement": "zigzag", "pass": which, "step_ms": ms, "compute_ms": ms, "exposed_ms": 0.5,
+                    "bytes_planned": 1e6, "bytes_moved": 1e6, "lower_bound_bytes": 5e5, "dense_ring_bytes": 4e6,
+                    "worst_rank_bytes": 2.5e5, "work_max_over_mean": 1, "predicted_ms": ms}
+        records = [r("ring", "forward", 3), r("ring", "backward", 3), r("exchange", "forward", 1),
+                   r("exchange", "backward", 4), r("auto", "forward", 2.9, "ring"), r("auto", "backward", 2.9, "ring")]
+        tables = report.TABLES["cp_masks"](records)
+        first, second = tables[:tables.index("")], tables[tables.index("") + 1:]
+        self.assertEqual(cells(first)[0][3:9], ["ring", "1.0", "yes", "0.5", "25.0%", "50.0%"])
+        self.assertEqual(cells(first)[0][-3:], ["3.000", "1.000", "3.00"])
+        self.assertEqual(cells(second), [["s2", "8", "ring", "5.800", "exchange", "5.000", "1.160",
+                                          "missed (<= 1.05)"]])
+
+    def test_balance_is_judged_by_its_floor(self):
+        def r(placement, work):
+            return {"op": "context_parallel", "mask": "prefix", "ranks": 8, "placement": placement,
+                    "work_max_over_mean": work, "balance_floor": 1.5, "bytes_planned": 1, "dense_ring_bytes": 4}
+        row, = cells(report.TABLES["cp_balance"]([r("zigzag", 2), r("balanced", 1.53)]))
+        self.assertEqual(row, ["prefix", "8", "-", "2.000", "-", "1.530", "1.500", "met (<= 1.03)", "-", "25.0%", "-",
+                               "25.0%"])
+
+
 class DocumentTest(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
-        self.doc = os.path.join(self.folder, "doc.md")
-        with open(report.DOC, encoding="utf-8") as file:
-            self.text = file.read()
+        self.doc = os.path.join(self.folder, "performance.md")
+        self.texts = {}
+        for doc in report.DOCS:
+            with open(os.path.join(report.ROOT, "docs", doc), encoding="utf-8") as file:
+                self.texts[doc] = file.read()
         with open(self.doc, "w", encoding="utf-8") as file:
-            file.write(self.text)
+            file.write(self.texts["performance.md"])
 
     def write(self, records):
         for section, lines in records.items():
@@ -106,9 +133,11 @@ class DocumentTest(unittest.TestCase):
         with open(self.doc, encoding="utf-8") as file:
             return file.read()
 
-    def test_every_section_of_the_document_has_commands(self):
+    def test_every_section_of_the_documents_has_commands(self):
         self.assertEqual(set(report.COMMANDS), set(report.TABLES))
-        self.assertEqual(re.findall(r"<!-- (\w+) -->", self.text), list(report.TABLES))
+        self.assertEqual({s for sections in report.DOCS.values() for s in sections}, set(report.TABLES))
+        for doc, sections in report.DOCS.items():
+            self.assertEqual(re.findall(r"<!-- (\w+) -->", self.texts[doc]), sections)
         for commands in report.COMMANDS.values():
             for command in commands:
                 for path in re.findall(r"tests/\S+", command):
@@ -116,7 +145,8 @@ class DocumentTest(unittest.TestCase):
 
     def test_tables_replace_one_another(self):
         empty = self.write({})
-        self.assertEqual(empty.count(report.NOT_MEASURED), len(report.TABLES))
+        sections = len(report.DOCS["performance.md"])
+        self.assertEqual(empty.count(report.NOT_MEASURED), sections)
         gemm = {"op": "gemm", "case": "gemm_x", "impl": "onednn", "ms_median": 2, "flops": 4e8,
                 "peak_gflops": 400}
         peaks = {"op": "machine", "threads": 2, "f32_gflops": 200.0, "f32_set": "avx512", "bf16_gflops": 400.0,
@@ -125,7 +155,7 @@ class DocumentTest(unittest.TestCase):
         self.assertIn("| gemm_x | onednn | 2.00 | 200 | 50.0% |", filled)
         self.assertIn("2 threads: f32 200 GFLOP/s (avx512)", filled)
         self.assertIn("implementations: onednn; commit 1234abc+\n", filled)
-        self.assertEqual(filled.count(report.NOT_MEASURED), len(report.TABLES) - 1)
+        self.assertEqual(filled.count(report.NOT_MEASURED), sections - 1)
         os.remove(os.path.join(self.folder, "gemm.jsonl"))
         self.assertEqual(self.write({}), empty)
 

@@ -215,8 +215,8 @@ class Metrics:
     step."""
 
     KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "step_ms", "tokens_per_s",
-            "mfu", "work_max_over_mean", "comm_bytes", "peak_rss_bytes", "peak_device_bytes",
-            "peak_device_memory"]
+            "mfu", "work_max_over_mean", "comm_bytes", "control_bytes", "strategies", "plan_ms",
+            "context_work_max_over_mean", "peak_rss_bytes", "peak_device_bytes", "peak_device_memory"]
     MEMORY = ["activations", "parameters", "gradients", "optimizer", "workspace", "staging",
               "attention", "communication"]
 

@@ -66,6 +66,11 @@ JsonlSink::~JsonlSink() = default;
 void JsonlSink::Write(const StepMetrics& metrics) {
   Json memory = Json::object();
   for (const auto& [category, bytes] : metrics.peak_device_memory) memory[category] = bytes;
+  Json strategies = Json::object();
+  for (const StrategyMetrics& s : metrics.strategies) {
+    strategies[s.name] = {{"bytes", s.bytes},
+                          {"exposed_ms", s.exposed_ms ? Json(*s.exposed_ms) : Json(nullptr)}};
+  }
   Json object = {
       {"step", metrics.step},
       {"loss", metrics.loss},
@@ -78,6 +83,10 @@ void JsonlSink::Write(const StepMetrics& metrics) {
       {"mfu", metrics.mfu ? Json(*metrics.mfu) : Json(nullptr)},
       {"work_max_over_mean", metrics.work_max_over_mean},
       {"comm_bytes", metrics.comm_bytes},
+      {"control_bytes", metrics.control_bytes},
+      {"strategies", strategies},
+      {"plan_ms", metrics.plan_ms},
+      {"context_work_max_over_mean", metrics.context_work_max_over_mean},
       {"peak_rss_bytes", metrics.peak_rss_bytes},
       {"peak_device_bytes", metrics.peak_device_bytes},
       {"peak_device_memory", memory},

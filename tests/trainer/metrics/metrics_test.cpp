@@ -38,6 +38,10 @@ StepMetrics Sample(int64_t step) {
   metrics.mfu = 0.412;
   metrics.work_max_over_mean = 1.25;
   metrics.comm_bytes = int64_t{1} << 40;
+  metrics.control_bytes = 16;
+  metrics.strategies = {{"ring", 4096, 2.5}, {"exchange", 64, {}}};
+  metrics.plan_ms = 0.5;
+  metrics.context_work_max_over_mean = 1.5;
   metrics.peak_rss_bytes = 123456789;
   metrics.peak_device_bytes = 300;
   metrics.peak_device_memory = {{"parameters", 100}, {"activations", 200}};
@@ -84,7 +88,9 @@ TEST_F(JsonlSinkTest, WritesTheAgreedKeysInOrder) {
       lines[0],
       R"({"step":3,"loss":0.30000000000000004,"grad_norm":1.5,"lr":0.0003,"tokens":8192,)"
       R"("valid_tokens":8191,"step_ms":1000.0,"tokens_per_s":8192.0,"mfu":0.412,)"
-      R"("work_max_over_mean":1.25,"comm_bytes":1099511627776,"peak_rss_bytes":123456789,)"
+      R"("work_max_over_mean":1.25,"comm_bytes":1099511627776,"control_bytes":16,"strategies":{)"
+      R"("ring":{"bytes":4096,"exposed_ms":2.5},"exchange":{"bytes":64,"exposed_ms":null}},)"
+      R"("plan_ms":0.5,"context_work_max_over_mean":1.5,"peak_rss_bytes":123456789,)"
       R"("peak_device_bytes":300,"peak_device_memory":{"parameters":100,"activations":200}})");
   EXPECT_EQ(lines[1], R"({"step":3,"eval":"passkey@8192","value":0.75})");
 }
