@@ -158,50 +158,71 @@ TEST(ZeroCostTest, BytesPerParameterAtRest) {
 // Elements of one rank's part of `n`, in multiples of 8.
 int64_t Slot(int64_t n, int64_t ranks) { return ((n + 7) / 8 + ranks - 1) / ranks * 8; }
 
+// Bytes that a rank sends to reduce or to collect the parts of some buckets once.
+struct Traffic {
+  int64_t gradients = 0, weights = 0, layer_weights = 0, vectors = 0, across = 0;
+};
+
+// With `used` bytes an element as used, vectors (norms) travel apart unless they are as wide.
+Traffic TrafficOf(const ModelOptions& m, int64_t parts, int64_t copies, int64_t used) {
+  constexpr int64_t kWide = 4;
+  Traffic t;
+  for (const BucketSpec& bucket : ListParameters(m)) {
+    int64_t matrices = 0, vectors = 0;
+    for (const ParameterSpec& p : bucket.parameters) {
+      (used < kWide && p.init_std == 0 ? vectors : matrices) += p.shape.numel();
+    }
+    const int64_t slots = Slot(matrices, parts) + Slot(vectors, parts);
+    t.gradients += (parts - 1) * slots * kWide;
+    t.weights += (parts - 1) * Slot(matrices, parts) * used;
+    if (bucket.name.starts_with("layer")) {
+      t.layer_weights += (parts - 1) * Slot(matrices, parts) * used;
+    }
+    t.vectors += (parts - 1) * Slot(vectors, parts) * kWide;
+    if (copies > 1) t.across += 2 * (copies - 1) * slots * kWide / copies;
+  }
+  return t;
+}
+
 TEST(ZeroCostTest, BytesMovedAreThoseOfTheFormulas) {
   TemporaryFolder folder;
   WriteCorpus((folder.path() / "train").string(), 19, 200, 100, 1);
-  TrainOptions o;
-  o.model = SmallModel(DType::kF32);
-  o.model.layers = {0, 1, 0};
-  o.steps = 3;
-  o.context_length = 128;
-  o.global_batch_tokens = 8 * 128;
-  o.train = {{(folder.path() / "train").string(), 1}};
-  o.adamw.lr = 1e-2;
-  constexpr int64_t kMicroBatches = 2, kElement = 4;
-  for (const bool recompute : {false, true}) {
-    for (const int64_t group : {0, 2}) {
-      o.model.recompute_layers = recompute;
-      const int64_t parts = group > 0 ? group : 4, copies = 4 / parts;
-      int64_t all = 0,
-              layers = 0;  // bytes that a rank sends to collect buckets or reduce them once
-      int64_t across = 0;
-      for (const BucketSpec& bucket : ListParameters(o.model)) {
-        int64_t n = 0;
-        for (const ParameterSpec& p : bucket.parameters) n += p.shape.numel();
-        const int64_t sent = (parts - 1) * Slot(n, parts) * kElement;
-        all += sent;
-        if (bucket.name.starts_with("layer")) layers += sent;
-        if (copies > 1) across += 2 * (copies - 1) * Slot(n, parts) * kElement / copies;
-      }
-      for (const int stage : {1, 2, 3}) {
-        SCOPED_TRACE(Str("stage ", stage, " groups of ", group, recompute ? " recompute" : ""));
-        RunZero(o, {4, 1, stage, group}, [&](parallel::CountingCommunicator& world, Trainer& t) {
-          t.Step();
-          world.ResetCounts();
-          t.Step();
-          const parallel::CommCounts counts = world.counts();
-          const int64_t passes = stage == 1 ? 1 : kMicroBatches;
-          EXPECT_EQ(counts[CommOp::kReduceScatter].bytes, passes * all);
-          EXPECT_EQ(counts[CommOp::kAllGather].bytes,
-                    stage == 3 ? kMicroBatches * (all + layers) : all);
-          // Beside the sums of the step, a few numbers.
-          const int64_t sums = counts[CommOp::kAllReduce].bytes - across;
-          EXPECT_GT(sums, 0);
-          EXPECT_LT(sums, 400);
-          EXPECT_EQ(counts[CommOp::kExchange].bytes + counts[CommOp::kBroadcast].bytes, 0);
-        });
+  constexpr int64_t kMicroBatches = 2;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    TrainOptions o;
+    o.model = SmallModel(dtype);
+    o.model.layers = {0, 1, 0};
+    o.steps = 3;
+    o.context_length = 128;
+    o.global_batch_tokens = 4 * kMicroBatches * 128;
+    o.train = {{(folder.path() / "train").string(), 1}};
+    o.adamw.lr = 1e-2;
+    for (const bool recompute : {false, true}) {
+      for (const int64_t group : {0, 2}) {
+        o.model.recompute_layers = recompute;
+        const int64_t parts = group > 0 ? group : 4;
+        const Traffic t = TrafficOf(o.model, parts, 4 / parts, static_cast<int64_t>(SizeOf(dtype)));
+        for (const int stage : {1, 2, 3}) {
+          SCOPED_TRACE(Str(ToString(dtype), " stage ", stage, " groups of ", group,
+                           recompute ? " recompute" : ""));
+          const RankBody body = [&](parallel::CountingCommunicator& world, Trainer& trainer) {
+            trainer.Step();
+            world.ResetCounts();
+            trainer.Step();
+            const parallel::CommCounts counts = world.counts();
+            EXPECT_EQ(counts[CommOp::kReduceScatter].bytes,
+                      (stage == 1 ? 1 : kMicroBatches) * t.gradients);
+            EXPECT_EQ(counts[CommOp::kAllGather].bytes,
+                      t.vectors +
+                          (stage == 3 ? kMicroBatches * (t.weights + t.layer_weights) : t.weights));
+            // Beside the sums of the step, a few numbers.
+            const int64_t sums = counts[CommOp::kAllReduce].bytes - t.across;
+            EXPECT_GT(sums, 0);
+            EXPECT_LT(sums, 400);
+            EXPECT_EQ(counts[CommOp::kExchange].bytes + counts[CommOp::kBroadcast].bytes, 0);
+          };
+          RunZero(o, {4, 1, stage, group}, body);
+        }
       }
     }
   }

@@ -46,13 +46,21 @@ struct ZeroRun {
   }
 };
 
+// The values of a tensor wherever it is, moments in host memory of a GPU included.
+inline Vec ValuesOf(const Tensor& t) {
+  Context host({.threads = 1});
+  const Tensor copy = host.Empty(t.shape(), t.dtype());
+  t.ReadTo(copy.raw());
+  return ToVec(copy);
+}
+
 // Puts what the ranks hold of a run's state together. Each element must come from somewhere, and
 // where several ranks hold it they must have the same bits.
 class StateCollector {
  public:
   void Add(trainer::Trainer& trainer) {
     for (const trainer::NamedTensor& t : trainer.State()) {
-      const Vec part = ToVec(t.tensor);
+      const Vec part = ValuesOf(t.tensor);
       const std::lock_guard lock(mutex_);
       Vec& whole = state_[t.name];
       const size_t elements =

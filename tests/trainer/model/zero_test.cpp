@@ -93,6 +93,16 @@ TEST_F(ZeroTest, TiedEmbeddings) {
   }
 }
 
+// Weights are used in entries of their own kinds there: of layers without their attention, of tiles.
+TEST_F(ZeroTest, KeptAttentionAndTiles) {
+  TrainOptions o = Options(DType::kF64);
+  const ZeroRun one = RunZero(o, {});
+  o.model.recompute_layers = o.model.keep_attention = true;
+  o.model.mlp_tile_tokens = 48;
+  ExpectNear(RunZero(o, {2, 2, 3}), one, 1e-10);
+  ExpectNear(RunZero(o, {2, 1, 2}), one, 1e-10);
+}
+
 // A model of one layer has no layer to prefetch behind another.
 TEST_F(ZeroTest, OneLayerOnOneRankAndOnThree) {
   TrainOptions o = Options(DType::kF64);
@@ -122,6 +132,27 @@ TEST_F(ZeroTest, GatesOfAFrozenModel) {
   o.objective.regularization = 100;
   const ZeroRun closed = RunZero(o, {2, 2, 3});
   EXPECT_EQ(closed.Weights().at("weights/model.layers.2.self_attn.duo_alpha"), Vec(2, 0.0));
+}
+
+// These learn from a forward pass: nothing flows back through the frozen weights.
+TEST_F(ZeroTest, GatesThatChooseBlocks) {
+  TrainOptions o = Options(DType::kF64);
+  o.model.mixers = {{.name = "seer",
+                     .pattern = ops::AttentionPattern::Causal(),
+                     .seer = SeerOptions{.gate_dim = 6, .selection = {.top_k = 2}}},
+                    {.name = "dense", .pattern = ops::AttentionPattern::Causal()}};
+  o.model.gates_only = true;
+  o.objective = {.kind = ObjectiveKind::kSeerGates, .drop_first_quarter = true};
+  o.context_length = 320;
+  o.global_batch_tokens = 8 * 320;
+  o.validation.clear();
+  o.clip_norm = 0;
+  const ZeroRun one = RunZero(o, {});
+  for (const ZeroLayout& layout :
+       {ZeroLayout{2, 1, 1}, ZeroLayout{2, 1, 2}, ZeroLayout{2, 1, 3}, ZeroLayout{4, 1, 3, 2}}) {
+    SCOPED_TRACE(layout.Name());
+    ExpectNear(RunZero(o, layout), one, 1e-9);
+  }
 }
 
 // One rank alone goes wrong, where only it holds the weight.
