@@ -201,6 +201,52 @@ std::string Divisors(int64_t value) {
   return JoinNames(divisors);
 }
 
+// What only some strategies look at, and numbers that do not fit the ranks.
+void CheckStrategy(const Config& config, Problems& problems) {
+  const Parallel& p = config.parallel();
+  const Parallel defaults;
+  const ContextStrategy kind = p.strategy();
+  const bool hybrid = kind == HYBRID || kind == AUTO;
+  const bool exchange =
+      kind == EXCHANGE || kind == AUTO || (kind == HYBRID && p.hybrid_outer() == EXCHANGE);
+  const ContextCost& cost = p.cost();
+  const bool costs = cost.gflops() != 0 || cost.gbytes_per_s() != 0 ||
+                     cost.node_gbytes_per_s() != 0 || cost.latency_us() != 0;
+  const auto add = [&](const char* field, const std::string& text) {
+    problems.push_back({Str("parallel.", field), text});
+  };
+  const auto unused = [&](bool used, bool given, const char* field, const char* by) {
+    if (given && !used) {
+      add(field, Str("strategy ", ContextStrategy_Name(kind), " does not look at it; it is for ",
+                     by, ", so leave it out"));
+    }
+  };
+  unused(exchange, p.exchange_stages() != defaults.exchange_stages(), "exchange_stages",
+         "EXCHANGE");
+  unused(exchange, p.keep_keys_mib() != defaults.keep_keys_mib(), "keep_keys_mib", "EXCHANGE");
+  unused(exchange, p.deduplicate() != defaults.deduplicate(), "deduplicate", "EXCHANGE");
+  unused(hybrid || kind == ALL_GATHER || kind == ULYSSES, p.head_groups() != defaults.head_groups(),
+         "head_groups", "ALL_GATHER, ULYSSES and HYBRID");
+  unused(hybrid, p.ulysses_ranks() != defaults.ulysses_ranks(), "ulysses_ranks", "HYBRID");
+  unused(kind == HYBRID, p.hybrid_outer() != defaults.hybrid_outer(), "hybrid_outer", "HYBRID");
+  unused(kind == AUTO, costs, "cost", "AUTO");
+  unused(exchange || hybrid || kind == DOUBLE_RING, p.ranks_per_node() != defaults.ranks_per_node(),
+         "ranks_per_node", "DOUBLE_RING, EXCHANGE, HYBRID and AUTO");
+  if (p.hybrid_outer() != RING && p.hybrid_outer() != EXCHANGE) {
+    add("hybrid_outer", Str(ContextStrategy_Name(p.hybrid_outer()),
+                            " cannot run between groups (use RING or EXCHANGE)"));
+  }
+  if (hybrid && p.ulysses_ranks() > 0 && p.cp() % p.ulysses_ranks() != 0) {
+    add("ulysses_ranks", Str(p.ulysses_ranks(), " does not divide parallel.cp = ", p.cp(),
+                             " (use one of ", Divisors(p.cp()), ")"));
+  }
+  if (kind == DOUBLE_RING && p.ranks_per_node() > 0 && p.cp() % p.ranks_per_node() != 0) {
+    add("ranks_per_node",
+        Str(p.ranks_per_node(), " does not divide parallel.cp = ", p.cp(),
+            ", and DOUBLE_RING needs whole nodes (use one of ", Divisors(p.cp()), ")"));
+  }
+}
+
 void CheckHeads(const Config& config, Problems& problems) {
   const Model& model = config.model();
   if (model.num_heads() % model.num_kv_heads() != 0) {
@@ -309,18 +355,11 @@ void CheckLayers(const Model& model, Problems& problems) {
   }
 }
 
-void CheckMoba(const Config& config, const MobaPattern& moba, const std::string& path,
-               Problems& problems) {
+void CheckMoba(const MobaPattern& moba, const std::string& path, Problems& problems) {
   if (moba.block_size() % 64 != 0) {
     problems.push_back(
         {path + ".block_size", Str(moba.block_size(), " is not a multiple of 64 (use ",
                                    NearestMultiples(moba.block_size(), 64), ")")});
-  }
-  if (config.parallel().cp() > 1) {
-    problems.push_back(
-        {"parallel.cp", Str(config.parallel().cp(), " does not go with ", DisplayPath(config, path),
-                            ", which is routed and needs the whole row on one rank "
-                            "(use 1, or another pattern)")});
   }
 }
 
@@ -338,8 +377,8 @@ void CheckMixer(const Config& config, int index, const std::set<std::string>& wr
   if (!wrong.contains("model.num_kv_heads")) {
     CheckPattern(attention, config.model().num_kv_heads(), path, problems);
   }
-  if (attention.has_moba() && !mixer.has_sigmoid() && !wrong.contains("parallel.cp")) {
-    CheckMoba(config, attention.moba(), path + ".moba", problems);
+  if (attention.has_moba() && !mixer.has_sigmoid()) {
+    CheckMoba(attention.moba(), path + ".moba", problems);
   }
 }
 
@@ -412,6 +451,9 @@ std::vector<Problem> Validate(const Config& config) {
   }
   if (good({"run.context_length"})) CheckAlignment(config, problems);
   CheckPacking(config, problems);
+  if (good({"parallel.cp", "parallel.ulysses_ranks", "parallel.ranks_per_node"})) {
+    CheckStrategy(config, problems);
+  }
   if (good({"model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.head_dim"})) {
     CheckHeads(config, problems);
   }

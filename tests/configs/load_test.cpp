@@ -41,7 +41,7 @@ TEST(ConfigLoadTest, SampleLoadsWithStatedAndDefaultValues) {
   EXPECT_TRUE(config.data().document_mask());
   EXPECT_EQ(config.data().prefetch_micro_batches(), 2);
   EXPECT_EQ(config.parallel().placement(), configs::Parallel::ZIGZAG);
-  EXPECT_EQ(config.parallel().strategy(), configs::Parallel::RING);
+  EXPECT_EQ(config.parallel().strategy(), configs::RING);
   EXPECT_DOUBLE_EQ(config.optimizer().adamw().beta1(), 0.9);
   EXPECT_DOUBLE_EQ(config.optimizer().adamw().beta2(), 0.95);
   EXPECT_DOUBLE_EQ(config.optimizer().adamw().eps(), 1e-8);

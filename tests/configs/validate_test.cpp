@@ -201,6 +201,30 @@ TEST(ConfigValidateTest, ContextLengthSplitsIntoWholeBlocks) {
   EXPECT_EQ(error(77, 1, "ZIGZAG"), "");
 }
 
+TEST(ConfigValidateTest, StrategiesRefuseWhatTheyDoNotLookAt) {
+  ExpectFine({"parallel.strategy=EXCHANGE", "parallel.exchange_stages=3",
+              "parallel.keep_keys_mib=10", "parallel.ranks_per_node=2"});
+  ExpectFine({"parallel.strategy=AUTO", "parallel.cost.gflops=10", "parallel.head_groups=2"});
+  ExpectFine({"parallel.strategy=HYBRID", "parallel.ulysses_ranks=2",
+              "parallel.hybrid_outer=EXCHANGE", "parallel.exchange_stages=3"});
+  const std::string unused = " does not look at it; it is for ";
+  ExpectProblem({"parallel.exchange_stages=3"},
+                "parallel.exchange_stages: strategy RING" + unused + "EXCHANGE, so leave it out");
+  ExpectProblem({"parallel.strategy=HYBRID", "parallel.keep_keys_mib=3"},
+                "parallel.keep_keys_mib: strategy HYBRID" + unused + "EXCHANGE, so leave it out");
+  ExpectProblem({"parallel.strategy=ULYSSES", "parallel.deduplicate=false"},
+                "parallel.deduplicate: strategy ULYSSES" + unused + "EXCHANGE, so leave it out");
+  ExpectProblem({"parallel.strategy=EXCHANGE", "parallel.cost.latency_us=3"},
+                "parallel.cost: strategy EXCHANGE" + unused + "AUTO, so leave it out");
+  ExpectProblem({"parallel.strategy=HYBRID", "parallel.hybrid_outer=ULYSSES"},
+                "parallel.hybrid_outer: ULYSSES cannot run between groups (use RING or EXCHANGE)");
+  ExpectProblem({"parallel.strategy=HYBRID", "parallel.cp=2", "parallel.ulysses_ranks=3"},
+                "parallel.ulysses_ranks: 3 does not divide parallel.cp = 2 (use one of 1, 2)");
+  ExpectProblem({"parallel.strategy=DOUBLE_RING", "parallel.cp=2", "parallel.ranks_per_node=3"},
+                "parallel.ranks_per_node: 3 does not divide parallel.cp = 2, and DOUBLE_RING needs "
+                "whole nodes (use one of 1, 2)");
+}
+
 TEST(ConfigValidateTest, AlignedDocumentsNeedBlocksAndTheirMask) {
   ExpectFine({"data.align_documents=true"});
   ExpectProblem({"data.document_mask=false", "data.align_documents=true"},
@@ -251,6 +275,12 @@ TEST(ConfigValidateTest, Precision) {
   ExpectProblem({"parallel.backend=NCCL"},
                 "parallel.backend: NCCL connects GPUs only (use AUTO, or run.device: CUDA)");
   ExpectFine({"parallel.backend=NCCL", "run.device=CUDA"});
+  for (const char* seconds : {"0", "0.5", "-3", "604801", "inf"}) {
+    ExpectProblem(
+        {Str("parallel.timeout_s=", seconds)},
+        Str("parallel.timeout_s: ", seconds, " is out of range (use a number from 1 to 604800)"));
+  }
+  ExpectFine({"parallel.timeout_s=1.5"});
   ExpectProblem({"parallel.offload_optimizer=true"},
                 "parallel.offload_optimizer: on CPU the optimizer's state is in host memory anyway "
                 "(use false, or run.device: CUDA)");
@@ -358,16 +388,13 @@ TEST(ConfigValidateTest, CoverageMatchesEnumeration) {
 }
 
 TEST(ConfigValidateTest, Moba) {
-  const std::string moba = "model.mixer[dense].softmax.moba.", one_rank = "parallel.cp=1";
-  ExpectFine({one_rank, moba + "top_k=1"});
-  ExpectFine({one_rank, moba + "block_size=192"});
-  ExpectProblem({one_rank, moba + "block_size=100"},
-                moba + "block_size: 100 is not a multiple of 64 (use 64 or 128)");
-  const std::string routed = "model.mixer[dense].softmax.moba";
-  ExpectProblem({moba + "top_k=3", "parallel.cp=2"},
-                "parallel.cp: 2 does not go with " + routed +
-                    ", which is routed and needs the whole row on one rank (use 1, or another "
-                    "pattern)");
+  const std::string moba = "model.mixer[dense].softmax.moba.";
+  for (const std::string ranks : {"parallel.cp=1", "parallel.cp=2"}) {
+    ExpectFine({ranks, moba + "top_k=1"});
+    ExpectFine({ranks, moba + "block_size=192"});
+    ExpectProblem({ranks, moba + "block_size=100"},
+                  moba + "block_size: 100 is not a multiple of 64 (use 64 or 128)");
+  }
 }
 
 TEST(ConfigValidateTest, Schedules) {
