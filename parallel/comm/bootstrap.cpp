@@ -199,16 +199,21 @@ Bootstrap::~Bootstrap() {
     world_->Abort("an exception ended this rank");
   }
   world_.reset();
+  if (mpi_) EndMpi();
+}
+
+// No rank ends while another one still watches it.
+int Bootstrap::EndMpi() {
   if (peers_ != nullptr) peers_->Stop();
-  if (mpi_) MPI_Finalize();
+  MPI_Barrier(MPI_COMM_WORLD);
+  return MPI_Finalize();
 }
 
 void Bootstrap::Finish() {
   if (!launched_ || finished_) return;
   finished_ = true;
   if (mpi_) {
-    peers_->Stop();
-    internal::CheckMpi(MPI_Finalize(), "MPI_Finalize");
+    internal::CheckMpi(EndMpi(), "MPI_Finalize");
   } else {
     world_->Barrier();  // so that no rank takes another's end for a failure
   }

@@ -61,6 +61,7 @@ class Bootstrap {
  private:
   Bootstrap() = default;
   void StartMpiWorld(MpiOptions options);
+  int EndMpi();
   void Meet(const Rendezvous& rendezvous);  // NCCL
 
   std::shared_ptr<internal::PeerWatch> peers_;  // on this node, with MPI
