@@ -14,7 +14,7 @@ namespace {
 
 using internal::BalanceCandidate;
 
-constexpr size_t kCompared = 6;  // placements whose keys are counted, those with the longest runs
+constexpr size_t kCompared = 8;  // placements whose keys are counted, those with the longest runs
 
 using Walks = std::vector<std::unique_ptr<ops::BlockRowWalk>>;  // one a layer
 

@@ -9,7 +9,7 @@ namespace longspan::parallel::internal {
 namespace {
 
 constexpr int kPartners = 8;  // lightest ranks that an exchange is first looked for with
-constexpr int kMended = 2;    // placements made of each start by mending
+constexpr int kMended = 3;    // placements made of each start by mending
 
 // Blocks that stay together. Chunks of one group (row and size) can be exchanged.
 struct Chunk {
