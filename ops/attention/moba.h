@@ -1,12 +1,10 @@
 #pragma once
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "ops/attention/attention.h"
-#include "ops/attention/routed_lists.h"
-#include "ops/attention/router.h"
+#include "ops/attention/routed_attention.h"
 
 namespace longspan::ops {
 
@@ -30,18 +28,26 @@ struct MobaOptions {
   std::string ToString() const;  // "moba block 512 top 4"
 };
 
+// Chosen blocks of a token at most: top_k - 1, or fewer when no token has that many to choose from.
+int64_t ChosenWidth(const MobaOptions& options, const RoutedBlocks& blocks);
+// The blocks as documents: causal attention under these is attention to the own block.
+std::shared_ptr<const Documents> BlocksAsDocuments(const RoutedBlocks& blocks);
+// (query, key) pairs of one query head and the tokens of `share` with chosen blocks, taking every
+// such block as block_size tokens or, where that is less, all tokens of the document before the own
+// block. What is really chosen depends on the data: a document's first block can be shorter.
+int64_t NominalChosenPairs(const MobaOptions& options, const RoutedBlocks& blocks,
+                           const RoutedShare& share);
+
 // What all layers of one micro-batch share: integers only. Immutable.
 struct MobaPlan {
   MobaOptions options;
   std::shared_ptr<const RoutedBlocks> blocks;
-  std::shared_ptr<const BlockMask> own;  // causal attention inside each block
+  RoutedShare share;                             // all tokens
+  std::shared_ptr<const RoutedQueries> queries;  // all tokens
+  std::shared_ptr<const BlockMask> own;          // causal attention inside each block
 
-  // Chosen blocks of a token at most: top_k - 1, or fewer when no token has that many to choose
-  // from.
-  int64_t width() const { return std::min(options.top_k - 1, blocks->MostCandidates()); }
-  // (query, key) pairs of one query head, taking every chosen block as block_size tokens or, where
-  // that is less, all tokens of the document before the own block. What is really chosen depends on
-  // the data: a document's first block can be shorter.
+  int64_t width() const { return ChosenWidth(options, *blocks); }
+  // (query, key) pairs of one query head: of the own block, and NominalChosenPairs.
   int64_t NominalPairs() const;
 
   // Errors    InvalidArgument with the first of options.Problems()
@@ -83,13 +89,7 @@ MobaGradients MobaBackward(Context& ctx, const Tensor& d_out, const Tensor& q, c
 Tensor MobaSelect(Context& ctx, const Tensor& q, const Tensor& k, const MobaPlan& plan,
                   const AttentionOptions& options = {});
 
-// The attention to chosen blocks, for each device most specialised first, reference last:
-//   amx_bf16,          gathered rows in 64 x 64 tiles, bf16 operands of every product but the gate
-//   avx512_bf16
-//   avx512, portable   the same in f32
-//   reference          row by row; any head_dim, the only one for f64
-//   reference_cuda     GPU, gathered rows in 64 x 64 tiles, f32 products, head_dim up to 256
-// They accept what the entries of attention.h with their names accept.
+// RoutedImplementations, which the attention to chosen blocks has.
 std::vector<std::string> MobaImplementations(DeviceKind device);
 
 }  // namespace longspan::ops

@@ -125,4 +125,33 @@ RoutedLists BuildRoutedLists(Context& ctx, const Tensor& selected, int64_t block
   return lists;
 }
 
+Tensor ListedBlocks(Context& ctx, const RoutedLists& lists, int64_t groups) {
+  constexpr const char* kOp = "ListedBlocks";
+  if (groups < 1 || lists.heads % groups != 0 || !lists.offsets.defined()) {
+    throw InvalidArgument(
+        Str(kOp, ": lists of ", lists.heads, " heads and ", groups,
+            " groups; there must be lists, and heads must be a multiple of groups"));
+  }
+  internal::RequireDevice(ctx, kOp, "lists.offsets", lists.offsets);
+  Tensor listed = ctx.Empty({groups, (lists.blocks + 7) / 8}, DType::kU8);
+  if (listed.numel() == 0) return listed;
+  if (ctx.device().kind == DeviceKind::kCuda) {
+    internal::ListedBlocksCuda(ctx, lists, groups, listed);
+    return listed;
+  }
+  const int64_t* offsets = lists.offsets.data<int64_t>();
+  const int64_t group = lists.heads / groups;
+  uint8_t* bytes = listed.data<uint8_t>();
+  std::fill(bytes, bytes + listed.numel(), uint8_t{0});
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t b = 0; b < lists.blocks; ++b) {
+      const int64_t list = b * lists.heads + g * group;
+      if (offsets[list + group] == offsets[list]) continue;
+      uint8_t& byte = bytes[g * listed.dim(1) + b / 8];
+      byte = static_cast<uint8_t>(byte | 1u << (b % 8));
+    }
+  }
+  return listed;
+}
+
 }  // namespace longspan::ops

@@ -33,4 +33,10 @@ struct RoutedLists {
 //           InvalidArgument as well.
 RoutedLists BuildRoutedLists(Context& ctx, const Tensor& selected, int64_t blocks);
 
+// Which blocks anybody chose, by groups of neighbouring heads: u8 [groups, ceil(blocks / 8)]. Bit b
+// % 8 of byte b / 8 is set when some head of the group has a list of block b that is not empty.
+//
+// Errors    InvalidArgument unless the heads are a multiple of `groups`
+Tensor ListedBlocks(Context& ctx, const RoutedLists& lists, int64_t groups);
+
 }  // namespace longspan::ops

@@ -35,7 +35,7 @@ int64_t QueryWorkerFloats(const BlockedShape& shape) {
 
 class QueryGradientTask {
  public:
-  QueryGradientTask(const Backward& b, Scratch::Cursor scratch) : b_(b) {
+  QueryGradientTask(const Backward& b, Tensor& dq, Scratch::Cursor scratch) : b_(b), to_(dq) {
     const BlockedShape& shape = b.shape;
     k_ = scratch.Take(kChunkKeys / 64 * shape.packed());
     v_ = scratch.Take(kChunkKeys / 64 * shape.packed());
@@ -57,19 +57,17 @@ class QueryGradientTask {
     for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
       b_.clock.Time([&] { RowsOfSegment(args.lists, segment, block, b_.shape.group, listed); });
       if (listed.empty()) continue;
-      const size_t i = static_cast<size_t>(block);
-      const int64_t block_end = args.blocks.begin[i + 1];
-      for (int64_t begin = args.blocks.begin[i]; begin < block_end; begin += kChunkKeys) {
-        const KeyChunk chunk{begin, std::min(block_end, begin + kChunkKeys)};
+      ForEachChunk(args.kv, args.blocks, segment.kv_head, block, [&](const KeyChunk& chunk) {
+        const int64_t stride = args.kv.token_stride();
         for (int64_t p = 0; p < chunk.pieces(); ++p) {
-          const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
-          PackKeys(b_.kernels, b_.shape, args.k, segment.kv_head, token, keys, Piece(k_, p));
-          PackKeys(b_.kernels, b_.shape, args.v, segment.kv_head, token, keys, Piece(v_, p));
+          const int64_t at = chunk.offset + p * 64 * stride, keys = chunk.KeysOf(p);
+          PackBlock(b_.kernels, b_.shape, args.kv.k, at, stride, keys, Piece(k_, p));
+          PackBlock(b_.kernels, b_.shape, args.kv.v, at, stride, keys, Piece(v_, p));
         }
         for (size_t at = 0; at < listed.size(); at += 64) {
           Tile(chunk, std::span(listed).subspan(at, std::min<size_t>(64, listed.size() - at)));
         }
-      }
+      });
     }
   }
 
@@ -102,12 +100,13 @@ class QueryGradientTask {
     b_.clock.Time([&] {
       for (int64_t i = 0; i < n; ++i) {
         b_.AddRow(dq_ + i * b_.shape.ld, static_cast<float>(b_.args.scale),
-                  b_.args.dq.data<float>() + rows[static_cast<size_t>(i)] * b_.shape.dim);
+                  to_.data<float>() + rows[static_cast<size_t>(i)] * b_.shape.dim);
       }
     });
   }
 
   const Backward& b_;
+  Tensor& to_;
   float *k_, *v_, *rows_, *dq_, *q_lanes_, *d_out_lanes_, *s_, *dp_, *lse_, *delta_, *ones_;
 };
 
@@ -121,7 +120,8 @@ int64_t KeyWorkerFloats(const BlockedShape& shape) {
 
 class KeyGradientTask {
  public:
-  KeyGradientTask(const Backward& b, Scratch::Cursor scratch) : b_(b) {
+  KeyGradientTask(const Backward& b, const KvGradView& dkv, Scratch::Cursor scratch)
+      : b_(b), to_(dkv) {
     const BlockedShape& shape = b.shape;
     const int64_t pieces = kGradientKeys / 64;
     k_lanes_ = scratch.Take(pieces * shape.lanes());
@@ -140,19 +140,22 @@ class KeyGradientTask {
 
   void Run(const KeyTask& task) {
     const BlockedShape& shape = b_.shape;
-    for (int64_t p = 0; p < task.chunk.pieces(); ++p) {
-      const int64_t token = task.chunk.begin + p * 64, keys = task.chunk.KeysOf(p);
-      PackKeys(b_.kernels, shape, b_.args.k, task.kv_head, token, keys, q_);
+    const KvView& kv = b_.args.kv;
+    const KeyChunk chunk = task.In(kv);
+    for (int64_t p = 0; p < chunk.pieces(); ++p) {
+      const int64_t stride = kv.token_stride(), keys = chunk.KeysOf(p);
+      const int64_t at = chunk.offset + p * 64 * stride;
+      PackBlock(b_.kernels, shape, kv.k, at, stride, keys, q_);
       TransposeTo(b_.kernels, shape, q_, keys, k_lanes_ + p * shape.lanes());
-      PackKeys(b_.kernels, shape, b_.args.v, task.kv_head, token, keys, q_);
+      PackBlock(b_.kernels, shape, kv.v, at, stride, keys, q_);
       TransposeTo(b_.kernels, shape, q_, keys, v_lanes_ + p * shape.lanes());
     }
-    std::fill(dk_, dk_ + task.chunk.pieces() * shape.packed(), 0.0f);
-    std::fill(dv_, dv_ + task.chunk.pieces() * shape.packed(), 0.0f);
+    std::fill(dk_, dk_ + chunk.pieces() * shape.packed(), 0.0f);
+    std::fill(dv_, dv_ + chunk.pieces() * shape.packed(), 0.0f);
     ForEachTileOf(task, b_.args.lists, shape.group,
-                  [&](std::span<const FlatRow> rows) { Tile(task.chunk, rows); });
-    Add(task, dk_, static_cast<float>(b_.args.scale), b_.args.dk);
-    Add(task, dv_, 1.0f, b_.args.dv);
+                  [&](std::span<const FlatRow> rows) { Tile(chunk, rows); });
+    Add(task.In(to_), dk_, static_cast<float>(b_.args.scale), to_.dk);
+    Add(task.In(to_), dv_, 1.0f, to_.dv);
   }
 
  private:
@@ -180,33 +183,40 @@ class KeyGradientTask {
     }
   }
 
-  void Add(const KeyTask& task, const float* from, float factor, const Tensor& to) const {
-    const BlockedShape& shape = b_.shape;
-    for (int64_t t = task.chunk.begin; t < task.chunk.end; ++t) {
-      b_.AddRow(from + (t - task.chunk.begin) * shape.ld, factor,
-                to.data<float>() + (t * shape.kv_heads + task.kv_head) * shape.dim);
+  void Add(const KeyChunk& chunk, const float* from, float factor, const Tensor& to) const {
+    for (int64_t t = 0; t < chunk.count; ++t) {
+      b_.AddRow(from + t * b_.shape.ld, factor,
+                to.data<float>() + chunk.offset + t * to_.token_stride());
     }
   }
 
   const Backward& b_;
+  const KvGradView& to_;
   float *k_lanes_, *v_lanes_, *dk_, *dv_;  // of all pieces
   float *q_, *d_out_, *s_, *dp_, *lse_, *delta_, *ones_;
 };
 
 }  // namespace
 
-void BlockedRoutedBackward(Context& ctx, const BlockKernels& kernels,
-                           const RoutedBackwardArgs& args) {
+void BlockedRoutedQueryGradient(Context& ctx, const BlockKernels& kernels,
+                                const RoutedBackwardArgs& args, Tensor& dq) {
   GatherClock clock(ctx);
-  const Backward b{kernels, RoutedShape(args.q, args.k), args, clock};
-  const std::vector<KeyTask> keys = KeyTasks(args.blocks, args.lists, b.shape.kv_heads);
-  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, b.shape.kv_heads);
-  const Scratch scratch(ctx, std::max(QueryWorkerFloats(b.shape), KeyWorkerFloats(b.shape)));
-  ParallelFor(ctx, static_cast<int64_t>(keys.size()), [&](int64_t i, int worker) {
-    KeyGradientTask(b, scratch.Of(worker)).Run(keys[static_cast<size_t>(i)]);
-  });
+  const Backward b{kernels, RoutedShape(args.q, args.kv.kv_heads()), args, clock};
+  const std::vector<Segment> segments = SegmentsOf(args.queries, args.lists, b.shape.kv_heads);
+  const Scratch scratch(ctx, QueryWorkerFloats(b.shape));
   ParallelFor(ctx, static_cast<int64_t>(segments.size()), [&](int64_t i, int worker) {
-    QueryGradientTask(b, scratch.Of(worker)).Run(segments[static_cast<size_t>(i)]);
+    QueryGradientTask(b, dq, scratch.Of(worker)).Run(segments[static_cast<size_t>(i)]);
+  });
+}
+
+void BlockedRoutedKeyGradient(Context& ctx, const BlockKernels& kernels,
+                              const RoutedBackwardArgs& args, const KvGradView& dkv) {
+  GatherClock clock(ctx);
+  const Backward b{kernels, RoutedShape(args.q, args.kv.kv_heads()), args, clock};
+  const std::vector<KeyTask> keys = KeyTasks(args.blocks, args.lists, b.shape.kv_heads);
+  const Scratch scratch(ctx, KeyWorkerFloats(b.shape));
+  ParallelFor(ctx, static_cast<int64_t>(keys.size()), [&](int64_t i, int worker) {
+    KeyGradientTask(b, dkv, scratch.Of(worker)).Run(keys[static_cast<size_t>(i)]);
   });
 }
 

@@ -24,13 +24,13 @@ struct Call {
   int dim() const { return static_cast<int>(shape.dim); }
   int padded() const { return static_cast<int>(shape.padded); }
 
-  // `count` keys (or values) of a kv head as complete rows.
-  void KeyRows(const Tensor& from, int64_t kv_head, int64_t token, int64_t count,
+  // Piece p of a chunk's keys (or values) as complete rows.
+  void KeyRows(const Tensor& from, const KvView& kv, const KeyChunk& chunk, int64_t p,
                uint16_t* to) const {
-    const int64_t stride = shape.kv_heads * shape.dim;
+    const int64_t stride = kv.token_stride();
     kernels.copy_rows(
-        reinterpret_cast<const uint16_t*>(from.data<BF16>()) + token * stride + kv_head * shape.dim,
-        stride, static_cast<int>(count), dim(), padded(), to);
+        reinterpret_cast<const uint16_t*>(from.data<BF16>()) + chunk.offset + p * 64 * stride,
+        stride, static_cast<int>(chunk.KeysOf(p)), dim(), padded(), to);
   }
   // Listed rows as complete rows, zero past the last; f32 is rounded.
   void Gather(const Tensor& from, std::span<const FlatRow> rows, uint16_t* to) const {
@@ -66,29 +66,27 @@ struct Call {
   }
 };
 
-Bf16Shape ShapeOf(const Tensor& q, const Tensor& k) {
-  return MakeBf16Shape(q.dim(1), k.dim(1), q.dim(2));
+// Of the forward or backward arguments.
+template <class Args>
+Bf16Shape ShapeOf(const Args& args) {
+  return MakeBf16Shape(args.q.dim(1), args.kv.kv_heads(), args.q.dim(2));
 }
 
-// Calls task.PrepareKeys(KeyChunk, kv_head) and then task.Tile(KeyChunk, rows) for the rows of the
-// segment that chose it, key blocks ascending.
-template <class Task>
-void ForEachTileOf(const Segment& segment, const RoutedBlocks& blocks, const RoutedLists& lists,
-                   const Call& call, Task& task) {
+// Calls task.PrepareKeys(KeyChunk) and then task.Tile(KeyChunk, rows) for the rows of the segment
+// that chose it, key blocks ascending.
+template <class Args, class Task>
+void ForEachTileOf(const Segment& segment, const Args& args, const Call& call, Task& task) {
   const KernelTask running(call.kernels);
   std::vector<FlatRow> listed;
   for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
-    call.clock.Time([&] { RowsOfSegment(lists, segment, block, call.shape.group, listed); });
+    call.clock.Time([&] { RowsOfSegment(args.lists, segment, block, call.shape.group, listed); });
     if (listed.empty()) continue;
-    const size_t b = static_cast<size_t>(block);
-    const int64_t end = blocks.begin[b + 1];
-    for (int64_t begin = blocks.begin[b]; begin < end; begin += kChunkKeys) {
-      const KeyChunk keys{begin, std::min(end, begin + kChunkKeys)};
-      task.PrepareKeys(keys, segment.kv_head);
+    ForEachChunk(args.kv, args.blocks, segment.kv_head, block, [&](const KeyChunk& keys) {
+      task.PrepareKeys(keys);
       for (size_t at = 0; at < listed.size(); at += 64) {
         task.Tile(keys, std::span(listed).subspan(at, std::min<size_t>(64, listed.size() - at)));
       }
-    }
+    });
   }
 }
 
@@ -118,15 +116,12 @@ class ForwardTask {
     rescale_ = scratch.Take(64);
   }
 
-  void Run(const Segment& segment) {
-    ForEachTileOf(segment, args_.blocks, args_.lists, call_, *this);
-  }
+  void Run(const Segment& segment) { ForEachTileOf(segment, args_, call_, *this); }
 
-  void PrepareKeys(const KeyChunk& chunk, int64_t kv_head) {
+  void PrepareKeys(const KeyChunk& chunk) {
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
-      const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
-      call_.KeyRows(args_.k, kv_head, token, keys, call_.Piece(k_, p));
-      call_.KeyRows(args_.v, kv_head, token, keys, rows_);
+      call_.KeyRows(args_.kv.k, args_.kv, chunk, p, call_.Piece(k_, p));
+      call_.KeyRows(args_.kv.v, args_.kv, chunk, p, rows_);
       call_.ToColumns(rows_, call_.Piece(v_columns_, p));
     }
   }
@@ -200,8 +195,9 @@ int64_t QueryGradientFloats(const Bf16Shape& shape) {
 
 class QueryGradientTask {
  public:
-  QueryGradientTask(const Call& call, const RoutedBackwardArgs& args, Scratch::Cursor scratch)
-      : call_(call), args_(args) {
+  QueryGradientTask(const Call& call, const RoutedBackwardArgs& args, Tensor& dq,
+                    Scratch::Cursor scratch)
+      : call_(call), args_(args), to_(dq) {
     const Bf16Shape& shape = call.shape;
     k_ = Halves(scratch.Take(kPieces * shape.operand()));
     v_ = Halves(scratch.Take(kPieces * shape.operand()));
@@ -220,15 +216,12 @@ class QueryGradientTask {
     std::fill(scales_, scales_ + 64, static_cast<float>(args.scale));
   }
 
-  void Run(const Segment& segment) {
-    ForEachTileOf(segment, args_.blocks, args_.lists, call_, *this);
-  }
+  void Run(const Segment& segment) { ForEachTileOf(segment, args_, call_, *this); }
 
-  void PrepareKeys(const KeyChunk& chunk, int64_t kv_head) {
+  void PrepareKeys(const KeyChunk& chunk) {
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
-      const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
-      call_.KeyRows(args_.k, kv_head, token, keys, call_.Piece(k_, p));
-      call_.KeyRows(args_.v, kv_head, token, keys, call_.Piece(v_, p));
+      call_.KeyRows(args_.kv.k, args_.kv, chunk, p, call_.Piece(k_, p));
+      call_.KeyRows(args_.kv.v, args_.kv, chunk, p, call_.Piece(v_, p));
       call_.ToColumns(call_.Piece(k_, p), call_.Piece(k_columns_, p));
     }
   }
@@ -270,7 +263,7 @@ class QueryGradientTask {
                              .stride = dim},
                             out_);
     for (size_t i = 0; i < rows.size(); ++i) {
-      float* to = args_.dq.data<float>() + rows[i] * dim;
+      float* to = to_.data<float>() + rows[i] * dim;
       const float* from = out_ + static_cast<int64_t>(i) * dim;
       for (int64_t d = 0; d < dim; ++d) to[d] += from[d];
     }
@@ -278,6 +271,7 @@ class QueryGradientTask {
 
   const Call& call_;
   const RoutedBackwardArgs& args_;
+  Tensor& to_;
   uint16_t *k_, *v_, *k_columns_;  // of a chunk
   uint16_t *rows_, *q_lanes_, *d_out_lanes_;
   float *dq_, *out_;  // [head_dim][64], [64][head_dim]
@@ -295,8 +289,9 @@ int64_t KeyGradientFloats(const Bf16Shape& shape) {
 
 class KeyGradientTask {
  public:
-  KeyGradientTask(const Call& call, const RoutedBackwardArgs& args, Scratch::Cursor scratch)
-      : call_(call), args_(args) {
+  KeyGradientTask(const Call& call, const RoutedBackwardArgs& args, const KvGradView& dkv,
+                  Scratch::Cursor scratch)
+      : call_(call), args_(args), to_(dkv) {
     const Bf16Shape& shape = call.shape;
     k_lanes_ = Halves(scratch.Take(kGradientPieces * shape.operand()));
     v_lanes_ = Halves(scratch.Take(kGradientPieces * shape.operand()));
@@ -318,19 +313,19 @@ class KeyGradientTask {
   void Run(const KeyTask& task) {
     const KernelTask running(call_.kernels);
     const int64_t sums = call_.shape.result();
-    for (int64_t p = 0; p < task.chunk.pieces(); ++p) {
-      const int64_t token = task.chunk.begin + p * 64, keys = task.chunk.KeysOf(p);
-      call_.KeyRows(args_.k, task.kv_head, token, keys, q_);
+    const KeyChunk chunk = task.In(args_.kv);
+    for (int64_t p = 0; p < chunk.pieces(); ++p) {
+      call_.KeyRows(args_.kv.k, args_.kv, chunk, p, q_);
       call_.ToLanes(q_, call_.Piece(k_lanes_, p));
-      call_.KeyRows(args_.v, task.kv_head, token, keys, q_);
+      call_.KeyRows(args_.kv.v, args_.kv, chunk, p, q_);
       call_.ToLanes(q_, call_.Piece(v_lanes_, p));
     }
-    std::fill(dk_, dk_ + task.chunk.pieces() * sums, 0.0f);
-    std::fill(dv_, dv_ + task.chunk.pieces() * sums, 0.0f);
+    std::fill(dk_, dk_ + chunk.pieces() * sums, 0.0f);
+    std::fill(dv_, dv_ + chunk.pieces() * sums, 0.0f);
     cpu::ForEachTileOf(task, args_.lists, call_.shape.group,
-                       [&](std::span<const FlatRow> rows) { Tile(task.chunk, rows); });
-    Add(task, dk_, static_cast<float>(args_.scale), args_.dk);
-    Add(task, dv_, 1.0f, args_.dv);
+                       [&](std::span<const FlatRow> rows) { Tile(chunk, rows); });
+    Add(task.In(to_), dk_, static_cast<float>(args_.scale), to_.dk);
+    Add(task.In(to_), dv_, 1.0f, to_.dv);
   }
 
  private:
@@ -361,22 +356,22 @@ class KeyGradientTask {
     }
   }
 
-  void Add(const KeyTask& task, const float* from, float factor, const Tensor& to) {
+  void Add(const KeyChunk& chunk, const float* from, float factor, const Tensor& to) {
     std::fill(scales_, scales_ + 64, factor);
-    const int64_t stride = call_.shape.kv_heads * call_.shape.dim;
-    for (int64_t p = 0; p < task.chunk.pieces(); ++p) {
-      call_.kernels.add_f32(
-          {.from = from + p * call_.shape.result(),
-           .scale = scales_,
-           .tokens = static_cast<int>(task.chunk.KeysOf(p)),
-           .dim = call_.dim(),
-           .stride = stride},
-          to.data<float>() + (task.chunk.begin + p * 64) * stride + task.kv_head * call_.shape.dim);
+    const int64_t stride = to_.token_stride();
+    for (int64_t p = 0; p < chunk.pieces(); ++p) {
+      call_.kernels.add_f32({.from = from + p * call_.shape.result(),
+                             .scale = scales_,
+                             .tokens = static_cast<int>(chunk.KeysOf(p)),
+                             .dim = call_.dim(),
+                             .stride = stride},
+                            to.data<float>() + chunk.offset + p * 64 * stride);
     }
   }
 
   const Call& call_;
   const RoutedBackwardArgs& args_;
+  const KvGradView& to_;
   uint16_t *k_lanes_, *v_lanes_;  // of all pieces
   uint16_t *q_, *d_out_, *q_columns_, *d_out_columns_;
   float *dk_, *dv_;  // [head_dim][64] of all pieces
@@ -389,26 +384,33 @@ class KeyGradientTask {
 
 void Bf16RoutedForward(Context& ctx, const Bf16Kernels& kernels, const RoutedForwardArgs& args) {
   GatherClock clock(ctx);
-  const Call call{kernels, ShapeOf(args.q, args.k), clock};
-  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, call.shape.kv_heads);
+  const Call call{kernels, ShapeOf(args), clock};
+  const std::vector<Segment> segments = SegmentsOf(args.queries, args.lists, call.shape.kv_heads);
   const Scratch scratch(ctx, ForwardFloats(call.shape));
   ParallelFor(ctx, static_cast<int64_t>(segments.size()), [&](int64_t i, int worker) {
     ForwardTask(call, args, scratch.Of(worker)).Run(segments[static_cast<size_t>(i)]);
   });
 }
 
-void Bf16RoutedBackward(Context& ctx, const Bf16Kernels& kernels, const RoutedBackwardArgs& args) {
+void Bf16RoutedQueryGradient(Context& ctx, const Bf16Kernels& kernels,
+                             const RoutedBackwardArgs& args, Tensor& dq) {
   GatherClock clock(ctx);
-  const Call call{kernels, ShapeOf(args.q, args.k), clock};
-  const std::vector<KeyTask> keys = KeyTasks(args.blocks, args.lists, call.shape.kv_heads);
-  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, call.shape.kv_heads);
-  const Scratch scratch(ctx,
-                        std::max(QueryGradientFloats(call.shape), KeyGradientFloats(call.shape)));
-  ParallelFor(ctx, static_cast<int64_t>(keys.size()), [&](int64_t i, int worker) {
-    KeyGradientTask(call, args, scratch.Of(worker)).Run(keys[static_cast<size_t>(i)]);
-  });
+  const Call call{kernels, ShapeOf(args), clock};
+  const std::vector<Segment> segments = SegmentsOf(args.queries, args.lists, call.shape.kv_heads);
+  const Scratch scratch(ctx, QueryGradientFloats(call.shape));
   ParallelFor(ctx, static_cast<int64_t>(segments.size()), [&](int64_t i, int worker) {
-    QueryGradientTask(call, args, scratch.Of(worker)).Run(segments[static_cast<size_t>(i)]);
+    QueryGradientTask(call, args, dq, scratch.Of(worker)).Run(segments[static_cast<size_t>(i)]);
+  });
+}
+
+void Bf16RoutedKeyGradient(Context& ctx, const Bf16Kernels& kernels, const RoutedBackwardArgs& args,
+                           const KvGradView& dkv) {
+  GatherClock clock(ctx);
+  const Call call{kernels, ShapeOf(args), clock};
+  const std::vector<KeyTask> keys = KeyTasks(args.blocks, args.lists, call.shape.kv_heads);
+  const Scratch scratch(ctx, KeyGradientFloats(call.shape));
+  ParallelFor(ctx, static_cast<int64_t>(keys.size()), [&](int64_t i, int worker) {
+    KeyGradientTask(call, args, dkv, scratch.Of(worker)).Run(keys[static_cast<size_t>(i)]);
   });
 }
 

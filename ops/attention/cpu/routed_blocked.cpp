@@ -9,18 +9,13 @@ namespace {
 constexpr int64_t kRowsWanted = 512;
 constexpr int64_t kSmallestSegment = 1024;
 
-int64_t BlockOfToken(const RoutedBlocks& blocks, int64_t token) {
-  return std::upper_bound(blocks.begin.begin(), blocks.begin.end(), token) - blocks.begin.begin() -
-         1;
-}
-
 }  // namespace
 
-BlockedShape RoutedShape(const Tensor& q, const Tensor& k) {
+BlockedShape RoutedShape(const Tensor& q, int64_t kv_heads) {
   const int64_t dim = q.dim(2), padded = (dim + 15) / 16 * 16;
   return {.heads = q.dim(1),
-          .kv_heads = k.dim(1),
-          .group = q.dim(1) / k.dim(1),
+          .kv_heads = kv_heads,
+          .group = q.dim(1) / kv_heads,
           .dim = dim,
           .padded = padded,
           .ld = padded + 16};
@@ -38,29 +33,24 @@ void GatherRows(const BlockKernels& kernels, const BlockedShape& shape, const Te
   }
 }
 
-void PackKeys(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
-              int64_t kv_head, int64_t token, int64_t count, float* to) {
-  const int64_t stride = shape.kv_heads * shape.dim;
-  PackBlock(kernels, shape, from, token * stride + kv_head * shape.dim, stride, count, to);
-}
-
 void TransposeTo(const BlockKernels& kernels, const BlockedShape& shape, const float* from,
                  int64_t rows, float* to) {
   kernels.transpose(from, shape.ld, static_cast<int>(rows), static_cast<int>(shape.dim), to);
 }
 
-std::vector<Segment> SegmentsOf(const RoutedBlocks& blocks, const RoutedLists& lists,
+std::vector<Segment> SegmentsOf(const RoutedQueries& queries, const RoutedLists& lists,
                                 int64_t kv_heads) {
-  const int64_t wanted = kRowsWanted * std::max<int64_t>(1, blocks.MostCandidates()) /
+  const int64_t wanted = kRowsWanted * std::max<int64_t>(1, queries.most_candidates) /
                          (lists.width * (lists.heads / kv_heads));
-  const int64_t tokens = (std::max(kSmallestSegment, wanted) + 63) / 64 * 64;
+  const int64_t rows = (std::max(kSmallestSegment, wanted) + 63) / 64 * 64;
   std::vector<Segment> segments;
-  for (int64_t begin = 0; begin < lists.rows; begin += tokens) {
-    const int64_t end = std::min(lists.rows, begin + tokens);
-    const int64_t first = BlockOfToken(blocks, begin), last = BlockOfToken(blocks, end - 1);
+  int64_t begin = 0;
+  for (const RoutedQueries::Range& range : queries.RangesOf(rows)) {
+    const int64_t end = std::min(lists.rows, begin + rows);
     for (int64_t h = 0; h < kv_heads; ++h) {
-      segments.push_back({begin, end, h, blocks.first_candidate[static_cast<size_t>(first)], last});
+      segments.push_back({begin, end, h, range.first, range.last});
     }
+    begin = end;
   }
   // Later tokens have more blocks to choose from.
   std::reverse(segments.begin(), segments.end());
@@ -92,10 +82,9 @@ std::vector<KeyTask> KeyTasks(const RoutedBlocks& blocks, const RoutedLists& lis
       const int64_t list = block * lists.heads + h * group;
       const int64_t entries = offsets[list + group] - offsets[list];
       if (entries == 0) continue;
-      const size_t b = static_cast<size_t>(block);
-      const int64_t end = blocks.begin[b + 1];
-      for (int64_t begin = blocks.begin[b]; begin < end; begin += kGradientKeys) {
-        tasks.push_back({block, h, {begin, std::min(end, begin + kGradientKeys)}, entries});
+      const int64_t tokens = blocks.TokensOf(block);
+      for (int64_t first = 0; first < tokens; first += kGradientKeys) {
+        tasks.push_back({block, h, first, std::min(kGradientKeys, tokens - first), entries});
       }
     }
   }

@@ -18,32 +18,39 @@ inline constexpr int64_t kChunkKeys = 512;
 // lse, delta.
 using FlatRow = int64_t;
 
-// A key block's share of a chunk: up to kChunkKeys tokens in pieces of 64.
+// Neighbouring keys of a key block, in pieces of 64.
 struct KeyChunk {
-  int64_t begin, end;  // tokens
-  int64_t pieces() const { return (end - begin + 63) / 64; }
-  int64_t KeysOf(int64_t piece) const { return std::min<int64_t>(64, end - begin - piece * 64); }
+  int64_t offset;  // elements, of the first one in the storage of a KvView
+  int64_t count;
+  int64_t pieces() const { return (count + 63) / 64; }
+  int64_t KeysOf(int64_t piece) const { return std::min<int64_t>(64, count - piece * 64); }
 };
+// Calls visit(KeyChunk) for a block's keys of one kv head, kChunkKeys at a time.
+template <class Visit>
+void ForEachChunk(const KvView& kv, const RoutedBlocks& blocks, int64_t kv_head, int64_t block,
+                  const Visit& visit) {
+  const int64_t tokens = blocks.TokensOf(block), offset = kv.Offset(kv_head, block);
+  for (int64_t first = 0; first < tokens; first += kChunkKeys) {
+    visit(KeyChunk{offset + first * kv.token_stride(), std::min(kChunkKeys, tokens - first)});
+  }
+}
 
 // Copies listed rows, runs of neighbouring tokens at a time, to a packed block.
 void GatherRows(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
                 std::span<const FlatRow> rows, float* to);
-// `count` rows of one kv head from `token` on, of k or v [T, kv heads, D].
-void PackKeys(const BlockKernels& kernels, const BlockedShape& shape, const Tensor& from,
-              int64_t kv_head, int64_t token, int64_t count, float* to);
 void TransposeTo(const BlockKernels& kernels, const BlockedShape& shape, const float* from,
                  int64_t rows, float* to);
 
-BlockedShape RoutedShape(const Tensor& q, const Tensor& k);
+BlockedShape RoutedShape(const Tensor& q, int64_t kv_heads);
 
-// A range of tokens and a kv head, whose rows one task owns.
+// A range of rows of q and a kv head, whose results one task owns.
 struct Segment {
-  int64_t begin, end;  // tokens
+  int64_t begin, end;  // rows
   int64_t kv_head;
   int64_t first_block, last_block;  // key blocks [first_block, last_block) that they may choose
 };
 // Long enough for the lists of one segment to fill tiles. A function of shapes only.
-std::vector<Segment> SegmentsOf(const RoutedBlocks& blocks, const RoutedLists& lists,
+std::vector<Segment> SegmentsOf(const RoutedQueries& queries, const RoutedLists& lists,
                                 int64_t kv_heads);
 // The rows of a segment that chose `block`, head by head; replaces what is in `rows`.
 void RowsOfSegment(const RoutedLists& lists, const Segment& segment, int64_t block, int64_t group,
@@ -55,8 +62,14 @@ inline constexpr int64_t kGradientKeys = 256;
 // A piece of a key block and a kv head, whose dK and dV one task owns.
 struct KeyTask {
   int64_t block, kv_head;
-  KeyChunk chunk;  // up to kGradientKeys tokens
+  int64_t first, count;  // keys of the block, up to kGradientKeys
   int64_t entries;
+
+  // The keys where `view` (a KvView or KvGradView) has them.
+  template <class View>
+  KeyChunk In(const View& view) const {
+    return {view.Offset(kv_head, block) + first * view.token_stride(), count};
+  }
 };
 // Those whose keys most rows chose first; none for keys that nobody chose.
 std::vector<KeyTask> KeyTasks(const RoutedBlocks& blocks, const RoutedLists& lists,

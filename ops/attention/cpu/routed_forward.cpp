@@ -35,24 +35,22 @@ class SegmentTask {
     for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
       clock_.Time([&] { RowsOfSegment(args_.lists, segment, block, shape_.group, listed); });
       if (listed.empty()) continue;
-      const size_t b = static_cast<size_t>(block);
-      const int64_t block_end = args_.blocks.begin[b + 1];
-      for (int64_t begin = args_.blocks.begin[b]; begin < block_end; begin += kChunkKeys) {
-        const KeyChunk chunk{begin, std::min(block_end, begin + kChunkKeys)};
-        PackChunk(chunk, segment.kv_head);
+      ForEachChunk(args_.kv, args_.blocks, segment.kv_head, block, [&](const KeyChunk& chunk) {
+        PackChunk(chunk);
         for (size_t at = 0; at < listed.size(); at += 64) {
           Tile(chunk, std::span(listed).subspan(at, std::min<size_t>(64, listed.size() - at)));
         }
-      }
+      });
     }
   }
 
  private:
-  void PackChunk(const KeyChunk& chunk, int64_t kv_head) {
+  void PackChunk(const KeyChunk& chunk) {
+    const int64_t stride = args_.kv.token_stride();
     for (int64_t p = 0; p < chunk.pieces(); ++p) {
-      const int64_t token = chunk.begin + p * 64, keys = chunk.KeysOf(p);
-      PackKeys(kernels_, shape_, args_.k, kv_head, token, keys, k_ + p * shape_.packed());
-      PackKeys(kernels_, shape_, args_.v, kv_head, token, keys, v_ + p * shape_.packed());
+      const int64_t at = chunk.offset + p * 64 * stride, keys = chunk.KeysOf(p);
+      PackBlock(kernels_, shape_, args_.kv.k, at, stride, keys, k_ + p * shape_.packed());
+      PackBlock(kernels_, shape_, args_.kv.v, at, stride, keys, v_ + p * shape_.packed());
     }
   }
 
@@ -134,8 +132,8 @@ class SegmentTask {
 
 void BlockedRoutedForward(Context& ctx, const BlockKernels& kernels,
                           const RoutedForwardArgs& args) {
-  const BlockedShape shape = RoutedShape(args.q, args.k);
-  const std::vector<Segment> segments = SegmentsOf(args.blocks, args.lists, shape.kv_heads);
+  const BlockedShape shape = RoutedShape(args.q, args.kv.kv_heads());
+  const std::vector<Segment> segments = SegmentsOf(args.queries, args.lists, shape.kv_heads);
   const Scratch scratch(ctx, WorkerFloats(shape));
   GatherClock clock(ctx);
   ParallelFor(ctx, static_cast<int64_t>(segments.size()), [&](int64_t i, int worker) {

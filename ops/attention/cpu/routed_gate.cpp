@@ -141,8 +141,8 @@ class GateTask {
 }  // namespace
 
 void BlockedRoute(Context& ctx, const BlockKernels& kernels, const RouteArgs& args) {
-  const BlockedShape shape = RoutedShape(args.q, args.means);
-  const std::vector<RoutedTile> tiles = QueryTilesOf(args.blocks);
+  const BlockedShape shape = RoutedShape(args.q, args.means.dim(1));
+  const std::vector<RoutedTile>& tiles = args.queries.tiles;
   const Scratch scratch(ctx, shape.packed() + shape.lanes() + kTileBlocks * 64);
   std::vector<BestBlocks> best(static_cast<size_t>(ctx.threads()),
                                BestBlocks(args.selected.dim(2)));

@@ -28,23 +28,31 @@ void AddScaled(A scale, const T* from, int64_t n, A* to) {
 template <class T>
 struct Operands {
   using A = Accumulator<T>;
-  Operands(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double scale_in)
-      : q(q_in.data<T>()),
-        k(k_in.data<T>()),
-        v(v_in.data<T>()),
-        heads(q_in.dim(1)),
-        kv_heads(k_in.dim(1)),
-        dim(q_in.dim(2)),
-        scale(static_cast<A>(scale_in)) {}
+  template <class Args>
+  explicit Operands(const Args& args)
+      : q(args.q.template data<T>()),
+        k(args.kv.k.template data<T>()),
+        v(args.kv.v.template data<T>()),
+        heads(args.q.dim(1)),
+        kv_heads(args.kv.kv_heads()),
+        dim(args.q.dim(2)),
+        scale(static_cast<A>(args.scale)) {}
 
   const T* Q(int64_t t, int64_t h) const { return q + (t * heads + h) * dim; }
-  // Element offset of a key that query head h reads.
-  int64_t Key(int64_t t, int64_t h) const { return (t * kv_heads + h / (heads / kv_heads)) * dim; }
+  int64_t KvHead(int64_t h) const { return h / (heads / kv_heads); }
 
   const T *q, *k, *v;
   int64_t heads, kv_heads, dim;
   A scale;
 };
+
+// Visits the element offsets of a block's keys.
+template <class View, class Visit>
+void ForEachKey(const View& view, const RoutedBlocks& blocks, int64_t kv_head, int64_t block,
+                const Visit& visit) {
+  const int64_t offset = view.Offset(kv_head, block), tokens = blocks.TokensOf(block);
+  for (int64_t i = 0; i < tokens; ++i) visit(offset + i * view.token_stride());
+}
 
 // Visits the chosen blocks of one row.
 template <class Visit>
@@ -54,11 +62,11 @@ void ForEachChosen(const RoutedLists& lists, int64_t t, int64_t h, const Visit& 
 }
 
 template <class T>
-void RouteToken(const RouteArgs& args, int64_t t, int64_t block) {
+void RouteRow(const RouteArgs& args, const RoutedTile& tile, int64_t t) {
   using A = Accumulator<T>;
   const int64_t heads = args.q.dim(1), dim = args.q.dim(2), kv_heads = args.means.dim(1);
   const int64_t width = args.selected.dim(2);
-  const int64_t candidates = args.blocks.CandidatesOf(block), first = block - candidates;
+  const int64_t candidates = tile.candidates, first = tile.first;
   std::vector<std::pair<A, int32_t>> gates(static_cast<size_t>(candidates));
   std::vector<int32_t> chosen;
   for (int64_t h = 0; h < heads; ++h) {
@@ -85,18 +93,16 @@ void RouteToken(const RouteArgs& args, int64_t t, int64_t block) {
 template <class T>
 void ForwardRow(const RoutedForwardArgs& args, int64_t t, int64_t h) {
   using A = Accumulator<T>;
-  const Operands<T> x(args.q, args.k, args.v, args.scale);
+  const Operands<T> x(args);
   A* o = args.o.data<A>() + (t * x.heads + h) * x.dim;
   A& lse = args.lse.data<A>()[t * x.heads + h];
   std::vector<std::pair<A, int64_t>> scores;  // and the key's offset
   A top = lse;
   ForEachChosen(args.lists, t, h, [&](int32_t block) {
-    const size_t b = static_cast<size_t>(block);
-    for (int64_t key = args.blocks.begin[b]; key < args.blocks.begin[b + 1]; ++key) {
-      const int64_t at = x.Key(key, h);
+    ForEachKey(args.kv, args.blocks, x.KvHead(h), block, [&](int64_t at) {
       scores.push_back({x.scale * Dot<A>(x.Q(t, h), x.k + at, x.dim), at});
       top = std::max(top, scores.back().first);
-    }
+    });
   });
   if (scores.empty()) return;
   A sum = std::exp(lse - top);
@@ -115,8 +121,7 @@ template <class T>
 class PairGradient {
  public:
   using A = Accumulator<T>;
-  explicit PairGradient(const RoutedBackwardArgs& args)
-      : x(args.q, args.k, args.v, args.scale), args_(args) {}
+  explicit PairGradient(const RoutedBackwardArgs& args) : x(args), args_(args) {}
 
   template <class D>
   std::pair<A, A> operator()(const D* d_out, int64_t t, int64_t h, int64_t key_at) const {
@@ -132,23 +137,22 @@ class PairGradient {
 };
 
 template <class T, class D>
-void QueryGradientRow(const RoutedBackwardArgs& args, int64_t t, int64_t h) {
+void QueryGradientRow(const RoutedBackwardArgs& args, int64_t t, int64_t h, Tensor& dq) {
   using A = Accumulator<T>;
   const PairGradient<T> pair(args);
   const Operands<T>& x = pair.x;
   const int64_t row = (t * x.heads + h) * x.dim;
   ForEachChosen(args.lists, t, h, [&](int32_t block) {
-    const size_t b = static_cast<size_t>(block);
-    for (int64_t key = args.blocks.begin[b]; key < args.blocks.begin[b + 1]; ++key) {
-      const int64_t at = x.Key(key, h);
+    ForEachKey(args.kv, args.blocks, x.KvHead(h), block, [&](int64_t at) {
       const A ds = pair(args.d_out.data<D>() + row, t, h, at).second;
-      AddScaled(x.scale * ds, x.k + at, x.dim, args.dq.data<A>() + row);
-    }
+      AddScaled(x.scale * ds, x.k + at, x.dim, dq.data<A>() + row);
+    });
   });
 }
 
 template <class T, class D>
-void KeyGradientBlock(const RoutedBackwardArgs& args, int64_t block, int64_t kv_head) {
+void KeyGradientBlock(const RoutedBackwardArgs& args, int64_t block, int64_t kv_head,
+                      const KvGradView& dkv) {
   using A = Accumulator<T>;
   const PairGradient<T> pair(args);
   const Operands<T>& x = pair.x;
@@ -159,25 +163,25 @@ void KeyGradientBlock(const RoutedBackwardArgs& args, int64_t block, int64_t kv_
     for (int64_t i = offsets[list]; i < offsets[list + 1]; ++i) {
       const int64_t t = args.lists.query_rows.data<int32_t>()[i];
       const D* d_out = args.d_out.data<D>() + (t * x.heads + h) * x.dim;
-      const size_t b = static_cast<size_t>(block);
-      for (int64_t key = args.blocks.begin[b]; key < args.blocks.begin[b + 1]; ++key) {
-        const int64_t at = x.Key(key, h);
+      int64_t to = dkv.Offset(kv_head, block);
+      ForEachKey(args.kv, args.blocks, kv_head, block, [&](int64_t at) {
         const auto [p, ds] = pair(d_out, t, h, at);
-        AddScaled(x.scale * ds, x.Q(t, h), x.dim, args.dk.data<A>() + at);
-        AddScaled(p, d_out, x.dim, args.dv.data<A>() + at);
-      }
+        AddScaled(x.scale * ds, x.Q(t, h), x.dim, dkv.dk.data<A>() + to);
+        AddScaled(p, d_out, x.dim, dkv.dv.data<A>() + to);
+        to += dkv.token_stride();
+      });
     }
   }
 }
 
-template <class T, class D>
-void Backward(Context& ctx, const RoutedBackwardArgs& args) {
-  const int64_t kv_heads = args.k.dim(1), heads = args.q.dim(1);
-  ParallelFor(ctx, args.blocks.count() * kv_heads,
-              [&](int64_t i, int) { KeyGradientBlock<T, D>(args, i / kv_heads, i % kv_heads); });
-  ParallelRanges(ctx, args.q.dim(0), kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t h = 0; h < heads; ++h) QueryGradientRow<T, D>(args, t, h);
+// Calls f.operator()<T, D>() with the dtypes of q and of d_out.
+template <class F>
+void DispatchGradient(const RoutedBackwardArgs& args, const F& f) {
+  DispatchFloat(args.q.dtype(), "MobaBackward", [&]<class T>() {
+    if (args.d_out.dtype() == DTypeOf<T>()) {
+      f.template operator()<T, T>();
+    } else {
+      f.template operator()<T, Accumulator<T>>();
     }
   });
 }
@@ -186,11 +190,10 @@ void Backward(Context& ctx, const RoutedBackwardArgs& args) {
 
 void ReferenceRoute(Context& ctx, const RouteArgs& args) {
   DispatchFloat(args.q.dtype(), "MobaSelect", [&]<class T>() {
-    ParallelFor(ctx, args.blocks.count(), [&](int64_t block, int) {
-      const size_t b = static_cast<size_t>(block);
-      for (int64_t t = args.blocks.begin[b]; t < args.blocks.begin[b + 1]; ++t) {
-        RouteToken<T>(args, t, block);
-      }
+    const std::vector<RoutedTile>& tiles = args.queries.tiles;
+    ParallelFor(ctx, static_cast<int64_t>(tiles.size()), [&](int64_t i, int) {
+      const RoutedTile& tile = tiles[static_cast<size_t>(i)];
+      for (int64_t t = tile.begin; t < tile.begin + tile.tokens; ++t) RouteRow<T>(args, tile, t);
     });
   });
 }
@@ -205,13 +208,23 @@ void ReferenceRoutedForward(Context& ctx, const RoutedForwardArgs& args) {
   });
 }
 
-void ReferenceRoutedBackward(Context& ctx, const RoutedBackwardArgs& args) {
-  DispatchFloat(args.q.dtype(), "MobaBackward", [&]<class T>() {
-    if (args.d_out.dtype() == DTypeOf<T>()) {
-      Backward<T, T>(ctx, args);
-    } else {
-      Backward<T, Accumulator<T>>(ctx, args);
-    }
+void ReferenceRoutedQueryGradient(Context& ctx, const RoutedBackwardArgs& args, Tensor& dq) {
+  DispatchGradient(args, [&]<class T, class D>() {
+    ParallelRanges(ctx, args.q.dim(0), kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t h = 0; h < args.q.dim(1); ++h) QueryGradientRow<T, D>(args, t, h, dq);
+      }
+    });
+  });
+}
+
+void ReferenceRoutedKeyGradient(Context& ctx, const RoutedBackwardArgs& args,
+                                const KvGradView& dkv) {
+  DispatchGradient(args, [&]<class T, class D>() {
+    const int64_t kv_heads = args.kv.kv_heads();
+    ParallelFor(ctx, args.blocks.count() * kv_heads, [&](int64_t i, int) {
+      KeyGradientBlock<T, D>(args, i / kv_heads, i % kv_heads, dkv);
+    });
   });
 }
 

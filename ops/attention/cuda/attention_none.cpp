@@ -25,10 +25,15 @@ void AddStripsCuda(Context&, const RowTable&, const RowPlanes&, int64_t, int64_t
 void CopyColumnsCuda(Context&, int64_t, int64_t, const std::byte*, int64_t, std::byte*, int64_t) {
   Refuse();
 }
-void BlockMeansCuda(Context&, const Tensor&, const RoutedBlocks&, const Tensor&) { Refuse(); }
+void BlockMeansCuda(Context&, const Tensor&, const RoutedBlocks&, const RoutedShare&,
+                    const Tensor&) {
+  Refuse();
+}
 void RouteCuda(Context&, const RouteArgs&) { Refuse(); }
 void BuildRoutedListsCuda(Context&, const RoutedLists&) { Refuse(); }
+void ListedBlocksCuda(Context&, const RoutedLists&, int64_t, const Tensor&) { Refuse(); }
 void RoutedForwardCuda(Context&, const RoutedForwardArgs&) { Refuse(); }
-void RoutedBackwardCuda(Context&, const RoutedBackwardArgs&) { Refuse(); }
+void RoutedQueryGradientCuda(Context&, const RoutedBackwardArgs&, Tensor&) { Refuse(); }
+void RoutedKeyGradientCuda(Context&, const RoutedBackwardArgs&, const KvGradView&) { Refuse(); }
 
 }  // namespace longspan::ops::internal

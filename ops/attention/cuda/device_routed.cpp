@@ -13,30 +13,57 @@ Tensor Uploaded(Context& ctx, const std::vector<T>& values) {
   return copy;
 }
 
+// Arrays on the GPU and the struct that points to them.
+template <class View>
 struct Copy {
-  Tensor begin, first_candidate, tiles;
-  DeviceRoutedBlocks view;
+  Tensor first, second;
+  View view;
 };
+
+template <class T>
+const T* At(const Tensor& copy) {
+  return reinterpret_cast<const T*>(copy.raw());
+}
 
 }  // namespace
 
 const DeviceRoutedBlocks& OnDevice(Context& ctx, const RoutedBlocks& blocks) {
+  using Blocks = Copy<DeviceRoutedBlocks>;
   return blocks.device_copies
-      .Get<Copy>(ctx,
-                 [&] {
-                   const std::vector<RoutedTile> tiles = QueryTilesOf(blocks);
-                   Copy copy{Uploaded(ctx, blocks.begin),
-                             Uploaded(ctx, blocks.first_candidate),
-                             Uploaded(ctx, tiles),
-                             {}};
-                   copy.view = {.count = blocks.count(),
-                                .tile_count = static_cast<int64_t>(tiles.size()),
-                                .begin = reinterpret_cast<const int64_t*>(copy.begin.raw()),
-                                .first_candidate =
-                                    reinterpret_cast<const int32_t*>(copy.first_candidate.raw()),
-                                .tiles = reinterpret_cast<const RoutedTile*>(copy.tiles.raw())};
-                   return copy;
-                 })
+      .Get<Blocks>(ctx,
+                   [&] {
+                     Blocks copy{Uploaded(ctx, blocks.begin), {}, {}};
+                     copy.view = {blocks.count(), At<int64_t>(copy.first)};
+                     return copy;
+                   })
+      .view;
+}
+
+const DeviceRoutedShare& OnDevice(Context& ctx, const RoutedShare& share) {
+  using Share = Copy<DeviceRoutedShare>;
+  return share.device_copies
+      .Get<Share>(ctx,
+                  [&] {
+                    Share copy{Uploaded(ctx, share.block), Uploaded(ctx, share.begin), {}};
+                    copy.view = {share.count(), At<int32_t>(copy.first), At<int64_t>(copy.second)};
+                    return copy;
+                  })
+      .view;
+}
+
+const DeviceRoutedQueries& OnDevice(Context& ctx, const RoutedQueries& queries) {
+  using Queries = Copy<DeviceRoutedQueries>;
+  return queries.device_copies
+      .Get<Queries>(ctx,
+                    [&] {
+                      Queries copy{Uploaded(ctx, queries.tiles),
+                                   Uploaded(ctx, queries.RangesOf(DeviceRoutedQueries::kStretch)),
+                                   {}};
+                      copy.view = {static_cast<int64_t>(queries.tiles.size()),
+                                   At<RoutedTile>(copy.first),
+                                   At<RoutedQueries::Range>(copy.second)};
+                      return copy;
+                    })
       .view;
 }
 

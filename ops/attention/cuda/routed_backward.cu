@@ -1,4 +1,4 @@
-// Two passes, each result owned by one block: dQ by segments of tokens and heads; dK and dV by 64
+// Two passes, each result owned by one block: dQ by segments of rows and heads; dK and dV by 64
 // keys of a block and kv head, over the lists of the group's heads. Scores are computed again in
 // both.
 #include <algorithm>
@@ -18,7 +18,9 @@ struct RoutedBackwardProblem {
   const void* d_out;
   bool d_out_bf16;
   const float *lse, *delta;
-  float *dq, *dk, *dv;
+  float* dq;       // of the first pass
+  float *dk, *dv;  // and of the second, with the table of both
+  DeviceKvTable grads;
   int64_t pieces;  // of 64 keys, in the longest block
 };
 
@@ -60,12 +62,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     const GatheredRows q = p.Gathered(p.q, p.bf16, shared.numbers, rows);
     const GatheredRows d_out = p.Gathered(args.d_out, args.d_out_bf16, shared.numbers, rows);
     Accumulator<kDim> dq;
-    const int64_t end = p.blocks.begin[block + 1];
-    for (int64_t token = p.blocks.begin[block]; token < end; token += kTile) {
-      const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
-      const RowBlock k = p.Keys(p.k, own.kv_head, token, keys);
-      const RoutedGradient tile(args, q, d_out, k, p.Keys(p.v, own.kv_head, token, keys),
-                                shared.tiles);
+    const int64_t tokens = p.TokensOf(block),
+                  keys_at = p.keys.Offset(own.kv_head, static_cast<int32_t>(block));
+    for (int64_t first = 0; first < tokens; first += kTile) {
+      const int keys = static_cast<int>(std::min<int64_t>(kTile, tokens - first));
+      const RowBlock k = p.Keys(p.k, keys_at, first, keys);
+      const RoutedGradient tile(args, q, d_out, k, p.Keys(p.v, keys_at, first, keys), shared.tiles);
       StoreByKey(tile.ds, shared.tiles);
       dq.AddProduct(k, shared.tiles);
     }
@@ -85,11 +87,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   const int64_t kv_head = blockIdx.x % p.kv_heads;
   const int64_t block = blockIdx.x / p.kv_heads / args.pieces;
   const int64_t piece = blockIdx.x / p.kv_heads % args.pieces;
-  const int64_t token = p.blocks.begin[block] + piece * kTile, end = p.blocks.begin[block + 1];
+  const int64_t first = piece * kTile, tokens = p.TokensOf(block);
   const int64_t first_list = block * p.heads + kv_head * p.group;
-  if (token >= end || p.offsets[first_list] == p.offsets[first_list + p.group]) return;
-  const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
-  const RowBlock k = p.Keys(p.k, kv_head, token, keys), v = p.Keys(p.v, kv_head, token, keys);
+  if (first >= tokens || p.offsets[first_list] == p.offsets[first_list + p.group]) return;
+  const int keys = static_cast<int>(std::min<int64_t>(kTile, tokens - first));
+  const int64_t keys_at = p.keys.Offset(kv_head, static_cast<int32_t>(block));
+  const RowBlock k = p.Keys(p.k, keys_at, first, keys), v = p.Keys(p.v, keys_at, first, keys);
 
   Accumulator<kDim> dk, dv;
   for (int64_t g = 0; g < p.group; ++g) {
@@ -106,12 +109,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
       dk.AddProduct(q, shared.tiles);
     }
   }
-  const int64_t stride = p.kv_heads * p.dim, first = token * stride + kv_head * p.dim;
+  const int64_t stride = args.grads.token_stride;
+  const int64_t to = args.grads.Offset(kv_head, static_cast<int32_t>(block)) + first * stride;
   dk.ForEach(keys, p.dim, [&](int row, int d, float value) {
-    args.dk[first + row * stride + d] += p.scale * value;
+    args.dk[to + row * stride + d] += p.scale * value;
   });
   dv.ForEach(keys, p.dim,
-             [&](int row, int d, float value) { args.dv[first + row * stride + d] += value; });
+             [&](int row, int d, float value) { args.dv[to + row * stride + d] += value; });
+}
+
+RoutedBackwardProblem MakeBackwardProblem(Context& ctx, const RoutedBackwardArgs& args) {
+  RoutedBackwardProblem problem{};
+  problem.problem = MakeRoutedProblem(ctx, args);
+  problem.d_out = args.d_out.raw();
+  problem.d_out_bf16 = args.d_out.dtype() == DType::kBF16;
+  problem.lse = args.lse.data<float>();
+  problem.delta = args.delta.data<float>();
+  return problem;
 }
 
 }  // namespace
@@ -119,29 +133,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
 
 namespace longspan::ops::internal {
 
-void RoutedBackwardCuda(Context& ctx, const RoutedBackwardArgs& args) {
+void RoutedQueryGradientCuda(Context& ctx, const RoutedBackwardArgs& args, Tensor& dq) {
+  namespace reference = reference_cuda;
+  reference::RoutedBackwardProblem problem = reference::MakeBackwardProblem(ctx, args);
+  problem.dq = dq.data<float>();
+  const reference::RoutedProblem& p = problem.problem;
+  const cuda::LaunchShape queries = reference::RoutedLaunch(p.segments() * p.heads);
+  reference::DispatchDim(args.q.dim(2), [&]<int kDim>() {
+    cuda::Launch(ctx.cuda(), "MobaBackward dQ(reference_cuda)",
+                 reference::RoutedQueryGradientKernel<kDim>, queries, problem);
+  });
+}
+
+void RoutedKeyGradientCuda(Context& ctx, const RoutedBackwardArgs& args, const KvGradView& dkv) {
   namespace reference = reference_cuda;
   int64_t longest = 0;
   for (int64_t b = 0; b < args.blocks.count(); ++b) {
     longest = std::max(longest, args.blocks.TokensOf(b));
   }
-  const reference::RoutedBackwardProblem problem{
-      reference::MakeRoutedProblem(ctx, args),
-      args.d_out.raw(),
-      args.d_out.dtype() == DType::kBF16,
-      args.lse.data<float>(),
-      args.delta.data<float>(),
-      args.dq.data<float>(),
-      args.dk.data<float>(),
-      args.dv.data<float>(),
-      (longest + reference::kTile - 1) / reference::kTile};
-  const reference::RoutedProblem& p = problem.problem;
-  const cuda::LaunchShape queries = reference::RoutedLaunch(p.segments() * p.heads);
+  reference::RoutedBackwardProblem problem = reference::MakeBackwardProblem(ctx, args);
+  problem.dk = dkv.dk.data<float>();
+  problem.dv = dkv.dv.data<float>();
+  problem.grads = OnDevice(ctx, *dkv.table);
+  problem.pieces = (longest + reference::kTile - 1) / reference::kTile;
   const cuda::LaunchShape keys =
-      reference::RoutedLaunch(args.blocks.count() * problem.pieces * p.kv_heads);
+      reference::RoutedLaunch(args.blocks.count() * problem.pieces * problem.problem.kv_heads);
   reference::DispatchDim(args.q.dim(2), [&]<int kDim>() {
-    cuda::Launch(ctx.cuda(), "MobaBackward dQ(reference_cuda)",
-                 reference::RoutedQueryGradientKernel<kDim>, queries, problem);
     cuda::Launch(ctx.cuda(), "MobaBackward dKdV(reference_cuda)",
                  reference::RoutedKeyGradientKernel<kDim>, keys, problem);
   });

@@ -1,4 +1,4 @@
-// A block per (segment of tokens, query head): its rows continue from their o and lse with the keys
+// A block per (segment of rows, query head): its rows continue from their o and lse with the keys
 // of the blocks they chose, block by block in ascending order.
 #include <algorithm>
 
@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     o.ForEachOwn(rows, p.dim, [&](int row, int d, float& value) {
       value = args.o[shared.numbers[row] * p.dim + d];
     });
-    const int64_t end = p.blocks.begin[block + 1];
-    for (int64_t token = p.blocks.begin[block]; token < end; token += kTile) {
-      const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
+    const int64_t tokens = p.TokensOf(block),
+                  keys_at = p.keys.Offset(own.kv_head, static_cast<int32_t>(block));
+    for (int64_t first = 0; first < tokens; first += kTile) {
+      const int keys = static_cast<int>(std::min<int64_t>(kTile, tokens - first));
       float s[kOwn][kOwn] = {};
-      ScoreProduct(q, p.Keys(p.k, own.kv_head, token, keys), shared.tiles, s);
+      ScoreProduct(q, p.Keys(p.k, keys_at, first, keys), shared.tiles, s);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
       }
       Softmax(s, top, sum, o);
       StoreByKey(s, shared.tiles);
-      o.AddProduct(p.Keys(p.v, own.kv_head, token, keys), shared.tiles);
+      o.AddProduct(p.Keys(p.v, keys_at, first, keys), shared.tiles);
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {

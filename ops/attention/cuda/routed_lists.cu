@@ -95,7 +95,29 @@ __global__ void __launch_bounds__(kThreads)
   if (begin < n && end == n) p.offsets[n / p.chunks] = at;
 }
 
+// A thread per byte of the result: eight blocks of one group of heads.
+__global__ void __launch_bounds__(kThreads)
+    ListedKernel(const int64_t* offsets, int64_t blocks, int64_t heads, int64_t groups,
+                 int64_t bytes, uint8_t* listed) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= groups * bytes) return;
+  const int64_t group = heads / groups, head = i / bytes * group, first = i % bytes * 8;
+  unsigned bits = 0;
+  for (int64_t b = first; b < std::min(blocks, first + 8); ++b) {
+    const int64_t list = b * heads + head;
+    if (offsets[list + group] > offsets[list]) bits |= 1u << (b - first);
+  }
+  listed[i] = static_cast<uint8_t>(bits);
+}
+
 }  // namespace
+
+void ListedBlocksCuda(Context& ctx, const RoutedLists& lists, int64_t groups,
+                      const Tensor& listed) {
+  cuda::Launch(ctx.cuda(), "ListedBlocks", ListedKernel, cuda::Cover(listed.numel(), kThreads),
+               lists.offsets.data<int64_t>(), lists.blocks, lists.heads, groups, listed.dim(1),
+               listed.data<uint8_t>());
+}
 
 void BuildRoutedListsCuda(Context& ctx, const RoutedLists& lists) {
   const int64_t chunk_rows =

@@ -15,12 +15,15 @@ using namespace reference_cuda;
 
 constexpr int kMeanThreads = 128;
 
-// A block of threads per (key block, kv head); each sums its elements over the tokens in order.
+// A block of threads per (part of a key block, kv head); each sums its elements over the tokens in
+// order.
 __global__ void __launch_bounds__(kMeanThreads)
-    MeanKernel(DeviceRoutedBlocks blocks, const void* k, bool bf16, int64_t kv_heads, int dim,
-               float* means) {
-  const int64_t b = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads;
-  const int64_t begin = blocks.begin[b], end = blocks.begin[b + 1];
+    MeanKernel(DeviceRoutedBlocks blocks, DeviceRoutedShare share, const void* k, bool bf16,
+               int64_t kv_heads, int dim, float* means) {
+  const int64_t part = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads;
+  const int64_t begin = share.begin[part], end = share.begin[part + 1];
+  const int32_t block = share.block[part];
+  const float weight = 1.0f / static_cast<float>(blocks.begin[block + 1] - blocks.begin[block]);
   for (int d = static_cast<int>(threadIdx.x); d < dim; d += kMeanThreads) {
     float sum = 0;
     for (int64_t t = begin; t < end; ++t) {
@@ -28,18 +31,18 @@ __global__ void __launch_bounds__(kMeanThreads)
       sum += bf16 ? static_cast<float>(static_cast<const BF16*>(k)[at])
                   : static_cast<const float*>(k)[at];
     }
-    means[(b * kv_heads + head) * dim + d] = sum * (1.0f / static_cast<float>(end - begin));
+    means[(part * kv_heads + head) * dim + d] = sum * weight;
   }
 }
 
 struct RouteProblem {
-  DeviceRoutedBlocks blocks;
+  DeviceRoutedQueries queries;
   const void* q;
   bool bf16;
   const float* means;
-  int32_t* selected;  // [heads, T, width]
+  int32_t* selected;  // [heads, rows, width]
   float* kept;        // the same: gates of what is in `selected`, in descending order
-  int64_t tokens, heads, kv_heads, width;
+  int64_t rows, heads, kv_heads, width;
   int dim;
 };
 
@@ -74,13 +77,13 @@ struct Best {
 __global__ void __launch_bounds__(kThreads, 2) RouteKernel(RouteProblem p) {
   LONGSPAN_DYNAMIC_SHARED(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-  const RoutedTile tile = p.blocks.tiles[blockIdx.x / p.heads];
+  const RoutedTile tile = p.queries.tiles[blockIdx.x / p.heads];
   const int64_t head = blockIdx.x % p.heads, kv_head = head / (p.heads / p.kv_heads);
   const RowBlock q{p.q,         p.bf16, (tile.begin * p.heads + head) * p.dim, p.heads * p.dim,
                    tile.tokens, p.dim};
   const int row = static_cast<int>(threadIdx.x);
   const bool owner = row < tile.tokens;
-  const int64_t at = (head * p.tokens + tile.begin + (owner ? row : 0)) * p.width;
+  const int64_t at = (head * p.rows + tile.begin + (owner ? row : 0)) * p.width;
   Best best{p.selected + at, p.kept + at, p.width, 0};
   for (int64_t done = 0; done < tile.candidates; done += kTile) {
     const int64_t first = tile.first + done;
@@ -110,30 +113,30 @@ __global__ void __launch_bounds__(kThreads, 2) RouteKernel(RouteProblem p) {
 }  // namespace
 
 void BlockMeansCuda(Context& ctx, const Tensor& k, const RoutedBlocks& blocks,
-                    const Tensor& means) {
+                    const RoutedShare& share, const Tensor& means) {
   const int64_t kv_heads = k.dim(1);
   cuda::Launch(ctx.cuda(), "BlockMeans", MeanKernel,
-               {dim3(cuda::GridSize(blocks.count() * kv_heads)), dim3(kMeanThreads)},
-               OnDevice(ctx, blocks), k.raw(), k.dtype() == DType::kBF16, kv_heads,
-               static_cast<int>(k.dim(2)), means.data<float>());
+               {dim3(cuda::GridSize(share.count() * kv_heads)), dim3(kMeanThreads)},
+               OnDevice(ctx, blocks), OnDevice(ctx, share), k.raw(), k.dtype() == DType::kBF16,
+               kv_heads, static_cast<int>(k.dim(2)), means.data<float>());
 }
 
 void RouteCuda(Context& ctx, const RouteArgs& args) {
   const Tensor kept = ctx.Empty(args.selected.shape(), DType::kF32);
-  const RouteProblem p{.blocks = OnDevice(ctx, args.blocks),
+  const RouteProblem p{.queries = OnDevice(ctx, args.queries),
                        .q = args.q.raw(),
                        .bf16 = args.q.dtype() == DType::kBF16,
                        .means = args.means.data<float>(),
                        .selected = args.selected.data<int32_t>(),
                        .kept = kept.data<float>(),
-                       .tokens = args.q.dim(0),
+                       .rows = args.q.dim(0),
                        .heads = args.q.dim(1),
                        .kv_heads = args.means.dim(1),
                        .width = args.selected.dim(2),
                        .dim = static_cast<int>(args.q.dim(2))};
   cuda::Launch(
       ctx.cuda(), "MobaSelect", RouteKernel,
-      {dim3(cuda::GridSize(p.blocks.tile_count * p.heads)), dim3(kThreads), sizeof(Shared)}, p);
+      {dim3(cuda::GridSize(p.queries.tile_count * p.heads)), dim3(kThreads), sizeof(Shared)}, p);
 }
 
 }  // namespace longspan::ops::internal

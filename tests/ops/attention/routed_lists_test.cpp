@@ -63,12 +63,28 @@ void ExpectLists(const Selection& s) {
       ASSERT_EQ(offsets[list + 1], static_cast<int64_t>(at)) << "block " << b << " head " << h;
     }
   }
+  for (const int64_t groups : {int64_t{1}, s.heads}) {
+    const Tensor listed = ops::ListedBlocks(ctx, lists, groups);
+    ASSERT_EQ(listed.shape(), (Shape{groups, (s.blocks + 7) / 8}));
+    std::vector<uint8_t> bytes(static_cast<size_t>(listed.numel())), want(bytes.size(), 0);
+    CopyToHost(listed, bytes.data());
+    const int64_t group = s.heads / groups;
+    for (int64_t i = 0; i < static_cast<int64_t>(s.selected.size()); ++i) {
+      const int32_t block = s.selected[static_cast<size_t>(i)];
+      if (block < 0) continue;
+      const int64_t head = i / (s.rows * s.width);
+      uint8_t& byte = want[static_cast<size_t>(head / group * listed.dim(1) + block / 8)];
+      byte = static_cast<uint8_t>(byte | (1 << (block % 8)));
+    }
+    EXPECT_EQ(bytes, want) << groups << " groups";
+  }
 }
 
 TEST(RoutedListsTest, ListsAreTheTranspose) {
   ExpectLists(RandomSelection(3, 211, 4, 17, 1));
   ExpectLists(RandomSelection(1, 9001, 2, 40, 2));   // several chunks of rows
   ExpectLists(RandomSelection(2, 130, 1, 5000, 3));  // more blocks than rows
+  ExpectLists(RandomSelection(4, 20, 1, 3, 7));
   ExpectLists(RandomSelection(5, 1, 7, 9, 4));
 }
 
