@@ -62,13 +62,13 @@ BatchBuilder::BatchBuilder(const ModelOptions& model, const ContextLayout& layou
       ctx_(ContextOptions{.threads = 1}) {}
 
 BatchBuilder::BatchBuilder(const ModelOptions& model, const parallel::Placement& placement,
-                           parallel::StrategyKind strategy, int cp_rank)
+                           const parallel::StrategyOptions& strategy, int cp_rank)
     : BatchBuilder(model,
                    ContextLayout{.placement = placement.kind(),
                                  .rows = placement.rows(),
                                  .row_length = placement.row_length(),
                                  .ranks = placement.ranks(),
-                                 .strategy = {.kind = strategy}},
+                                 .strategy = strategy},
                    cp_rank) {}
 
 std::shared_ptr<PreparedBatch> BatchBuilder::Build(const data::MicroBatch& batch) {

@@ -34,7 +34,10 @@ class BatchBuilder {
  public:
   BatchBuilder(const ModelOptions& model, const ContextLayout& layout, int cp_rank);
   BatchBuilder(const ModelOptions& model, const parallel::Placement& placement,
-               parallel::StrategyKind strategy, int cp_rank);
+               const parallel::StrategyOptions& strategy, int cp_rank);
+  BatchBuilder(const ModelOptions& model, const parallel::Placement& placement,
+               parallel::StrategyKind strategy, int cp_rank)
+      : BatchBuilder(model, placement, parallel::StrategyOptions{.kind = strategy}, cp_rank) {}
 
   std::shared_ptr<PreparedBatch> Build(const data::MicroBatch& batch);
   Trace& trace() { return ctx_.trace(); }  // "prepare batch"

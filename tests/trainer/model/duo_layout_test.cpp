@@ -92,7 +92,7 @@ TEST(DuoLayoutTest, EveryLayoutTrainsTheSameGates) {
     for (const auto strategy : {StrategyKind::kRing, StrategyKind::kAllGather}) {
       SCOPED_TRACE(Str(ToString(placement), " ", ToString(strategy)));
       o.placement = placement;
-      o.strategy = strategy;
+      o.strategy.kind = strategy;
       ExpectEqual(Train(o, 1, 2), one, 1e-9);
     }
   }

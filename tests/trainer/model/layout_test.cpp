@@ -151,7 +151,7 @@ TEST_F(LayoutTest, TwoContextRanksEqualOneInEveryCombination) {
         SCOPED_TRACE(Str(c.name, " ", ToString(placement), " ", ToString(strategy)));
         TrainOptions two = o;
         two.placement = placement;
-        two.strategy = strategy;
+        two.strategy.kind = strategy;
         ExpectEqual(Train(two, 1, 2), one, 1e-10, 1e-10);
       }
     }
