@@ -419,7 +419,7 @@ class BackwardPass {
                           int64_t elements) {
       transit.sent.push_back(from);
       freight.Home(from, to, at, heads, elements);
-      for (const UlyssesShare& other : step.shares) {
+      for (const UlyssesShare& other : *step.shares) {
         at += plan_.local_tokens() * Size(other.*heads) * elements;
       }
     };

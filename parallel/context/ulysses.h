@@ -47,9 +47,13 @@ struct UlyssesShare {
   std::vector<int32_t> whole, partial;
 };
 
+// [ranks of a group], shared by their plans.
+using UlyssesShares = std::shared_ptr<const std::vector<UlyssesShare>>;
+
 struct UlyssesStep {
-  std::vector<UlyssesShare> shares;  // [ranks of the group]
-  // Of this rank. Both null or empty where it has no heads, but for the transfers of the programs.
+  UlyssesShares shares;
+  // Of this rank. Both null or empty where it has no heads, but for the transfers of the programs;
+  // in plans without masks there are neither masks nor gathers.
   std::shared_ptr<const ops::BlockMask> mask;  // ulysses: of the virtual kv heads
   Program forward, backward;                   // hybrid: of the virtual kv heads, peers of cp
   int64_t pairs = 0;                           // visible pairs over virtual kv heads, both passes
@@ -59,7 +63,7 @@ struct UlyssesStep {
   HeadGather sum_whole, sum_partial;   // [2, N, virtual kv heads] -> [N, 2, heads] that leave
   std::unique_ptr<const ops::KvTableCache> tables = std::make_unique<ops::KvTableCache>();
 
-  const UlyssesShare& share(int index) const { return shares[static_cast<size_t>(index)]; }
+  const UlyssesShare& share(int index) const { return (*shares)[static_cast<size_t>(index)]; }
 };
 
 struct UlyssesPlan {
@@ -81,9 +85,9 @@ struct UlyssesPlan {
 struct UlyssesLayout {
   int64_t heads = 0, kv_heads = 0;
   int group_ranks = 1;
-  std::vector<std::vector<UlyssesShare>> steps;  // [step][rank of a group]
-  std::vector<std::vector<int64_t>> pairs;       // [step][rank of a group], over virtual kv heads
-  std::shared_ptr<const Placement> grouped;      // groups as ranks
+  std::vector<UlyssesShares> steps;
+  std::vector<std::vector<int64_t>> pairs;   // [step][rank of a group], over virtual kv heads
+  std::shared_ptr<const Placement> grouped;  // groups as ranks
   // hybrid: for every step and place in a group (null without heads), and how many transfers the
   // programs of a step have at most.
   struct Outer {

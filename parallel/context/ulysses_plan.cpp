@@ -116,7 +116,7 @@ void PlanOuter(const ContextDemand& demand, const StrategyOptions& options, Ulys
   for (const auto& shares : layout.steps) {
     auto& places = layout.outer.emplace_back();
     size_t forward = 0, backward = 0;
-    for (const UlyssesShare& share : shares) {
+    for (const UlyssesShare& share : *shares) {
       places.emplace_back();
       if (share.kv_heads.empty()) continue;
       places.back().demand = whole->SelectHeads(share.kv_heads);
@@ -155,7 +155,7 @@ HeadGather PackOf(const UlyssesStep& step, const UlyssesPlan& plan, int64_t all_
   HeadGather gather;
   gather.tokens = plan.local_tokens();
   int64_t at = 0;
-  for (const UlyssesShare& share : step.shares) {
+  for (const UlyssesShare& share : *step.shares) {
     const std::vector<int32_t>& heads = heads_of(share);
     for (size_t i = 0; i < heads.size(); ++i) {
       gather.Add(at + static_cast<int64_t>(i), Size(heads), heads[i], all_heads);
@@ -199,7 +199,7 @@ HeadGather UnpackQueries(const UlyssesPlan& plan) {
   gather.tokens = plan.local_tokens();
   int64_t at = 0;
   for (const UlyssesStep& step : plan.steps) {
-    for (const UlyssesShare& share : step.shares) {
+    for (const UlyssesShare& share : *step.shares) {
       const int64_t n = Size(share.queries);
       for (int64_t i = 0; i < n; ++i) {
         gather.Add(share.queries[static_cast<size_t>(i)], plan.heads, at + i, n);
@@ -223,7 +223,7 @@ HeadGather UnpackGradients(const UlyssesPlan& plan, const Heads& heads_of) {
   int64_t at = 0;
   for (const UlyssesStep& step : plan.steps) {
     for (size_t r = 0; r < ranks; ++r) {
-      const std::vector<int32_t>& heads = heads_of(step.shares[r]);
+      const std::vector<int32_t>& heads = heads_of((*step.shares)[r]);
       const int64_t n = Size(heads);
       for (int64_t i = 0; i < n; ++i) {
         arrivals[static_cast<size_t>(heads[static_cast<size_t>(i)])][r] = {at + i, 2 * n};
@@ -301,20 +301,22 @@ std::shared_ptr<const UlyssesLayout> MakeUlyssesLayout(const ContextDemand& dema
   const HeadDeal deal = DealHeads(work, group, layout->group_ranks);
   const std::vector<bool> shared = SharedKvHeads(deal, group, layout->kv_heads);
   const int64_t steps = Steps(deal, group, options.head_groups, hybrid);
+  std::vector<std::vector<UlyssesShare>> all;
   for (int r = 0; r < layout->group_ranks; ++r) {
     const auto& queries = deal.queries[static_cast<size_t>(r)];
     const auto shares = SharesOf(HeadSteps(queries, work, group, steps), group, shared);
-    layout->steps.resize(std::max(layout->steps.size(), shares.size()),
-                         std::vector<UlyssesShare>(static_cast<size_t>(layout->group_ranks)));
-    for (size_t s = 0; s < shares.size(); ++s) layout->steps[s][static_cast<size_t>(r)] = shares[s];
+    all.resize(std::max(all.size(), shares.size()),
+               std::vector<UlyssesShare>(static_cast<size_t>(layout->group_ranks)));
+    for (size_t s = 0; s < shares.size(); ++s) all[s][static_cast<size_t>(r)] = shares[s];
   }
-  for (const auto& shares : layout->steps) {
+  for (std::vector<UlyssesShare>& shares : all) {
     auto& pairs = layout->pairs.emplace_back();
     for (const UlyssesShare& share : shares) {
       int64_t sum = 0;
       for (const int32_t kv : share.kv_heads) sum += work[static_cast<size_t>(kv)];
       pairs.push_back(sum);
     }
+    layout->steps.push_back(std::make_shared<const std::vector<UlyssesShare>>(std::move(shares)));
   }
   if (hybrid) PlanOuter(demand, options, *layout);
   return layout;
@@ -338,7 +340,7 @@ std::shared_ptr<const UlyssesPlan> MakeUlyssesPlan(const ContextDemand& demand,
   for (size_t s = 0; s < layout.steps.size(); ++s) {
     UlyssesStep step;
     step.shares = layout.steps[s];
-    const UlyssesShare& mine = step.shares[index];
+    const UlyssesShare& mine = step.share(plan->index);
     step.pairs = layout.pairs[s][index];
     if (plan->hybrid) {
       if (const ProgramBuilder* builder = layout.outer[s][index].builder.get()) {
@@ -353,9 +355,10 @@ std::shared_ptr<const UlyssesPlan> MakeUlyssesPlan(const ContextDemand& demand,
       step.mask = ops::BlockMask::Build(demand.pattern(), demand.kv_heads(), demand.documents(),
                                         all, all, mine.kv_heads);
     }
-    AddGathers(*plan, step);
+    if (with_masks) AddGathers(*plan, step);
     plan->steps.push_back(std::move(step));
   }
+  if (!with_masks) return plan;
   const auto whole = [](const UlyssesShare& s) -> auto& { return s.whole; };
   const auto partial = [](const UlyssesShare& s) -> auto& { return s.partial; };
   plan->unpack_queries = UnpackQueries(*plan);
@@ -369,7 +372,7 @@ int64_t UlyssesWork(const UlyssesLayout& layout, int rank) {
   const int outer_rank = rank / layout.group_ranks;
   int64_t work = 0;
   for (size_t s = 0; s < layout.steps.size(); ++s) {
-    const UlyssesShare& share = layout.steps[s][index];
+    const UlyssesShare& share = (*layout.steps[s])[index];
     if (share.kv_heads.empty()) continue;
     work += share.group * (layout.outer.empty()
                                ? layout.pairs[s][index]
