@@ -16,7 +16,7 @@ struct Programs {
 };
 
 // Writes the programs of the strategies whose queries stay at home: kRing, kDoubleRing, kAllGather
-// and kExchange of `options`. P = ranks of the demand, `own` = rows of a rank's own keys:
+// and kExchange of `options`. P = ranks of the demand, r = a rank:
 //
 //   ring         P - 1 hops of whole shards; backward in the reverse order, starting with the keys
 //                that came last (kKept), so that P - 2 hops of keys and P - 1 of gradients remain,
