@@ -164,8 +164,9 @@ class RanksTest(CudaCase):
         sets = ["run.context_length=512", "run.global_batch_tokens=512", "run.steps=2",
                 "evaluation.every_steps=0", "checkpoint.every_steps=0"]
         self.train_gpu("one", sets)
-        for strategy in ("RING", "ALL_GATHER"):
-            self.train_gpu(strategy, [*sets, "parallel.cp=4", f"parallel.strategy={strategy}"],
+        for strategy, zero in (("RING", 0), ("ALL_GATHER", 1), ("ULYSSES", 2), ("EXCHANGE", 3)):
+            self.train_gpu(strategy, [*sets, "parallel.cp=4", f"parallel.strategy={strategy}",
+                                      f"parallel.zero_stage={zero}"],
                            ["--local-ranks", "4"])
             self.assert_close(strategy, "one", F32)
             self.assertGreater(self.metrics(strategy).steps[0]["comm_bytes"], 0)

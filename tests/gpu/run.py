@@ -354,7 +354,7 @@ def step(run):
 
 def threads_as_ranks(run, quickstart):
     help_text = "\n".join(run.run([run.longspan, "train", "--help"])[0])
-    for strategy in ("RING", "ALL_GATHER"):
+    for strategy in ("RING", "ALL_GATHER", "ULYSSES", "HYBRID", "EXCHANGE", "AUTO"):
         start, check = time.monotonic(), f"4 ranks, {strategy}"
         if "--local-ranks" not in help_text:
             run.record(check, NOT_RUN, "this program has no train --local-ranks", start)
