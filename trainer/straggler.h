@@ -21,7 +21,7 @@ class StragglerWatch {
   static constexpr double kSlower = 3;
   static constexpr int kSteps = 5;
   // Shorter delays are those of any busy machine.
-  static constexpr double kLeastSeconds = 0.01;
+  static constexpr double kLeastSeconds = 0.1;
 
   // One step: own_s[r] of rank r, equally many in every step; a negative time is not known and
   // changes nothing for its rank.

@@ -230,7 +230,9 @@ class SignalTest(e2e.TestCase):
                              f"{number.name}: the step that was under way is the last one")
             self.assertIn(f"stopped and saved at step {step}", result.out)
             self.assertEqual(e2e.checkpoints(run)[-1].name, f"step_{step:08d}")
-            self.assertEqual(result.err, "")
+            # Another job on one of the cores makes a rank slow, and it is right to say so.
+            told = [line for line in result.err.splitlines() if " is slow: " not in line]
+            self.assertEqual(told, [])
             stopped_at.append(step)
         result = self.run_ok(self.train_arguments(run, sets), 2)
         self.assertIn(f"done at step {self.STEPS}", result.out)

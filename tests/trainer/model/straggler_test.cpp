@@ -64,8 +64,8 @@ TEST(StragglerTest, TheMedianIsThatOfTheOthers) {
 
 TEST(StragglerTest, ShortTimesUnknownTimesAndSingleRanksAreNothing) {
   StragglerWatch short_times;
-  EXPECT_TRUE(After(short_times, {0.001, 0.0105}, 20).empty());
-  EXPECT_EQ(After(short_times, {0.001, 0.0115}, 20).size(), 1u);
+  EXPECT_TRUE(After(short_times, {0.001, 0.1005}, 20).empty());
+  EXPECT_EQ(After(short_times, {0.001, 0.1015}, 20).size(), 1u);
   StragglerWatch unknown;
   EXPECT_TRUE(After(unknown, {-1, 5}, 20).empty());
   EXPECT_TRUE(After(unknown, {-1, -1}, 20).empty());
