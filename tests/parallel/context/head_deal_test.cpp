@@ -112,6 +112,14 @@ TEST(HeadDealTest, DenseHeadsAreSpreadByTheirWork) {
   EXPECT_EQ(deal.work_max, 70);
 }
 
+// Dealing the longest first alone ends at 3 + 2 + 2.
+TEST(HeadDealTest, SwapsEvenOutWhatDealingLeaves) {
+  const std::vector<int64_t> work = {3, 3, 2, 2, 2};
+  const HeadDeal deal = DealHeads(work, 1, 2);
+  ExpectWhole(deal, work, 1);
+  EXPECT_EQ(deal.work_max, 6);
+}
+
 TEST(HeadDealTest, MoreRanksThanHeadsLeaveSomeEmpty) {
   const HeadDeal deal = DealHeads(std::vector<int64_t>{5, 5}, 1, 5);
   ExpectWhole(deal, {5, 5}, 1);
