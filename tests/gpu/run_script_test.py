@@ -208,9 +208,9 @@ class WholeRuns(unittest.TestCase):
         status, output, results = self.run_script("step", gtest=GREEN)
         self.assertEqual(set(results.values()), {"passed"}, output)
         self.assertEqual(status, 0)
-        self.assertEqual(len(results), 6)
+        self.assertEqual(len(results), 10)  # six strategies among them
         lines = report.read_jsonl(os.path.join(self.out, "step.jsonl"))
-        self.assertEqual(len(lines), 5 * 50)
+        self.assertEqual(len(lines), 9 * 50)
 
     def test_step_with_other_curves_on_the_gpu(self):
         status, _, results = self.run_script("step", mode="wrong")
