@@ -331,7 +331,10 @@ class Run {
 // of a GPU the last timed step that has ended. Negative: not known.
 double Run::OwnSeconds() {
   if (OnGpu()) return std::exchange(device_own_s_, -1.0);
-  return Seconds(step_begin_) - WaitSeconds(ctx_.trace().Totals());
+  const auto totals = ctx_.trace().Totals();
+  const auto polling = totals.find(kProgressTime);
+  return Seconds(step_begin_) - WaitSeconds(totals) -
+         (polling == totals.end() ? 0.0 : polling->second);
 }
 
 void Run::NoteDeviceSeconds(const StepResult& r) {

@@ -11,6 +11,10 @@
 
 namespace longspan::trainer {
 
+// Category of the Context's Trace under which the progress function of a rank on the CPU adds up
+// what it takes: while transfers are pending, that is waiting and no work of the rank's own.
+inline constexpr const char* kProgressTime = "communication progress";
+
 struct RunSettings {
   std::filesystem::path run_directory;
   // auto: from the newest checkpoint of the run directory, if there is one; never: from the start,

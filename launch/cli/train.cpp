@@ -127,8 +127,13 @@ void Train(const Rank& rank, TrainArguments a) {
                                     .cp = static_cast<int>(options.cp),
                                     .node_ranks = NodeRanks(rank)});
   ctx.SetProgress([&] {
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point begin = Clock::now();
     mesh.axis("cp").Progress();
     mesh.world().Progress();
+    const std::chrono::duration<double> seconds = Clock::now() - begin;
+    // Most calls find nothing to do.
+    if (seconds.count() > 1e-5) ctx.trace().Add(trainer::kProgressTime, seconds.count());
   });
   a.run.peak_flops = PeakFlops(ctx, world, device, options.model.compute);
   const bool root = world.rank() == 0;

@@ -223,12 +223,14 @@ TEST(SimulatedTest, ProcessorTimeCountsBetweenCallsOnly) {
     const double computed = comm.compute_s();
     EXPECT_GE(computed, first ? 0.01 : 0.05);
     EXPECT_LT(computed, first ? 0.04 : 0.09);
-    // A large message, which the threads themselves copy.
+    // Large messages, which the threads themselves copy.
     std::vector<char> data(64 << 20);
     comm.ResetClocks();
-    Work work = first ? comm.Exchange({{1, data.data(), int64_t{64} << 20}}, {})
-                      : comm.Exchange({}, {{0, data.data(), int64_t{64} << 20}});
-    work.Wait();
+    for (int i = 0; i < 10; ++i) {
+      Work work = first ? comm.Exchange({{1, data.data(), int64_t{64} << 20}}, {})
+                        : comm.Exchange({}, {{0, data.data(), int64_t{64} << 20}});
+      work.Wait();
+    }
     EXPECT_LT(comm.compute_s(), 0.005);
     EXPECT_GE(comm.exposed_s(), first ? 0 : 0.25);
   });
