@@ -363,7 +363,9 @@ void Run::FindStragglers(const StepResult& r) {
 RankNote Run::Note() {
   std::vector<double> values(kNotes);
   const parallel::CommCounts counts = counted_.counts();
-  values[kSentBytes] = static_cast<double>(counts.Total().bytes - seen_counts_.Total().bytes);
+  // What the update of this step will send is known already.
+  values[kSentBytes] = static_cast<double>(counts.Total().bytes - seen_counts_.Total().bytes +
+                                           trainer_->parameters().PublishedBytes());
   values[kPeakRssBytes] = static_cast<double>(PeakRssBytes());
   values[kReportFailed] = report_error_.empty() ? 0 : 1;
   values[kControlBytes] = static_cast<double>(counts.control.bytes - seen_counts_.control.bytes);

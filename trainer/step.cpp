@@ -91,7 +91,11 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   GradientExchange exchange(ctx_, mesh_.world(), store_);
   std::vector<double> host(kHostSums);
   Backward(loader, exchange, host);
-  slot->sums = Reduce(exchange, note ? note() : RankNote(), host);
+  {
+    TraceScope scope(ctx_.trace(), "gradient reduction wait");
+    exchange.Finish();
+  }
+  slot->sums = Reduce(note ? note() : RankNote(), host);
 
   Tensor record = report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0));
   const bool skip = options_.on_nonfinite == NonFinitePolicy::kSkip;
@@ -162,10 +166,9 @@ void TrainStep::AddSquares() {
   }
 }
 
-// Sums over all ranks: gradients, losses, what the hosts know. Returns the last operation, of which
-// the host has not heard yet whether it failed.
-parallel::Work TrainStep::Reduce(GradientExchange& exchange, const RankNote& note,
-                                 std::vector<double>& host) {
+// Sums over all ranks: losses, squares of gradients, what the hosts know. Returns the last
+// operation, of which the host has not heard yet whether it failed.
+parallel::Work TrainStep::Reduce(const RankNote& note, std::vector<double>& host) {
   host[kSignals] = note.wish == StopWish::kSignal ? 1 : 0;
   host[kTimeUp] = note.wish == StopWish::kTimeUp ? 1 : 0;
   if (note.values.size() != values_) {  // in the first step
@@ -181,14 +184,16 @@ parallel::Work TrainStep::Reduce(GradientExchange& exchange, const RankNote& not
   host[host.size() - static_cast<size_t>(mesh_.world().size() - mesh_.world().rank())] =
       host[kPairs];
   report_.Rows(kDeviceSums, sums).WriteFrom(host.data());
-  TraceScope scope(ctx_.trace(), "gradient reduction wait");
-  exchange.Finish();
   // Each part counts once, whatever number of ranks hold it; whole gradients are summed by now, and
   // the same everywhere.
   const parallel::ShardGroups* groups = store_.groups();
   if (groups != nullptr && groups->copy() == 0) AddSquares();
-  parallel::Work work = mesh_.world().AllReduce(report_.Rows(0, sums), parallel::ReduceOp::kSum);
-  parallel::Work(work).Wait();
+  parallel::Work work;
+  {
+    TraceScope scope(ctx_.trace(), "gradient reduction wait");
+    work = mesh_.world().AllReduce(report_.Rows(0, sums), parallel::ReduceOp::kSum);
+    parallel::Work(work).Wait();
+  }
   if (groups == nullptr) AddSquares();
   return work;
 }

@@ -86,8 +86,8 @@ class TrainStep {
             ParameterStore& store);
 
   // `step` counts from 0 and decides learning rate and bias correction. `note` is asked when the
-  // step's gradients have been issued, so that a long step in which a wish comes up is the last
-  // one (on a GPU: the one after it).
+  // step's gradients have been summed (on a GPU: issued), so that a long step in which a wish comes
+  // up is the last one (on a GPU: the one after it).
   PendingStep Begin(data::Loader& loader, int64_t step, const std::function<RankNote()>& note);
   // Waits for the step. Once for each, in order. Throws StepFailure for one that is not finite
   // under STOP; under SKIP that is `skipped`, and counting is up to the caller. Throws CommError
@@ -101,8 +101,7 @@ class TrainStep {
   void Prepare(size_t values);
   std::shared_ptr<PendingStep::Slot> FreeSlot();
   void Backward(data::Loader& loader, GradientExchange& exchange, std::vector<double>& host);
-  parallel::Work Reduce(GradientExchange& exchange, const RankNote& note,
-                        std::vector<double>& host);
+  parallel::Work Reduce(const RankNote& note, std::vector<double>& host);
   Tensor Squares() const;
   void AddSquares();
   void CheckPlans(const BatchPlans& plans);

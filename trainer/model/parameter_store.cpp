@@ -280,4 +280,15 @@ void ParameterStore::Publish(size_t bucket) {
   }
 }
 
+int64_t ParameterStore::PublishedBytes() const {
+  int64_t bytes = 0;
+  for (const Bucket& b : buckets_) {
+    for (const OwnedSegment& s : b.owned) {
+      if (s.gather == nullptr || !s.layout.trained || !s.layout.resident) continue;
+      bytes += (groups_->parts() - 1) * static_cast<int64_t>(s.gather->shard().bytes());
+    }
+  }
+  return bytes;
+}
+
 }  // namespace longspan::trainer

@@ -164,6 +164,8 @@ class ParameterStore {
   bool keeps_grads() const { return keeps_grads_; }
   // After an update of this bucket's masters and values: begins to tell the other ranks.
   void Publish(size_t bucket);
+  // What this rank sends when all buckets are published.
+  int64_t PublishedBytes() const;
 
  private:
   void AllocateWhole(Bucket& bucket, DType wide, const StoreOptions& store);
