@@ -168,34 +168,43 @@ TEST(ContextDemandTest, EqualsTheCountTokenByToken) {
   EXPECT_GT(cases, 50);
 }
 
-// Runs with a step are added 64 blocks at a time; rows longer than those above, and every phase.
-TEST(ContextDemandTest, LongStridedRowsEqualTheMask) {
+// Long runs are added 64 blocks at a time: rows longer than those above, of every step and phase.
+TEST(ContextDemandTest, LongRowsEqualTheMask) {
   constexpr int64_t kTokens = 64 * 700 - 9;
   const auto documents = std::make_shared<const Documents>(
       Documents::FromEnds(kTokens, {{64 * 37 + 5, 64 * 300, kTokens}}));
+  std::vector<AttentionPattern> patterns = {AttentionPattern::Causal(), AttentionPattern::Full(),
+                                            AttentionPattern::Window(64 * 150 + 7, 3),
+                                            AttentionPattern::BlockCausal(128)};
   for (const int64_t stride : {2, 3, 7, 31, 32, 33, 64, 100}) {
     for (const int64_t block : {32, 64, 128}) {
-      const auto pattern = AttentionPattern::S2({.block_size = block,
-                                                 .local_blocks = 2,
-                                                 .stride_blocks = stride,
-                                                 .allow_incomplete_coverage = true});
-      SCOPED_TRACE(pattern.ToString());
-      const Placement placement(PlacementKind::kZigzag, 1, kTokens, 3);
-      const auto demand =
-          ContextDemand::Build(pattern, 3, documents, std::make_shared<const Placement>(placement));
-      for (int rank = 0; rank < 3; ++rank) {
-        const auto mask = ops::BlockMask::Build(pattern, 3, documents, placement.blocks(rank),
-                                                ops::BlockList::All(*documents));
-        for (int64_t h = 0; h < 3; ++h) {
-          std::vector<int32_t> needed;
-          for (int owner = 0; owner < 3; ++owner) {
-            const auto from = demand->NeededFrom(rank, owner, demand->pattern_of(h));
-            needed.insert(needed.end(), from.begin(), from.end());
-          }
-          std::sort(needed.begin(), needed.end());
-          EXPECT_EQ(needed, mask->NeededKeys(h)) << "rank " << rank << " head " << h;
-          EXPECT_EQ(demand->Pairs(demand->pattern_of(h), rank), mask->VisiblePairs(h));
+      patterns.push_back(AttentionPattern::S2({.block_size = block,
+                                               .local_blocks = 2,
+                                               .stride_blocks = stride,
+                                               .allow_incomplete_coverage = true}));
+    }
+  }
+  for (const AttentionPattern& pattern : patterns) {
+    SCOPED_TRACE(pattern.ToString());
+    const Placement placement(PlacementKind::kZigzag, 1, kTokens, 3);
+    const auto demand =
+        ContextDemand::Build(pattern, 3, documents, std::make_shared<const Placement>(placement));
+    for (int rank = 0; rank < 3; ++rank) {
+      const auto mask = ops::BlockMask::Build(pattern, 3, documents, placement.blocks(rank),
+                                              ops::BlockList::All(*documents));
+      for (int64_t h = 0; h < 3; ++h) {
+        const int32_t p = demand->pattern_of(h);
+        std::vector<int32_t> needed;
+        int64_t pairs = 0;
+        for (int owner = 0; owner < 3; ++owner) {
+          const auto from = demand->NeededFrom(rank, owner, p);
+          needed.insert(needed.end(), from.begin(), from.end());
+          pairs += demand->PairsBetween(p, rank, owner);
         }
+        std::sort(needed.begin(), needed.end());
+        EXPECT_EQ(needed, mask->NeededKeys(h)) << "rank " << rank << " head " << h;
+        EXPECT_EQ(demand->Pairs(p, rank), mask->VisiblePairs(h));
+        EXPECT_EQ(pairs, mask->VisiblePairs(h));
       }
     }
   }
