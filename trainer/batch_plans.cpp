@@ -21,8 +21,8 @@ ops::AttentionPattern NominalPattern(const MixerOptions& mixer) {
 BatchPlanner::BatchPlanner(const ModelOptions& model, const ContextLayout& layout, int cp_rank)
     : model_(model), layout_(layout), cp_rank_(cp_rank), ctx_(ContextOptions{.threads = 1}) {
   for (const MixerOptions& mixer : model_.mixers) {
-    LONGSPAN_CHECK(!(mixer.moba || mixer.seer) || layout_.ranks == 1)
-        << "mixer " << mixer.name << " is routed, which is not built for context parallelism";
+    LONGSPAN_CHECK(!mixer.seer || layout_.ranks == 1)
+        << "mixer " << mixer.name << " is of kind seer, which is not built for context parallelism";
     LONGSPAN_CHECK(!(mixer.moba || mixer.seer || mixer.duo) || !mixer.IsSigmoid())
         << "mixer " << mixer.name << " is built for softmax only";
   }
@@ -89,12 +89,15 @@ std::shared_ptr<const BatchPlans> BatchPlanner::PlansFor(
     batch->stream_plans.push_back(
         plan(mixer.duo.has_value(), mixer.duo ? mixer.duo->Stream() : mixer.pattern));
     batch->moba_plans.push_back(
-        mixer.moba ? ops::MobaPlan::Build(*mixer.moba, model_.num_kv_heads, documents) : nullptr);
+        mixer.moba ? parallel::MakeRoutedPlan(*mixer.moba, model_.num_kv_heads, documents,
+                                              batch->placement, layout_.strategy, cp_rank_)
+                   : nullptr);
     batch->seer_plans.push_back(mixer.seer ? MakeSeerPlan(ctx_, model_, *mixer.seer, *documents)
                                            : nullptr);
     for (const auto& p : {batch->plans.back(), batch->stream_plans.back()}) {
       if (p != nullptr) hash.Add(p->figures.hash);
     }
+    if (mixer.moba) hash.Add(batch->moba_plans.back()->hash());
   }
   batch->hash = hash.value();
   CountPairs(*batch);

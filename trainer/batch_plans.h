@@ -11,6 +11,7 @@
 #include "parallel/context/choose.h"
 #include "parallel/context/placement.h"
 #include "parallel/context/plan.h"
+#include "parallel/context/routed_plan.h"
 #include "trainer/model/options.h"
 #include "trainer/model/seer.h"
 
@@ -35,7 +36,7 @@ struct BatchPlans {
   std::shared_ptr<const parallel::Placement> placement;
   // One for each mixer; null where a mixer has none.
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> plans, stream_plans;
-  std::vector<std::shared_ptr<const ops::MobaPlan>> moba_plans;
+  std::vector<std::shared_ptr<const parallel::RoutedPlan>> moba_plans;
   std::vector<std::shared_ptr<const SeerPlan>> seer_plans;
   // (query, key, query head) triples that attention evaluates on this rank, summed over layers, and
   // those that are left when gates are open.

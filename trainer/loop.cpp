@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "parallel/comm/bootstrap.h"
+#include "parallel/context/routed.h"
 #include "parallel/context/strategy.h"
 #include "trainer/agreement.h"
 #include "trainer/checkpoint/directory.h"
@@ -69,10 +70,20 @@ class Reporter {
 
 // What each rank notes beside the sums of a step; kDeviceBytes by category of memory.
 // kStrategies: of every strategy of attention the bytes sent and the seconds waited.
-constexpr parallel::StrategyKind kStrategyKinds[] = {
-    parallel::StrategyKind::kRing,      parallel::StrategyKind::kDoubleRing,
-    parallel::StrategyKind::kAllGather, parallel::StrategyKind::kUlysses,
-    parallel::StrategyKind::kHybrid,    parallel::StrategyKind::kExchange};
+struct CountedStrategy {
+  parallel::Traffic traffic;
+  const char* wait;  // category of the Trace: "wait of " and the name
+};
+CountedStrategy Counted(parallel::StrategyKind kind) {
+  return {parallel::TrafficOf(kind), parallel::WaitCategory(kind)};
+}
+const CountedStrategy kCounted[] = {Counted(parallel::StrategyKind::kRing),
+                                    Counted(parallel::StrategyKind::kDoubleRing),
+                                    Counted(parallel::StrategyKind::kAllGather),
+                                    Counted(parallel::StrategyKind::kUlysses),
+                                    Counted(parallel::StrategyKind::kHybrid),
+                                    Counted(parallel::StrategyKind::kExchange),
+                                    {parallel::Traffic::kRouted, parallel::kRoutedWait}};
 enum RankValue {
   kSentBytes,
   kControlBytes,
@@ -80,7 +91,7 @@ enum RankValue {
   kReportFailed,
   kOwnSeconds,
   kStrategies,
-  kDeviceBytes = kStrategies + 2 * std::size(kStrategyKinds)
+  kDeviceBytes = kStrategies + 2 * std::size(kCounted)
 };
 constexpr size_t kNotes = kDeviceBytes + kMemoryCategories;
 
@@ -371,11 +382,11 @@ RankNote Run::Note() {
   values[kControlBytes] = static_cast<double>(counts.control.bytes - seen_counts_.control.bytes);
   values[kOwnSeconds] = OwnSeconds();
   const std::map<std::string, double> totals = ctx_.trace().Totals();
-  for (size_t i = 0; i < std::size(kStrategyKinds); ++i) {
-    const auto waited = totals.find(parallel::WaitCategory(kStrategyKinds[i]));
-    values[kStrategies + 2 * i] = static_cast<double>(
-        counts.bytes_of[static_cast<size_t>(parallel::TrafficOf(kStrategyKinds[i]))] -
-        seen_counts_.bytes_of[static_cast<size_t>(parallel::TrafficOf(kStrategyKinds[i]))]);
+  for (size_t i = 0; i < std::size(kCounted); ++i) {
+    const auto waited = totals.find(kCounted[i].wait);
+    const auto traffic = static_cast<size_t>(kCounted[i].traffic);
+    values[kStrategies + 2 * i] =
+        static_cast<double>(counts.bytes_of[traffic] - seen_counts_.bytes_of[traffic]);
     values[kStrategies + 2 * i + 1] = waited == totals.end() ? 0 : waited->second;
   }
   const BytesByCategory peak = ctx_.allocator().peak_by_category();
@@ -386,8 +397,8 @@ RankNote Run::Note() {
 void Run::FillContext(const StepResult& r, StepMetrics& m) const {
   m.plan_ms = r.plan_ms;
   m.context_work_max_over_mean = r.context_work_max_over_mean;
-  for (size_t i = 0; i < std::size(kStrategyKinds); ++i) {
-    StrategyMetrics use{parallel::WaitCategory(kStrategyKinds[i]) + sizeof("wait of"), 0, {}};
+  for (size_t i = 0; i < std::size(kCounted); ++i) {
+    StrategyMetrics use{kCounted[i].wait + sizeof("wait of"), 0, {}};
     double waited_s = 0;
     for (size_t rank = 0; rank < r.notes.size(); rank += kNotes) {
       use.bytes += std::llround(r.notes[rank + kStrategies + 2 * i]);

@@ -262,9 +262,10 @@ double FlopsOf(const ComputeStep& step, const Tensor& q, int64_t kv_heads, bool 
 class ForwardPass {
  public:
   ForwardPass(Context& ctx, const Program& program, const Tensor& q, int64_t group,
-              const ops::AttentionOptions& options)
+              const ops::AttentionOptions& options, bool round_output)
       : ctx_(ctx),
         options_(options),
+        dtype_(round_output ? q.dtype() : AccumulatorOf(q.dtype())),
         q_(q),
         group_(group),
         softmax_(options.normalization == ops::Normalization::kSoftmax),
@@ -273,7 +274,7 @@ class ForwardPass {
     for (const auto& [range, steps] : left_) covered += (range.second - range.first) * group;
     if (left_.size() == 1 && covered == q.dim(1)) return;  // the one result is the output
     const bool gaps = covered < q.dim(1);
-    o_ = gaps ? ctx.Zeros(q.shape(), q.dtype()) : ctx.Empty(q.shape(), q.dtype());
+    o_ = gaps ? ctx.Zeros(q.shape(), dtype_) : ctx.Empty(q.shape(), dtype_);
     if (!softmax_) return;
     lse_ = ctx.Empty({q.dim(0), q.dim(1)}, AccumulatorOf(q.dtype()));
     if (gaps) ops::Fill(ctx, lse_, -std::numeric_limits<double>::infinity());
@@ -286,7 +287,8 @@ class ForwardPass {
     if (!state.q.defined()) state.q = HeadsOf(ctx_, q_, heads);
     int& left = left_.at(range);
     ops::AttentionOptions options = options_;
-    options.round_output = left == 1 && !state.o.defined();  // the only step: nothing to merge
+    // The only step has nothing to merge.
+    options.round_output = dtype_ == q_.dtype() && left == 1 && !state.o.defined();
     const auto part = ops::AttentionForward(ctx_, state.q, kv, *step.mask, options);
     if (!state.o.defined()) {
       state.o = part.o;
@@ -297,7 +299,7 @@ class ForwardPass {
       ops::AddInto(ctx_, state.o, part.o);
     }
     if (--left > 0) return;
-    if (state.o.dtype() != q_.dtype()) state.o = ops::Cast(ctx_, state.o, q_.dtype());
+    if (state.o.dtype() != dtype_) state.o = ops::Cast(ctx_, state.o, dtype_);
     if (o_.defined()) {
       ops::PlaceHeads(ctx_, state.o, heads.first, o_);
       if (softmax_) ops::PlaceHeads(ctx_, state.lse, heads.first, lse_);
@@ -316,6 +318,7 @@ class ForwardPass {
   };
   Context& ctx_;
   const ops::AttentionOptions& options_;
+  const DType dtype_;  // of o
   const Tensor& q_;
   const int64_t group_;
   const bool softmax_;
@@ -384,10 +387,11 @@ ops::KvView KeysOf(const Pass& pass, const ComputeStep& step, int32_t index, con
 }  // namespace
 
 ForwardOutput RunForward(Context& ctx, Communicator& comm, const Program& program, const Tensor& q,
-                         const Tensor& k, const Tensor& v, const ops::AttentionOptions& options) {
+                         const Tensor& k, const Tensor& v, const ops::AttentionOptions& options,
+                         bool round_output) {
   CheckOperands(program, q, k, v);
   Pass pass(ctx, comm, program, k, v, {});
-  ForwardPass attention(ctx, program, q, q.dim(1) / k.dim(1), options);
+  ForwardPass attention(ctx, program, q, q.dim(1) / k.dim(1), options, round_output);
   Tensor none;
   for (const Instruction& instruction : program.instructions) {
     pass.Do(instruction, none, none);

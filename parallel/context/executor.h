@@ -20,9 +20,11 @@ struct ForwardOutput {
   Tensor o, lse;
   Tensor kept;  // arena kKept [rows, 2, D] for the backward pass; undefined when it has no rows
 };
-// Collective. What no step of the program computes has o = 0 and lse = -inf.
+// Collective. What no step of the program computes has o = 0 and lse = -inf. Without `round_output`
+// o is f32 (f64), to be merged with results over other keys.
 ForwardOutput RunForward(Context& ctx, Communicator& comm, const Program& program, const Tensor& q,
-                         const Tensor& k, const Tensor& v, const ops::AttentionOptions& options);
+                         const Tensor& k, const Tensor& v, const ops::AttentionOptions& options,
+                         bool round_output = true);
 
 struct BackwardOutput {
   Tensor dq, dk, dv;

@@ -3,6 +3,7 @@
 #include "ops/elementwise/elementwise.h"
 #include "parallel/context/choose.h"
 #include "parallel/context/executor.h"
+#include "parallel/context/strategy_scope.h"
 #include "parallel/context/ulysses_run.h"
 
 namespace longspan::parallel {
@@ -44,31 +45,6 @@ BackwardOutput WholeBackward(Context& ctx, const ops::BlockMask& mask, const Ten
                          ops::MakeKvGradView(grads.dk, grads.dv, mask), options);
   return grads;
 }
-
-// Counts what a pass sends and waits for under its strategy while this lives.
-class StrategyScope {
- public:
-  StrategyScope(Context& ctx, Communicator& comm, StrategyKind kind)
-      : ctx_(ctx),
-        kind_(kind),
-        timed_(comm.size() > 1 && ctx.device().kind == DeviceKind::kCpu),
-        traffic_(comm, TrafficOf(kind)),
-        before_(Waited()) {}
-  ~StrategyScope() {
-    if (timed_) ctx_.trace().Add(WaitCategory(kind_), Waited() - before_);
-  }
-  StrategyScope(const StrategyScope&) = delete;
-  StrategyScope& operator=(const StrategyScope&) = delete;
-
- private:
-  double Waited() const { return timed_ ? ctx_.trace().Totals()["communication wait"] : 0; }
-
-  Context& ctx_;
-  const StrategyKind kind_;
-  const bool timed_;
-  const TrafficScope traffic_;
-  const double before_;
-};
 
 }  // namespace
 
@@ -118,7 +94,7 @@ ContextAttentionResult ContextAttentionForward(Context& ctx, Communicator& comm,
                                                const ops::AttentionOptions& options) {
   CheckOperands(comm, plan, q, k, v);
   const TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
-  const StrategyScope counted(ctx, comm, plan.strategy);
+  const StrategyScope counted(ctx, comm, TrafficOf(plan.strategy), WaitCategory(plan.strategy));
   if (plan.ranks == 1) return WholeForward(ctx, *plan.whole, q, k, v, options);
   if (plan.ulysses != nullptr) {
     UlyssesOutput out = UlyssesForward(ctx, comm, *plan.ulysses, q, k, v, options);
@@ -137,7 +113,7 @@ ContextAttentionGrads ContextAttentionBackward(Context& ctx, Communicator& comm,
   LONGSPAN_CHECK(d_out.shape() == q.shape())
       << "d_out " << d_out.Describe() << " but q " << q.Describe();
   const TraceScope scope(ctx.trace(), "context attention");  // kernels, merges, waits
-  const StrategyScope counted(ctx, comm, plan.strategy);
+  const StrategyScope counted(ctx, comm, TrafficOf(plan.strategy), WaitCategory(plan.strategy));
   const bool softmax = options.normalization == ops::Normalization::kSoftmax;
   const Tensor delta = softmax ? ops::AttentionDelta(ctx, d_out, saved.o) : Tensor();
   if (plan.ulysses != nullptr) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "ops/autograd/moba.h"
 #include "ops/autograd/recompute.h"
 #include "parallel/context/autograd.h"
 #include "trainer/model/weight_use.h"
@@ -71,7 +70,7 @@ Var AttentionBranch(Tape& tape, parallel::Communicator& cp, const ModelOptions& 
   };
   Var o;
   if (options.mixers[mixer].moba) {
-    o = autograd::Moba(tape, batch.moba_plans[mixer], q, k, v, how);
+    o = parallel::RoutedContextAttention(tape, cp, batch.moba_plans[mixer], q, k, v, how);
   } else if (p.seer.q != nullptr && gates == GateUse::kTaught) {
     o = SeerTeach(tape, *batch.seer_plans[mixer], *batch.plans[mixer], p.seer, plain_q, plain_k, q,
                   k, v, how, *lesson);

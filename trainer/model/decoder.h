@@ -6,6 +6,7 @@
 #include "ops/autograd/functions.h"
 #include "parallel/comm/communicator.h"
 #include "parallel/context/plan.h"
+#include "parallel/context/routed_plan.h"
 #include "trainer/model/parameters.h"
 #include "trainer/model/seer.h"
 
@@ -22,7 +23,7 @@ struct LocalBatch {
   // The same as plans for the streaming branch; null for mixers that have none.
   std::vector<std::shared_ptr<const parallel::AttentionPlan>> stream_plans{};
   // One per mixer; null unless it is routed, and then plans has null.
-  std::vector<std::shared_ptr<const ops::MobaPlan>> moba_plans{};
+  std::vector<std::shared_ptr<const parallel::RoutedPlan>> moba_plans{};
 };
 
 // Called once per bucket, in reverse order of the forward pass, when the backward pass of one

@@ -1,7 +1,11 @@
 // Models with routed layers: where every block is chosen they are the causal model, in losses and
-// in gradients of all weights.
+// in gradients of all weights, and rows may be split over ranks.
 #include <gtest/gtest.h>
 
+#include <mutex>
+
+#include "parallel/comm/counting.h"
+#include "parallel/comm/local.h"
 #include "parallel/comm/self.h"
 #include "tests/support/numeric.h"
 #include "tests/trainer/model/model_support.h"
@@ -34,10 +38,6 @@ data::MicroBatch MakeBatch(const ModelOptions& m) {
     }
   }
   return batch;
-}
-
-parallel::Placement WholeRows(int64_t ranks = 1) {
-  return parallel::Placement(parallel::PlacementKind::kZigzag, kRows, 512 * ranks, ranks);
 }
 
 struct Outcome {
@@ -113,10 +113,78 @@ TEST(MobaModelTest, RecomputeChangesNothing) {
   }
 }
 
-TEST(MobaModelTest, RefusesSeveralRanks) {
-  EXPECT_THROW(
-      BatchBuilder(MobaModel(DType::kF32, 2), WholeRows(2), parallel::StrategyKind::kRing, 0),
-      Error);
+// The loss and the gradients of all ranks together, and control bytes that one of them sent.
+struct SplitOutcome {
+  double loss = 0, attention_pairs = 0;
+  Vec gradients;
+  int64_t control_bytes = 0;
+};
+SplitOutcome RunSplit(const ModelOptions& m, const data::MicroBatch& micro_batch, int ranks,
+                      parallel::PlacementKind placement) {
+  SplitOutcome all;
+  std::mutex mutex;
+  parallel::RunLocal(ranks, [&](parallel::Communicator& world) {
+    parallel::CountingCommunicator comm(world);
+    Context ctx(ContextOptions{.threads = 1, .poison_buffers = true});
+    ctx.SetProgress([&] { comm.Progress(); });
+    ParameterStore store(ctx, m, true);
+    store.Initialize(11);
+    BatchBuilder builder(m,
+                         {.placement = placement,
+                          .rows = micro_batch.rows,
+                          .row_length = micro_batch.row_length,
+                          .ranks = ranks,
+                          .strategy = {.kind = parallel::StrategyKind::kRing}},
+                         comm.rank());
+    const auto batch = builder.Build(micro_batch);
+    autograd::Tape tape(ctx);
+    const auto loss = DecoderForward(tape, comm, m, store, batch->local, {});
+    tape.Backward();
+    const std::lock_guard lock(mutex);
+    all.loss += ops::ReadLossSums(loss.sums).loss;
+    all.attention_pairs += batch->attention_pairs;
+    all.control_bytes = std::max(all.control_bytes, comm.counts().control.bytes);
+    size_t at = 0;
+    for (Bucket& bucket : store.buckets()) {
+      for (const double g : ToVec(bucket.grad)) {
+        if (at == all.gradients.size()) all.gradients.push_back(0);
+        all.gradients[at++] += g;
+      }
+    }
+  });
+  return all;
+}
+
+TEST(MobaModelTest, RanksThatShareRowsAreOneRank) {
+  constexpr int64_t kLong = 512;
+  for (const int64_t top_k : {1, 3}) {
+    for (const bool recompute : {false, true}) {
+      ModelOptions m = MobaModel(DType::kF64, top_k);
+      m.recompute_layers = recompute;
+      data::MicroBatch batch{.rows = 1, .row_length = kLong};
+      batch.doc_ends = {{130, 131, kLong}};
+      const Philox rng(5, StreamOf("moba ranks"));
+      for (int64_t i = 0; i < kLong; ++i) {
+        const uint64_t n = static_cast<uint64_t>(i), vocab = static_cast<uint64_t>(m.vocab_size);
+        batch.tokens.push_back(static_cast<int32_t>(rng.Below(2 * n, vocab)));
+        const bool last = i == 129 || i == 130 || i == kLong - 1;
+        batch.labels.push_back(last ? -1 : static_cast<int32_t>(rng.Below(2 * n + 1, vocab)));
+        batch.positions.push_back(i < 130 ? i : i == 130 ? 0 : i - 131);
+      }
+      const SplitOutcome one = RunSplit(m, batch, 1, parallel::PlacementKind::kContiguous);
+      EXPECT_EQ(one.control_bytes, 0);
+      for (const auto& [ranks, placement] : {std::pair{2, parallel::PlacementKind::kZigzag},
+                                             {2, parallel::PlacementKind::kStriped},
+                                             {4, parallel::PlacementKind::kBalanced}}) {
+        SCOPED_TRACE(Str(ranks, " ranks ", ToString(placement), " top ", top_k, recompute));
+        const SplitOutcome got = RunSplit(m, batch, ranks, placement);
+        EXPECT_NEAR(got.loss / one.loss, 1, 1e-12);
+        EXPECT_LT(RelMax(got.gradients, one.gradients), 1e-10);
+        EXPECT_EQ(got.attention_pairs, one.attention_pairs);
+        EXPECT_EQ(got.control_bytes > 0, top_k > 1);
+      }
+    }
+  }
 }
 
 }  // namespace
