@@ -25,7 +25,7 @@ struct Measured {
 
 // Forward and backward pass of one row that is one document.
 Measured Measure(const ModelOptions& model, int64_t tokens) {
-  Context ctx(ContextOptions{.threads = 2, .poison_buffers = false});
+  Context ctx(ContextOptions{.threads = 1, .poison_buffers = false});
   parallel::SelfCommunicator self;
   ParameterStore store(ctx, model, /*training=*/true);
   store.Initialize(3);
@@ -240,7 +240,7 @@ TEST(MemoryTest, TheLossNeedsNoMoreForMoreTokens) {
       };
       EXPECT_LT(bytes(int64_t{1} << 20), int64_t{64} << 20) << vocab;
       EXPECT_LT(static_cast<double>(bytes(int64_t{1} << 24)),
-                1.02 * static_cast<double>(bytes(int64_t{1} << 20)))
+                1.05 * static_cast<double>(bytes(int64_t{1} << 20)))
           << vocab;
       EXPECT_LE(ops::AutoChunkTokens(vocab, DeviceKind::kCpu) * vocab * 4,
                 std::max(int64_t{32} << 20, 64 * vocab * 4));
