@@ -48,6 +48,42 @@ TEST(CountingTest, BytesFollowTheStatedConvention) {
   });
 }
 
+// What ranks tell each other counts apart, also through a decorator and from a part of the ranks.
+TEST(CountingTest, ControlTrafficCountsApart) {
+  using parallel::Traffic;
+  parallel::RunLocal(4, [](Communicator& comm) {
+    Context ctx(ContextOptions{.device = {}, .threads = 1});
+    CountingCommunicator world(comm);
+    CountingCommunicator outer(static_cast<Communicator&>(world));
+    const auto half = outer.Split(comm.rank() / 2, comm.rank());
+    Tensor one = ctx.Zeros({1}, DType::kF64), two = ctx.Zeros({2}, DType::kF64);
+    Tensor four = ctx.Zeros({4}, DType::kF64);
+    half->AllGather(one, two).Wait();  // 8 bytes
+    {
+      const parallel::TrafficScope routed(*half, Traffic::kRouted);
+      {
+        const parallel::ControlTraffic control(*half);
+        half->AllGather(two, four).Wait();  // 16 bytes of control
+      }
+      half->AllReduce(two, ReduceOp::kSum).Wait();  // 16 bytes, routed again
+    }
+    half->AllReduce(one, ReduceOp::kSum).Wait();  // 8 bytes
+    for (const CountingCommunicator* counting : {&world, &outer}) {
+      const auto counts = counting->counts();
+      EXPECT_EQ(counts.control.calls, 1);
+      EXPECT_EQ(counts.control.bytes, 16);
+      EXPECT_EQ(counts.bytes_of[static_cast<size_t>(Traffic::kControl)], 16);
+      EXPECT_EQ(counts.bytes_of[static_cast<size_t>(Traffic::kRouted)], 16);
+      EXPECT_EQ(counts.bytes_of[static_cast<size_t>(Traffic::kPayload)], 16);
+      EXPECT_EQ(counts[CommOp::kAllGather].bytes, 8);
+      EXPECT_EQ(counts[CommOp::kAllReduce].calls, 2);
+      EXPECT_EQ(counts.Total().bytes, 32);
+    }
+    world.ResetCounts();
+    EXPECT_EQ(world.counts().control.bytes, 0);
+  });
+}
+
 TEST(CountingTest, OneRankSendsNothing) {
   parallel::SelfCommunicator self;
   CountingCommunicator counting(self);
