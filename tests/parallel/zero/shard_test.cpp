@@ -30,13 +30,17 @@ TEST(FlatShardTest, PartsCoverEverythingOnceInOrder) {
         EXPECT_EQ(cut.begin(r), next);
         EXPECT_LE(cut.end(r) - cut.begin(r), cut.slot());
         // What the kernels and the collectives see as rank r's slot begins where its part does.
-        if (cut.end(r) > cut.begin(r)) EXPECT_EQ(cut.begin(r), r * cut.slot());
+        if (cut.end(r) > cut.begin(r)) {
+          EXPECT_EQ(cut.begin(r), r * cut.slot());
+        }
         next = cut.end(r);
       }
       EXPECT_EQ(next, n);
       EXPECT_EQ(cut.padded(), cut.slot() * parts);
       EXPECT_LT(cut.padded() - n, parts == 1 ? 1 : 8 * parts) << n << " on " << parts;
-      if (parts > 1) EXPECT_EQ(cut.slot() % 8, 0);
+      if (parts > 1) {
+        EXPECT_EQ(cut.slot() % 8, 0);
+      }
     }
   }
 }
@@ -217,7 +221,9 @@ TEST(ShardGatherTest, WholesComeAndGo) {
           gather.Drop();
           EXPECT_EQ(gather.started(), resident);
         }
-        if (!resident) EXPECT_THROW(gather.Wait(), InvalidArgument);
+        if (!resident) {
+          EXPECT_THROW(gather.Wait(), InvalidArgument);
+        }
         gather.Start();  // and is not waited for by anybody but the end
       });
     }
