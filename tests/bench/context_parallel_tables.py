@@ -48,8 +48,8 @@ def strategies(table, records):
         fastest = min(r["step_ms"] for r in group if r["strategy"] != "auto") if len(group) > 1 else None
         for r in group:
             moved = r.get("bytes_moved")
-            rows.append((mask, ranks, which, name_of(r), megabytes(r["bytes_planned"]),
-                         "" if moved is None else "yes" if moved == r["bytes_planned"] else megabytes(moved),
+            rows.append((mask, int(ranks), which, name_of(r), megabytes(r["bytes_planned"]),
+                         "-" if moved is None else "yes" if moved == r["bytes_planned"] else megabytes(moved),
                          megabytes(r["lower_bound_bytes"]), share(r["bytes_planned"], r["dense_ring_bytes"]),
                          share(r["worst_rank_bytes"] * r["ranks"], r["dense_ring_bytes"]),
                          f"{r['work_max_over_mean']:.3f}", f"{r['compute_ms']:.3f}", f"{r['exposed_ms']:.3f}",
@@ -73,7 +73,7 @@ def auto(table, records):
         chosen = next(r["impl"] for r in group if r["strategy"] == "auto")
         best = min((t, s) for s, t in total.items() if s != "auto")
         ratio = total["auto"] / best[0]
-        rows.append((mask, ranks, chosen, f"{total['auto']:.3f}", best[1], f"{best[0]:.3f}", f"{ratio:.3f}",
+        rows.append((mask, int(ranks), chosen, f"{total['auto']:.3f}", best[1], f"{best[0]:.3f}", f"{ratio:.3f}",
                      "met (<= 1.05)" if ratio <= 1.05 else "missed (<= 1.05)"))
     return table(("mask", "P", "auto takes", "ms", "fastest", "ms", "auto / fastest", "goal"), rows)
 
@@ -84,7 +84,7 @@ def balance(table, records):
         of = {r["placement"]: r for r in group}
         floor = max(1, group[0]["balance_floor"])
         balanced = of["balanced"]["work_max_over_mean"] / floor if "balanced" in of else None
-        rows.append((mask, ranks, *(f"{of[p]['work_max_over_mean']:.3f}" if p in of else "-"
+        rows.append((mask, int(ranks), *(f"{of[p]['work_max_over_mean']:.3f}" if p in of else "-"
                                     for p in ("contiguous", "zigzag", "striped", "balanced")), f"{floor:.3f}",
                      "-" if balanced is None else "met (<= 1.03)" if balanced <= 1.03 else "missed (<= 1.03)",
                      *(share(of[p]["bytes_planned"], of[p]["dense_ring_bytes"]) if p in of else "-"
