@@ -13,9 +13,11 @@ class FileWriter;
 // keeps all complete lines.
 //
 //   step        {"step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "step_ms",
-//                "tokens_per_s", "mfu", "work_max_over_mean", "comm_bytes", "peak_rss_bytes",
-//                "peak_device_bytes", "peak_device_memory": {"activations", "parameters",
-//                "gradients", "optimizer", "workspace", "staging", "attention", "communication"}}
+//                "tokens_per_s", "mfu", "work_max_over_mean", "comm_bytes", "control_bytes",
+//                "strategies": {NAME: {"bytes", "exposed_ms"}}, "plan_ms",
+//                "context_work_max_over_mean", "peak_rss_bytes", "peak_device_bytes",
+//                "peak_device_memory": {"activations", "parameters", "gradients", "optimizer",
+//                "workspace", "staging", "attention", "communication"}}
 //   evaluation  {"step", "eval", "value"}
 //
 // Numbers are printed so that reading them gives the same bits back. JSON has no NaN or infinity:
