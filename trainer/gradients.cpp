@@ -4,7 +4,7 @@ namespace longspan::trainer {
 
 GradientExchange::GradientExchange(Context& ctx, parallel::Communicator& world,
                                    ParameterStore& store)
-    : store_(store) {
+    : ctx_(ctx), store_(store) {
   if (store.sharded()) {
     parts_.emplace(ctx, *store.groups(), store.GradParts());
     return;
@@ -28,6 +28,7 @@ BucketHook GradientExchange::Pass(bool first, bool last) {
 
 void GradientExchange::Finish() {
   if (whole_.has_value()) {
+    const TraceScope scope(ctx_.trace(), "gradient reduction wait");
     whole_->Finish();
   } else {
     parts_->Finish();

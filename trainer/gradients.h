@@ -15,10 +15,12 @@ class GradientExchange {
 
   // What the backward pass of a micro-batch is to call; empty when it adds to what stays here.
   BucketHook Pass(bool first, bool last);
-  // Waits until OwnedSegment::grad holds the sums.
+  // Waits until OwnedSegment::grad holds the sums. This and all other waits are the trace's
+  // "gradient reduction wait".
   void Finish();
 
  private:
+  Context& ctx_;
   ParameterStore& store_;
   std::optional<parallel::GradReducer> whole_;
   std::optional<parallel::ShardReducer> parts_;

@@ -91,10 +91,7 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   GradientExchange exchange(ctx_, mesh_.world(), store_);
   std::vector<double> host(kHostSums);
   Backward(loader, exchange, host);
-  {
-    TraceScope scope(ctx_.trace(), "gradient reduction wait");
-    exchange.Finish();
-  }
+  exchange.Finish();
   slot->sums = Reduce(note ? note() : RankNote(), host);
 
   Tensor record = report_.Rows(report_.dim(0) - ops::kStepFields, report_.dim(0));
@@ -124,6 +121,7 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
 void TrainStep::CheckPlans(const BatchPlans& plans) {
   if (options_.cp == 1 || (on_gpu_ && plans_checked_)) return;
   plans_checked_ = true;
+  const TraceScope scope(ctx_.trace(), "communication wait");
   parallel::CheckSamePlans(mesh_.axis("cp"), plans.hash);
 }
 

@@ -68,10 +68,15 @@ void ShardReducer::BucketReady(int bucket, std::vector<Tensor> whole) {
   }
 }
 
+void ShardReducer::Await(std::vector<Work>& works) {
+  const TraceScope scope(ctx_.trace(), "gradient reduction wait");
+  for (Work& work : works) work.Wait();
+  works.clear();
+}
+
 void ShardReducer::Settle() {
   if (pending_ < 0) return;
-  for (Work& work : works_) work.Wait();
-  works_.clear();
+  Await(works_);
   whole_.clear();
   const std::vector<Tensor>& parts = parts_[static_cast<size_t>(pending_)];
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -88,8 +93,7 @@ void ShardReducer::Settle() {
 void ShardReducer::Finish() {
   CheckComplete();
   Settle();
-  for (Work& work : across_) work.Wait();
-  across_.clear();
+  Await(across_);
 }
 
 }  // namespace longspan::parallel

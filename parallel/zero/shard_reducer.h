@@ -23,6 +23,7 @@ namespace longspan::parallel {
 //           the holders of a part have the same bits
 // Errors    InvalidArgument for shapes and dtypes that do not fit, a bucket out of order, and in
 //           Finish for buckets that were never ready in the last pass
+// Time      waits are the trace's "gradient reduction wait"
 // Threads   one at a time; `ctx` and `groups` must outlive the reducer
 class ShardReducer {
  public:
@@ -45,6 +46,7 @@ class ShardReducer {
   void Finish();
 
  private:
+  void Await(std::vector<Work>& works);
   void Settle();  // completes the transfer under way
   void CheckComplete() const;
 

@@ -1,8 +1,15 @@
+// Which ranks are called slow, and that a step knows its waits, by which it is decided.
 #include "trainer/straggler.h"
 
 #include <gtest/gtest.h>
 
+#include <mutex>
+
 #include "ops/core/error.h"
+#include "parallel/comm/faulty.h"
+#include "parallel/comm/local.h"
+#include "tests/trainer/model/model_support.h"
+#include "trainer/trainer.h"
 
 namespace longspan::trainer {
 namespace {
@@ -76,6 +83,58 @@ TEST(StragglerTest, ShortTimesUnknownTimesAndSingleRanksAreNothing) {
   StragglerWatch alone;
   EXPECT_TRUE(After(alone, {100}, 20).empty());
   EXPECT_THROW(alone.Step(std::vector<double>{1, 2}), InvalidArgument);
+}
+
+// Rank 1 sleeps before each of its operations. Whatever rank 0 waits for must be called a wait, or
+// rank 0 would seem to compute as long as rank 1 does.
+TEST(WaitsTest, ARankThatWaitsDoesNotSeemToCompute) {
+  test::TemporaryFolder folder;
+  test::WriteCorpus((folder.path() / "train").string(), 19, 100, 100, 1);
+  TrainOptions o;
+  o.model = test::SmallModel(DType::kF32);
+  o.steps = 2;
+  o.context_length = 256;
+  o.train = {{(folder.path() / "train").string(), 1}};
+  o.adamw.lr = 1e-3;
+  struct Layout {
+    int dp, cp, stage;
+    int64_t group, micro_batches;
+  };
+  for (const auto& [dp, cp, stage, group, micro_batches] : {Layout{2, 1, 0, 0, 1},
+                                                            {2, 1, 1, 0, 1},
+                                                            {2, 1, 2, 0, 2},
+                                                            {2, 1, 3, 0, 2},
+                                                            {4, 1, 2, 2, 1},
+                                                            {1, 2, 0, 0, 4},
+                                                            {1, 2, 3, 0, 2}}) {
+    SCOPED_TRACE(Str("dp ", dp, " cp ", cp, " stage ", stage, " groups of ", group));
+    o.dp = dp;
+    o.cp = cp;
+    o.zero_stage = stage;
+    o.hybrid_shard = group;
+    o.global_batch_tokens = dp * micro_batches * o.context_length;
+    parallel::RunLocal(dp * cp, [&](parallel::Communicator& inner) {
+      parallel::FaultyCommunicator world(
+          inner, {{.kind = parallel::Fault::Kind::kDelay, .rank = 1, .seconds = 0.02}});
+      parallel::DeviceMesh mesh(world, {.dp = dp, .cp = cp});
+      Context ctx({.threads = 1});
+      Trainer trainer(ctx, mesh, o);
+      trainer.Step();
+      ctx.trace().Reset();
+      double waited = 0;
+      const StepResult step = trainer.Step();
+      for (const auto& [category, seconds] : ctx.trace().Totals()) {
+        for (const char* wait :
+             {"communication wait", "gradient reduction wait", "parameter gather wait"}) {
+          if (category == wait) waited += seconds;
+        }
+      }
+      if (world.rank() != 0) return;
+      EXPECT_GT(step.seconds, 0.04);
+      // The rest is what it really computes, on a busy machine.
+      EXPECT_GT(waited, 0.75 * step.seconds) << "of " << step.seconds << " s";
+    });
+  }
 }
 
 }  // namespace
