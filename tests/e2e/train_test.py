@@ -211,7 +211,7 @@ class CommandsTest(e2e.TestCase):
         """Gates of a finished model: trained alone, read by inspect, left out by the next run."""
         gated = ["model.mixer[s2].softmax.duo.sinks=16", "model.mixer[s2].softmax.duo.recent=64",
                  "objective.duo_gates.regularization=100", "optimizer.adamw.lr=0.4", "run.steps=3",
-                 "run.recompute=LAYER"]
+                 "run.recompute=ATTENTION_KEPT"]
         alone = self.start(self.train_arguments("none", ["parallel.cp=1", *gated])).wait()
         self.assertEqual(alone.code, 2, alone.describe())
         self.assertIn("give that model with --init-from", alone.err)
@@ -339,6 +339,8 @@ class ResumeTest(e2e.TestCase):
                       "run.global_batch_tokens is 2048 in the checkpoint and 4096 now"])
         self.refused(run, [more, "model.mixer[s2].softmax.s2.local_blocks=2"], ["model.layers is"])
         self.refused(run, [more, "data.train[0].path=corpus/validation"], ["data.train is"])
+        self.refused(run, [more, "data.packing=BALANCED"],
+                     ["data.packing is not set in the checkpoint and is BALANCED now"])
         self.refused(run, [more], ["--resume never", "step_00000004", "--resume auto"],
                      extra=["--resume", "never"])
         self.refused(run, [more], ["--init-from", "--resume"],
@@ -347,7 +349,8 @@ class ResumeTest(e2e.TestCase):
         # Steps, layout, cadence, evaluation and logging may.
         result = self.train(run, 0, [more, "parallel.placement=CONTIGUOUS", "evaluation.rows=2",
                                      "evaluation.every_steps=1", "checkpoint.every_steps=1",
-                                     "run.log_every_steps=2", "run.recompute=LAYER"])
+                                     "run.log_every_steps=2", "run.recompute=LAYER",
+                                     "run.mlp_tile_tokens=100"])
         self.assertIn(f"resuming from {run}/checkpoints/step_00000004", result.out)
         self.train("whole", sets=[more])
         got, whole = e2e.Metrics(run), e2e.Metrics(self.folder / "whole")
