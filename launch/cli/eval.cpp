@@ -71,9 +71,14 @@ void Eval(const Rank& rank, const EvalArguments& a) {
   CheckTasks(a);
   const auto path = trainer::AgreeOnCheckpoint(rank.world, a.target);
   const auto reader = trainer::CheckpointReader::Open(path);
-  // One replica that all ranks share, unless --set says otherwise.
-  std::vector<std::string> sets = {"parallel.dp=1", Str("parallel.cp=", rank.world.size()),
-                                   "parallel.hybrid_shard=0", "parallel.offload_optimizer=false"};
+  // One replica that all ranks share, unless --set says otherwise. What the training split its
+  // ranks into need not divide these.
+  std::vector<std::string> sets = {"parallel.dp=1",
+                                   Str("parallel.cp=", rank.world.size()),
+                                   "parallel.ulysses_ranks=0",
+                                   "parallel.ranks_per_node=0",
+                                   "parallel.hybrid_shard=0",
+                                   "parallel.offload_optimizer=false"};
   sets.insert(sets.end(), a.sets.begin(), a.sets.end());
   auto loaded = configs::LoadText(reader.info().config_text, path.string(), sets);
   // What the training ran with may not exist here.

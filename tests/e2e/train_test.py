@@ -165,6 +165,16 @@ class CommandsTest(e2e.TestCase):
         self.assertEqual([r["length"] for r in results], [256, 512])
         self.assertLess(results[0]["valid_tokens"], results[1]["valid_tokens"])
 
+    def test_eval_on_fewer_ranks(self):
+        """Groups that the training's ranks formed are no reason to refuse another number of ranks."""
+        for run, groups in (("hybrid", ["parallel.strategy=HYBRID", "parallel.ulysses_ranks=2",
+                                        "parallel.zero_stage=3", "parallel.hybrid_shard=2"]),
+                            ("nodes", ["parallel.strategy=DOUBLE_RING", "parallel.ranks_per_node=2"])):
+            self.train(run, sets=["run.steps=1", "evaluation.every_steps=1", *groups])
+            (one,) = self.json_of(["eval", run, "--rows", "5"])
+            trained = e2e.Metrics(self.folder / run).evaluations[1, "validation_loss"]
+            self.assertLessEqual(abs(one["value"] / trained - 1), F32_LOSS)
+
     def test_inspect(self):
         report = self.json_of(["inspect", self.last])
         self.assertEqual((report["kind"], report["step"], report["dp"], report["cp"]),
