@@ -52,7 +52,19 @@ class FaultTest(e2e.TestCase):
     def test_a_lost_message(self):
         result = self.failed("run", f"lose:1:{OPERATION}", 2)
         self.assertRegex(result.err, rf"longspan: error(?: on rank 0)?: \w+ \(operation \d+.*\) on "
-                                     rf"rank 0 of 2.* is not complete after {TIMEOUT} s: ")
+                                     rf"rank 0 of 2.* is not complete after {TIMEOUT} s: "
+                                     r"(its messages with|not issued by) rank 1 of the job\b")
+        self.check_run(self.folder / "run")
+
+    def test_a_rank_that_hangs(self):
+        job = self.start(self.train_arguments("run", self.SETS), 2)
+        e2e.wait_until(lambda: e2e.checkpoints(self.folder / "run"), "a checkpoint")
+        process, = [p for p in job.processes() if p.rank == 1]
+        os.kill(process.pid, signal.SIGSTOP)
+        result = job.wait(limit=60)
+        self.assertNotEqual(result.code, 0, result.describe())
+        self.assertRegex(result.err, rf" on rank 0 of 2.* is not complete after {TIMEOUT} s: "
+                                     r"(its messages with|no answer from) rank 1 of the job\b")
         self.check_run(self.folder / "run")
 
     def test_a_lost_message_between_threads(self):

@@ -2,8 +2,11 @@
 
 Without --full: 4 steps in F64, each strategy and each placement, at dp x cp = 1 x 2, 2 x 2 and 1 x 4.
 With --full: 20 steps, F64 and F32, 2x1, 1x2, 2x2, 1x4 and 4x2, in each every strategy with a pattern
-of its own and every placement in turn. ZeRO stages take turns in both. Prints a table with tokens/s
-and fails when a row is outside its bound:
+of its own and every placement in turn. ZeRO stages take turns in both.
+With --quickstart: 20 steps of configs/quickstart.textproto in F32, every strategy at 1x2 and 1x4;
+then 4 steps of it with short rows in F64 and every ZeRO stage, each of which must take less memory
+than the one before and what `inspect` foretells.
+Prints a table with tokens/s and fails when a row is outside its bound:
 
   F64  losses within 1e-10 relative; weights max|d| <= 1e-10 max|w| for each tensor
   F32  losses within 1e-5 relative; weights |d|_2 <= 1e-4 |w|_2 for each tensor
@@ -11,6 +14,7 @@ and fails when a row is outside its bound:
 
 import argparse
 import itertools
+import json
 import statistics
 import time
 
@@ -18,6 +22,7 @@ import e2e
 
 PARSER = argparse.ArgumentParser()
 PARSER.add_argument("--full", action="store_true")
+PARSER.add_argument("--quickstart", action="store_true")
 PARSER.add_argument("--precision", default="F64,F32", help="of the full table")
 ARGUMENTS = argparse.Namespace()
 
@@ -63,6 +68,8 @@ BOUNDS = {  # of losses and weights, and what is measured of the weights
 
 class LayoutTable(e2e.TestCase):
     def config_of(self, pattern):
+        if pattern == "quickstart":
+            return e2e.SOURCE / "configs" / "quickstart.textproto"
         layers, documents = PATTERNS[pattern]
         # Mixers that no layer uses are refused.
         mixers = "".join(line + "\n" for line in MIXERS.splitlines()
@@ -76,32 +83,43 @@ class LayoutTable(e2e.TestCase):
 
     def run_layout(self, pattern, precision, steps, dp, cp, placement, strategy, zero):
         run = self.folder / f"{pattern}-{precision}-{dp}x{cp}-{placement}-{strategy}-{zero}".replace(" ", "-")
-        sets = [f"run.precision={precision}", f"run.steps={steps}", "run.global_batch_tokens=4096",
-                f"parallel.dp={dp}", f"parallel.cp={cp}", f"parallel.placement={placement}",
+        if pattern != "quickstart":
+            own = ["run.global_batch_tokens=4096"]
+        elif precision == "F64":  # whose attention is slow
+            own = ["run.context_length=512", "run.global_batch_tokens=2048", "evaluation.rows=4",
+                   "schedule.cosine.warmup_steps=2"]
+        else:
+            own = ["schedule.cosine.warmup_steps=2"]
+        sets = [*own, f"run.precision={precision}", f"run.steps={steps}", f"parallel.dp={dp}",
+                f"parallel.cp={cp}", f"parallel.placement={placement}",
                 f"parallel.strategy={strategy.split()[0]}", f"parallel.zero_stage={zero}",
                 *STRATEGIES[strategy], "checkpoint.every_steps=0", f"evaluation.every_steps={steps}"]
         start = time.monotonic()
         # One rank goes through mpirun too: the whole table runs the same way.
         self.run_ok(self.train_arguments(run, sets, config=self.config_of(pattern)), dp * cp)
-        return (e2e.Metrics(run), run / "checkpoints" / f"step_{steps:08d}",
-                time.monotonic() - start)
+        seconds = time.monotonic() - start
+        forecast = json.loads(self.run_ok(["inspect", self.config_of(pattern), "--json",
+                                           *(x for value in sets for x in ("--set", value))]).out)
+        return (e2e.Metrics(run), run / "checkpoints" / f"step_{steps:08d}", seconds,
+                forecast["memory_of_step"]["bytes"])
 
     def check(self, cases, precision, steps):
-        """cases: (pattern, dp, cp, placement, strategy, ZeRO stage)."""
+        """cases: (pattern, dp, cp, placement, strategy, ZeRO stage). Returns of each the bytes of
+        tensors at their highest, on the rank that has most, and those that were foretold."""
         loss_bound, weight_bound, difference, size = BOUNDS[precision]
         print(f"\n{precision}, {steps} steps: losses within {loss_bound:g}, weights within "
               f"{weight_bound:g} ({difference} / {size})\n"
               f"{'pattern':10} {'dp x cp':8} {'placement':11} {'strategy':14} {'ZeRO':4} {'losses':>9} "
-              f"{'weights':>9} {'tokens/s':>9} {'seconds':>8}", flush=True)
-        failures, count = [], 0
+              f"{'weights':>9} {'tokens/s':>9} {'MB':>7} {'foretold':>8} {'seconds':>8}", flush=True)
+        failures, memory = [], []
         for pattern, group in itertools.groupby(cases, key=lambda case: case[0]):
-            one, one_checkpoint, seconds = self.run_layout(pattern, precision, steps, 1, 1,
+            one, one_checkpoint, seconds, _ = self.run_layout(pattern, precision, steps, 1, 1,
                                                            "CONTIGUOUS", "RING", 0)
             self.assertLess(one.losses()[-1], one.losses()[0], "the model does not learn")
             print(f"{pattern:10} 1 x 1    reference: loss {one.losses()[0]:.6f} -> "
-                  f"{one.losses()[-1]:.6f} {seconds:24.1f}", flush=True)
+                  f"{one.losses()[-1]:.6f} {seconds:41.1f}", flush=True)
             for _, dp, cp, placement, strategy, zero in group:
-                got, checkpoint, seconds = self.run_layout(pattern, precision, steps, dp, cp,
+                got, checkpoint, seconds, forecast = self.run_layout(pattern, precision, steps, dp, cp,
                                                            placement, strategy, zero)
                 losses = max(e2e.relative_difference(got.losses(), one.losses()),
                              e2e.relative_difference(got.evaluations.values(),
@@ -111,14 +129,17 @@ class LayoutTable(e2e.TestCase):
                 valid = [[s["valid_tokens"] for s in m.steps] for m in (got, one)]
                 good = losses <= loss_bound and weights <= weight_bound and valid[0] == valid[1]
                 speed = statistics.median(s["tokens_per_s"] for s in got.steps)
+                memory.append((max(s["peak_device_bytes"] for s in got.steps), forecast))
                 row = (f"{pattern:10} {dp} x {cp}    {placement:11} {strategy:14} {zero:4} {losses:9.1e} "
-                       f"{weights:9.1e} {speed:9.0f} {seconds:8.1f}")
+                       f"{weights:9.1e} {speed:9.0f} {memory[-1][0] / 1e6:7.1f} {forecast / 1e6:8.1f} "
+                       f"{seconds:8.1f}")
                 print(row + ("" if good else "  FAILED"), flush=True)
-                count += 1
                 if not good:
                     failures.append(row)
-        print(f"{precision}: {count - len(failures)} of {count} layouts within bounds", flush=True)
+        print(f"{precision}: {len(memory) - len(failures)} of {len(memory)} layouts within bounds",
+              flush=True)
         self.assertEqual(failures, [])
+        return memory
 
     def test_layouts(self):
         turn = itertools.count()
@@ -134,6 +155,17 @@ class LayoutTable(e2e.TestCase):
                                       PLACEMENTS[n // 2 % 4] if cp > 1 else "CONTIGUOUS", strategy, n % 4))
             return sorted(found, key=lambda case: list(PATTERNS).index(case[0]))
 
+        if ARGUMENTS.quickstart:
+            self.check([("quickstart", 1, cp, "ZIGZAG", strategy, 0)
+                        for cp in (2, 4) for strategy in strategies_of(cp)], "F32", steps=20)
+            for dp, cp in ((1, 2), (2, 2), (1, 4)):
+                memory = self.check([("quickstart", dp, cp, "ZIGZAG", "EXCHANGE", zero)
+                                     for zero in range(4)], "F64", steps=4)
+                for zero, (measured, forecast) in enumerate(memory):
+                    self.assertLess(abs(measured / forecast - 1), 0.05, f"ZeRO {zero}, {dp} x {cp}")
+                    if zero > 0:
+                        self.assertLess(measured, memory[zero - 1][0])
+            return
         if ARGUMENTS.full:
             for precision in ARGUMENTS.precision.split(","):
                 self.check(cases([(2, 1), (1, 2), (2, 2), (1, 4), (4, 2)], 3), precision, steps=20)
