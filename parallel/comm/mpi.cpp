@@ -48,9 +48,12 @@ MPI_Op OpOf(ReduceOp op) {
 
 class MpiCommunicator : public Communicator {
  public:
-  // Owns `comm`.
-  MpiCommunicator(MPI_Comm comm, std::shared_ptr<MpiEngine> engine)
-      : comm_(comm), engine_(std::move(engine)) {
+  // Owns `comm`. `name`: of MpiInquiry.
+  MpiCommunicator(MPI_Comm comm, std::shared_ptr<MpiEngine> engine, uint64_t name)
+      : comm_(comm),
+        engine_(std::move(engine)),
+        name_(name),
+        issued_(engine_->inquiry().Register(name)) {
     CheckMpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
     CheckMpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
     CheckMpi(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
@@ -60,8 +63,11 @@ class MpiCommunicator : public Communicator {
     int finalized = 0;
     MPI_Finalized(&finalized);
     // With operations under way (an exception unwinds) the process is about to end anyway.
-    if (finalized || engine_->outstanding() > 0) return;
-    MPI_Comm_free(&comm_);
+    if (finalized || engine_->outstanding() > 0) {
+      engine_->inquiry().Abandon();
+    } else {
+      MPI_Comm_free(&comm_);
+    }
   }
 
   int rank() const override { return rank_; }
@@ -89,12 +95,13 @@ class MpiCommunicator : public Communicator {
 
   std::unique_ptr<Communicator> Split(int color, int key) override {
     Barrier();  // MPI_Comm_split has no time limit
-    ++sequence_;
+    const uint64_t name = MpiInquiry::NameOfPart(name_, sequence_, color);
+    *issued_ = ++sequence_;
     MPI_Comm child = MPI_COMM_NULL;
     CheckMpi(MPI_Comm_split(comm_, color < 0 ? MPI_UNDEFINED : color, key, &child),
              "MPI_Comm_split");
     if (child == MPI_COMM_NULL) return nullptr;
-    auto part = std::make_unique<MpiCommunicator>(child, engine_);
+    auto part = std::make_unique<MpiCommunicator>(child, engine_, name);
     part->queue_ = queue_;
     return part;
   }
@@ -108,10 +115,13 @@ class MpiCommunicator : public Communicator {
 
  private:
   std::shared_ptr<MpiState> Begin(CommOp op, const std::string& what, std::vector<Tensor> tensors) {
-    return std::make_shared<MpiState>(
-        Str(ToString(op), " (operation ", sequence_++, what.empty() ? "" : " of ", what,
-            ") on rank ", rank_, " of ", size_, InJob()),
+    auto state = std::make_shared<MpiState>(
+        Str(ToString(op), " (operation ", sequence_, what.empty() ? "" : " of ", what, ") on rank ",
+            rank_, " of ", size_, InJob()),
         std::move(tensors));
+    state->Identify(name_, sequence_, world_ranks_);
+    *issued_ = ++sequence_;
+    return state;
   }
   void FindWorldRanks() {
     MPI_Group all, mine;
@@ -119,14 +129,15 @@ class MpiCommunicator : public Communicator {
     CheckMpi(MPI_Comm_group(comm_, &mine), "MPI_Comm_group");
     std::vector<int> ranks(static_cast<size_t>(size_));
     std::iota(ranks.begin(), ranks.end(), 0);
-    world_ranks_.resize(ranks.size());
-    CheckMpi(MPI_Group_translate_ranks(mine, size_, ranks.data(), all, world_ranks_.data()),
+    std::vector<int> in_job(ranks.size());
+    CheckMpi(MPI_Group_translate_ranks(mine, size_, ranks.data(), all, in_job.data()),
              "MPI_Group_translate_ranks");
+    world_ranks_ = std::make_shared<const std::vector<int>>(std::move(in_job));
     MPI_Group_free(&mine);
     MPI_Group_free(&all);
     MPI_Comm_size(MPI_COMM_WORLD, &job_size_);
   }
-  int InJob(int rank) const { return world_ranks_[static_cast<size_t>(rank)]; }
+  int InJob(int rank) const { return (*world_ranks_)[static_cast<size_t>(rank)]; }
   std::string InJob() const {  // of a part: which of the job's ranks this one is
     return size_ == job_size_ ? "" : Str(", rank ", InJob(rank_), " of the job");
   }
@@ -161,8 +172,10 @@ class MpiCommunicator : public Communicator {
   std::shared_ptr<MpiEngine> engine_;
   std::shared_ptr<DeviceQueue> queue_;  // shared with the parts
   int rank_ = 0, size_ = 1, job_size_ = 1;
-  std::vector<int> world_ranks_;
+  std::shared_ptr<const std::vector<int>> world_ranks_;
   int64_t sequence_ = 0;  // operations issued; the same on every rank
+  const uint64_t name_;
+  const MpiInquiry::Issued issued_;  // sequence_, for other ranks to ask
 };
 
 Work MpiCommunicator::AllReduce(Tensor t, ReduceOp op) {
@@ -309,7 +322,8 @@ std::unique_ptr<Communicator> MakeMpiWorld(const MpiOptions& options) {
   CheckMpi(MPI_Comm_dup(MPI_COMM_WORLD, &world), "MPI_Comm_dup");
   return std::make_unique<MpiCommunicator>(
       world,
-      std::make_shared<MpiEngine>(options.piece_bytes, options.timeout_s, options.foreign_failure));
+      std::make_shared<MpiEngine>(options.piece_bytes, options.timeout_s, options.foreign_failure),
+      MpiInquiry::kWorld);
 }
 
 }  // namespace longspan::parallel::internal

@@ -10,6 +10,9 @@
 namespace longspan::parallel::internal {
 namespace {
 
+// Unfinished polls between two looks for questions of ranks that have waited too long.
+constexpr uint32_t kPollsPerAnswer = 64;
+
 std::string MpiText(int code) {
   char text[MPI_MAX_ERROR_STRING] = "";
   int length = 0;
@@ -122,7 +125,10 @@ bool MpiEngine::Done(const MpiState& state) {
   if (!state.complete()) Poll();
   if (!state.complete()) {
     const auto failure = foreign_failure_ ? foreign_failure_() : std::nullopt;
-    if (!failure) return false;
+    if (!failure) {
+      if (unfinished_polls_.fetch_add(1) % kPollsPerAnswer == 0) inquiry_.Answer();
+      return false;
+    }
     throw CommError(Str(state.description_, " cannot be completed: ", *failure));
   }
   if (!state.error_.empty()) throw CommError(state.error_);
@@ -144,7 +150,7 @@ void MpiEngine::Wait(const MpiState& state) {
   }
 }
 
-// Who keeps an operation from its end; MPI tells it of messages only.
+// Who keeps an operation from its end; MPI tells it of messages only, of others the ranks do.
 std::string MpiEngine::Missing(const MpiState& state) {
   std::set<int> peers;
   {
@@ -153,7 +159,13 @@ std::string MpiEngine::Missing(const MpiState& state) {
       if (owner.state.get() == &state && owner.peer >= 0) peers.insert(owner.peer);
     }
   }
-  if (peers.empty()) return "another rank is stuck, has ended or has not issued it";
+  if (peers.empty()) {
+    try {
+      return inquiry_.Ask(state.name_, state.sequence_, *state.ranks_);
+    } catch (const CommError& e) {
+      return Str("nor can the other ranks be asked: ", e.what());
+    }
+  }
   std::string text = "its messages with rank";
   for (int peer : peers) text += Str(peer == *peers.begin() ? " " : ", ", peer);
   return text + " of the job have not arrived";

@@ -13,6 +13,7 @@
 #include "ops/core/tensor.h"
 #include "parallel/comm/communicator.h"
 #include "parallel/comm/device_queue.h"
+#include "parallel/comm/mpi_inquiry.h"
 
 // Progress of all MPI requests of a process. Only parallel/comm/mpi*.cpp and bootstrap.cpp include
 // this header, so mpi.h stays out of everything else.
@@ -46,6 +47,7 @@ class MpiEngine {
   bool Done(const MpiState& state);
   void Wait(const MpiState& state);
   void SetTimeout(double seconds) { timeout_s_ = seconds; }
+  MpiInquiry& inquiry() { return inquiry_; }
   int64_t outstanding() const { return outstanding_.load(std::memory_order_relaxed); }
 
  private:
@@ -68,6 +70,8 @@ class MpiEngine {
   std::vector<int> indices_;   // scratch of Poll
   std::vector<MPI_Status> statuses_;
   std::atomic<int64_t> outstanding_{0};
+  MpiInquiry inquiry_;
+  std::atomic<uint32_t> unfinished_polls_{0};
 };
 
 // One operation. Keeps its tensors alive until its last request is complete, even when the Work is
@@ -86,6 +90,10 @@ class MpiState {
     return n == 0 ? 1.0 : static_cast<double>(finished_.load()) / static_cast<double>(n);
   }
   const std::string& description() const { return description_; }
+  // Operation `sequence` of the communicator of that name, whose ranks of the job these are.
+  void Identify(uint64_t name, int64_t sequence, std::shared_ptr<const std::vector<int>> ranks) {
+    name_ = name, sequence_ = sequence, ranks_ = std::move(ranks);
+  }
 
   // Operands in GPU memory: the queue that moves them, and their pinned twins.
   void Stage(std::shared_ptr<DeviceQueue> queue) { queue_ = std::move(queue); }
@@ -99,6 +107,9 @@ class MpiState {
   friend class MpiEngine;
   std::string description_;
   std::vector<Tensor> tensors_;
+  uint64_t name_ = 0;
+  int64_t sequence_ = 0;
+  std::shared_ptr<const std::vector<int>> ranks_;
   std::atomic<int64_t> pieces_{0}, finished_{0};
   std::shared_ptr<DeviceQueue> queue_;
   std::vector<std::shared_ptr<std::byte>> twins_;
