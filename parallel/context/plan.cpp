@@ -235,6 +235,7 @@ void CheckSamePlan(Communicator& comm, const AttentionPlan& plan) {
 }
 
 void CheckSamePlans(Communicator& comm, uint64_t fingerprint) {
+  const ControlTraffic control(comm);
   const auto hash = static_cast<int64_t>(fingerprint);
   // The largest hash, and the largest complement of one, which is that of the smallest.
   const Tensor both = internal::HostTensor({2}, DType::kI64);

@@ -111,7 +111,7 @@ class PlanMaker {
 // Collective. Ranks that made their plans from other documents, placements or options would wait
 // for messages that never come, or add gradients to the wrong tokens. Throws CommError on every
 // rank, naming the ranks that differ from most, when figures.hash is not the same everywhere.
-// Sends 16 bytes a rank (times two in an all-reduce) while they agree.
+// Sends 16 bytes a rank (times two in an all-reduce) while they agree, counted as control traffic.
 void CheckSamePlan(Communicator& comm, const AttentionPlan& plan);
 // The same of many plans by one fingerprint of their hashes.
 void CheckSamePlans(Communicator& comm, uint64_t hash);

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <set>
 
+#include "parallel/comm/counting.h"
 #include "parallel/comm/local.h"
 #include "parallel/context/choose.h"
 #include "parallel/context/strategy.h"
@@ -126,13 +127,18 @@ TEST(PlanTest, HashesDependOnAllThatRanksMustShareAndOnNothingElse) {
   differs(HashOf(ops::AttentionPattern::Window(100), 2, {1024}, zigzag, ring, 0));
   differs(HashOf(ops::AttentionPattern::Window(101), 2, {1024}, zigzag, ring, 0));
   differs(HashOf(causal, 2, {1024}, Placement(PlacementKind::kContiguous, 1, 1024, 4), ring, 0));
-  for (StrategyOptions o : {StrategyOptions{.kind = StrategyKind::kRing},
-                            StrategyOptions{.kind = StrategyKind::kExchange, .heads = 4},
-                            StrategyOptions{.kind = StrategyKind::kExchange, .ranks_per_node = 2},
-                            StrategyOptions{.kind = StrategyKind::kExchange, .stages = 3},
-                            StrategyOptions{.kind = StrategyKind::kExchange, .keep_rows = 9},
-                            StrategyOptions{.kind = StrategyKind::kExchange, .deduplicate = false},
-                            StrategyOptions{.kind = StrategyKind::kHybrid, .ulysses_ranks = 2}}) {
+  for (StrategyOptions o :
+       {StrategyOptions{.kind = StrategyKind::kRing},
+        StrategyOptions{.kind = StrategyKind::kExchange, .heads = 4},
+        StrategyOptions{.kind = StrategyKind::kExchange, .ranks_per_node = 2},
+        StrategyOptions{.kind = StrategyKind::kExchange, .stages = 3},
+        StrategyOptions{.kind = StrategyKind::kExchange, .keep_rows = 9},
+        StrategyOptions{.kind = StrategyKind::kExchange, .deduplicate = false},
+        StrategyOptions{.kind = StrategyKind::kAllGather},
+        StrategyOptions{.kind = StrategyKind::kAllGather, .head_groups = 1},
+        StrategyOptions{.kind = StrategyKind::kHybrid},
+        StrategyOptions{.kind = StrategyKind::kHybrid, .ulysses_ranks = 2},
+        StrategyOptions{.kind = StrategyKind::kHybrid, .outer = StrategyKind::kExchange}}) {
     differs(HashOf(causal, 2, {1024}, zigzag, o, 0));
   }
 }
@@ -144,8 +150,11 @@ TEST(PlanTest, RanksWithOtherPlansAreNamedOnEveryRank) {
   };
   std::mutex mutex;
   std::vector<std::string> messages;
-  RunLocal(5, [&](Communicator& comm) {
+  RunLocal(5, [&](Communicator& world) {
+    CountingCommunicator comm(world);
     CheckSamePlan(comm, *plan_of(comm.rank(), 100));  // alike: nothing happens
+    EXPECT_EQ(comm.counts().Total().bytes, 0) << "what ranks compare is no payload";
+    EXPECT_GT(comm.counts().control.bytes, 0);
     try {
       CheckSamePlan(comm, *plan_of(comm.rank(), comm.rank() == 1 || comm.rank() == 3 ? 101 : 100));
     } catch (const CommError& e) {
