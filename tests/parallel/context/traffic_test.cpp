@@ -2,7 +2,11 @@
 // masks nor plans take part in them. And programs as such: who reads and writes what, when.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <ctime>
+#include <functional>
+#include <map>
+#include <set>
 
 #include "parallel/context/builder.h"
 #include "tests/parallel/context/program_check.h"
@@ -368,6 +372,120 @@ TEST(ProgramTest, GroupsOfAnExchangeAreAboutEvenAndTheFirstIsNotEmpty) {
   }
 }
 
+// The first ranks behind a rank are in its first group, so that no two ranks begin with the same.
+TEST(ProgramTest, GroupsOfAnExchangeFollowTheRing) {
+  StrategyCase c{"full", ops::AttentionPattern::Full(), {{1024}}, 1024};
+  c.ranks = 8;
+  const auto senders = [&](int rank, int ranks_per_node, size_t transfer) {
+    const StrategyOptions options{.kind = StrategyKind::kExchange,
+                                  .ranks_per_node = ranks_per_node};
+    const Program program = ProgramBuilder(*DemandOf(c), options).Build(rank, false).forward;
+    std::set<int> peers;
+    for (const Message& m : program.transfers.at(transfer).recvs) peers.insert(m.peer);
+    return peers;
+  };
+  EXPECT_EQ(senders(6, 0, 0), (std::set<int>{7, 0, 1, 2}));
+  EXPECT_EQ(senders(6, 0, 1), (std::set<int>{3, 4, 5}));
+  // Of nodes it is the ranks behind the node; neighbours' keys come with the first group.
+  EXPECT_EQ(senders(2, 2, 0), (std::set<int>{3, 4, 5, 6}));
+}
+
+// A rank keeps what it receives when that is within the budget, the ranks of a node together.
+TEST(ProgramTest, KeysAreKeptWhereAllOfThemFit) {
+  StrategyCase c{"causal", ops::AttentionPattern::Causal(), {{1000}}, 1000};
+  c.ranks = 5;
+  const auto demand = DemandOf(c);
+  for (const int size : {1, 2}) {
+    for (int rank = 0; rank < c.ranks; ++rank) {
+      SCOPED_TRACE(Str("rank ", rank, ", nodes of ", size));
+      const int64_t received = demand->LowerBoundRows(rank);
+      int64_t most = 0;
+      for (int r = rank / size * size; r < std::min(c.ranks, rank / size * size + size); ++r) {
+        most = std::max(most, demand->LowerBoundRows(r));
+      }
+      for (const int64_t budget : {most, most - 1}) {
+        if (budget < 0) continue;
+        const bool keeps = budget == most;
+        const Programs programs = ProgramBuilder(*demand, {.kind = StrategyKind::kExchange,
+                                                           .ranks_per_node = size,
+                                                           .keep_rows = budget})
+                                      .Build(rank, /*with_masks=*/false);
+        EXPECT_EQ(programs.forward.kept_rows, keeps ? received : 0);
+        EXPECT_EQ(programs.backward.ReceivedRows(Arena::kWork), keeps ? 0 : received);
+      }
+    }
+  }
+}
+
+// Which ranks the gradients of each piece come from, in the order in which a program adds them: to
+// keys at home and, of exchange with nodes, to the share of a rank that has passed keys on.
+class SumOrder {
+ public:
+  SumOrder(const Program& program, int rank)
+      : program_(program), from_(static_cast<size_t>(program.grad_rows), -1) {
+    for (const Instruction& i : program.instructions) {
+      const auto index = static_cast<size_t>(i.index);
+      if (i.op == Instruction::Op::kZero) Mark(program.spans[index], rank);
+      if (i.op == Instruction::Op::kPost) {
+        for (const Message& m : program.transfers[index].recvs) {
+          if (m.span.arena == Arena::kGrad) Mark(m.span, m.peer);
+        }
+      }
+      if (i.op == Instruction::Op::kAddHome) AddHome(program.packs[index]);
+      if (i.op == Instruction::Op::kAddRows) AddRows(program.moves[index], rank);
+    }
+  }
+  int largest() const { return largest_; }  // number of shares added up by one instruction
+
+ private:
+  void Mark(const RowSpan& span, int rank) {
+    std::fill(from_.begin() + span.begin, from_.begin() + span.end, rank);
+  }
+  int From(int64_t row) const { return from_[static_cast<size_t>(row)]; }
+  void ExpectAscending(const std::vector<int>& ranks) {
+    EXPECT_TRUE(std::ranges::is_sorted(ranks, std::less_equal<>()))
+        << ::testing::PrintToString(ranks);
+    largest_ = std::max(largest_, static_cast<int>(ranks.size()));
+  }
+  void AddHome(const PieceList& list) {
+    std::map<std::pair<int32_t, int32_t>, std::vector<int>> sources;
+    for (const Piece& p : list.pieces) sources[{p.kv_head, p.block}].push_back(From(p.row));
+    for (const auto& [piece, ranks] : sources) ExpectAscending(ranks);
+  }
+  void AddRows(const RowMoves& list, int rank) {
+    std::map<int64_t, std::vector<int>> sources;
+    for (const RowMove& m : list.moves) {
+      EXPECT_EQ(From(m.to), rank) << "its own share comes first";
+      sources[m.to].push_back(From(m.from));
+    }
+    for (const auto& [row, ranks] : sources) ExpectAscending(ranks);
+  }
+
+  const Program& program_;
+  std::vector<int> from_;  // [row of kGrad] the rank whose gradients are there
+  int largest_ = 0;
+};
+
+TEST(ProgramTest, GradientsAddUpInAscendingRank) {
+  for (const StrategyOptions& options :
+       {StrategyOptions{.kind = StrategyKind::kAllGather},
+        StrategyOptions{.kind = StrategyKind::kExchange, .stages = 1},
+        StrategyOptions{.kind = StrategyKind::kExchange, .ranks_per_node = 4},
+        StrategyOptions{.kind = StrategyKind::kExchange, .ranks_per_node = 2, .stages = 1}}) {
+    StrategyCase c{"full", ops::AttentionPattern::Full(), {{1000}}, 1000};
+    c.ranks = 8;
+    c.strategy = options;
+    SCOPED_TRACE(c.Describe());
+    const ProgramBuilder builder(*DemandOf(c), options);
+    int largest = 0;
+    for (int r = 0; r < c.ranks; ++r) {
+      const SumOrder order(builder.Build(r).backward, r);
+      largest = std::max(largest, order.largest());
+    }
+    EXPECT_GE(largest, 3);
+  }
+}
+
 // The memory that a rank takes for a pass does not grow with the number of stages of a ring.
 TEST(ProgramTest, RingsTakeTwoShardsOfKeysAndThreeOfGradients) {
   for (const int ranks : {4, 16}) {
@@ -381,6 +499,41 @@ TEST(ProgramTest, RingsTakeTwoShardsOfKeysAndThreeOfGradients) {
     EXPECT_EQ(programs.backward.work_rows, 2 * shard);
     EXPECT_EQ(programs.backward.grad_rows, 3 * shard);
   }
+}
+
+// Nor with the number of stages of an exchange: a group that computes and one in flight, and what
+// others get of this rank's keys in the same two transfers. All_gather takes its own keys and two
+// groups of heads of the row, and gradients of two groups for all and from all.
+TEST(ProgramTest, BuffersAreThoseOfTwoGroups) {
+  for (const int ranks : {4, 16}) {
+    StrategyCase c{"full", ops::AttentionPattern::Full(), {{4096}}, 4096};
+    c.ranks = ranks, c.heads = c.kv_heads = 4;
+    const int64_t shard = 4096 / ranks * c.kv_heads, group = 4096;  // one of the four heads
+    const auto build = [&](const StrategyOptions& options) {
+      return ProgramBuilder(*DemandOf(c), options).Build(1);
+    };
+    const Programs exchange = build({.kind = StrategyKind::kExchange, .stages = ranks - 1});
+    EXPECT_EQ(exchange.forward.transfers.size(), static_cast<size_t>(ranks - 1));
+    EXPECT_LE(exchange.forward.work_rows, 4 * shard);
+    EXPECT_LE(exchange.backward.work_rows, 4 * shard);
+    EXPECT_LE(exchange.backward.grad_rows, 4 * shard);
+    const Programs gather = build({.kind = StrategyKind::kAllGather, .head_groups = 4});
+    EXPECT_LE(gather.forward.work_rows, shard + 2 * group);
+    EXPECT_LE(gather.backward.work_rows, shard + 2 * group);
+    EXPECT_LE(gather.backward.grad_rows, 4 * group);
+  }
+}
+
+// Half of a rank's own keys hides the first transfer of a backward pass, the other half the last.
+TEST(ProgramTest, OwnKeysAreSplitInEqualParts) {
+  StrategyCase c{"causal", ops::AttentionPattern::Causal(), {{8192}}, 8192};
+  c.placement = PlacementKind::kZigzag, c.ranks = 4;
+  const Program program =
+      ProgramBuilder(*DemandOf(c), StrategyOf(StrategyKind::kExchange)).Build(1).backward;
+  const ComputeStep &first = program.computes.front(), &last = program.computes.back();
+  ASSERT_TRUE(first.own && last.own && program.computes.size() > 2);
+  EXPECT_NEAR(static_cast<double>(first.pairs), static_cast<double>(last.pairs),
+              0.2 * static_cast<double>(last.pairs));
 }
 
 #ifdef NDEBUG
