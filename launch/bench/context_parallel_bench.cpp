@@ -98,7 +98,7 @@ Setting MakeSetting(const AttentionCase& c, const ContextParallelOptions& option
     s.balance_floor = static_cast<double>(balance.floor) / static_cast<double>(balance.mean);
   }
   s.demand = ContextDemand::Build(c.pattern, c.kv_heads, s.documents, s.placement);
-  if (options.dense_ring_time > 0) {
+  if (options.dense_ring_time > 0 && ranks > 1) {  // one rank sends nothing
     const double keys = static_cast<double>((ranks - 1) * c.tokens / ranks * c.kv_heads) *
                         static_cast<double>(s.RowBytes(false));
     const double seconds = s.ForwardFlops() / s.network.flops_per_s * options.dense_ring_time;

@@ -55,7 +55,7 @@ void AddContextParallelOptions(CLI::App& command, ContextParallelArguments& a) {
        "With context_parallel: contiguous, zigzag, striped, balanced (default: zigzag)");
   list("--ranks", a.ranks, "With context_parallel: ranks that share the row (default: 8)");
   const auto number = [&](const char* name, double& value, const char* help) {
-    command.add_option(name, value, help)->check(CLI::NonNegativeNumber);
+    return command.add_option(name, value, help)->check(CLI::NonNegativeNumber);
   };
   command
       .add_option("--ranks-per-node", a.ranks_per_node,
@@ -63,15 +63,19 @@ void AddContextParallelOptions(CLI::App& command, ContextParallelArguments& a) {
       ->check(CLI::Range(0, 65536));
   number("--tflops", a.teraflops,
          "With context_parallel: what a rank computes, TFLOP/s (default 600)");
-  number("--link-gbps", a.gigabytes,
-         "With context_parallel: link between ranks of a node, GB/s each way (default 400)");
-  number("--node-gbps", a.node_gigabytes,
-         "With context_parallel: link of a rank to other nodes, GB/s each way (default 50)");
+  CLI::Option* link =
+      number("--link-gbps", a.gigabytes,
+             "With context_parallel: link between ranks of a node, GB/s each way (default 400)");
+  CLI::Option* node =
+      number("--node-gbps", a.node_gigabytes,
+             "With context_parallel: link of a rank to other nodes, GB/s each way (default 50)");
   number("--latency-us", a.latency_us,
          "With context_parallel: of a message, microseconds (default 10)");
   number("--dense-ring-time", a.dense_ring_time,
          "With context_parallel: choose the links so that the keys and values of a dense ring take "
-         "this many times as long as the layer's own forward computation");
+         "this many times as long as the layer's own forward computation")
+      ->excludes(link)
+      ->excludes(node);
   command.add_flag("--plan-only", a.plan_only,
                    "With context_parallel: plans and forecasts alone, for rows of any length");
 }
@@ -98,11 +102,15 @@ ContextParallelOptions ContextParallelOptionsOf(const ContextParallelArguments& 
       throw InvalidArgument(Str("--ranks ", ranks, " must be between 1 and 65536"));
     }
   }
-  const auto given = [](double value, double otherwise) { return value > 0 ? value : otherwise; };
-  o.network.intra = {1e-6 * given(a.latency_us, 10), 1e9 * given(a.gigabytes, 400)};
-  o.network.inter = {1e-6 * given(a.latency_us, 10), 1e9 * given(a.node_gigabytes, 50)};
+  for (const auto& [option, value] : {std::pair{"--tflops", a.teraflops},
+                                      {"--link-gbps", a.gigabytes},
+                                      {"--node-gbps", a.node_gigabytes}}) {
+    if (value <= 0) throw InvalidArgument(Str(option, " ", value, " must be above 0"));
+  }
+  o.network.intra = {1e-6 * a.latency_us, 1e9 * a.gigabytes};
+  o.network.inter = {1e-6 * a.latency_us, 1e9 * a.node_gigabytes};
   o.network.ranks_per_node = a.ranks_per_node;
-  o.network.flops_per_s = 1e12 * given(a.teraflops, 600);
+  o.network.flops_per_s = 1e12 * a.teraflops;
   o.dense_ring_time = a.dense_ring_time;
   o.plan_only = a.plan_only;
   return o;

@@ -13,7 +13,8 @@ struct ContextParallelArguments {
   std::vector<std::string> strategies, placements;
   std::vector<int> ranks;
   int ranks_per_node = 0;
-  double teraflops = 0, gigabytes = 0, node_gigabytes = 0, latency_us = 0, dense_ring_time = 0;
+  double teraflops = 600, gigabytes = 400, node_gigabytes = 50, latency_us = 10;
+  double dense_ring_time = 0;  // 0: the links are as fast as those numbers say
   bool plan_only = false;
 
   // Names of options, for those that want to refuse them.

@@ -100,7 +100,13 @@ void PrintSummary(const trainer::RunSummary& s, const TrainArguments& a,
 
 void Train(const Rank& rank, TrainArguments a) {
   std::vector<parallel::Fault> faults;
-  for (const std::string& text : a.faults) faults.push_back(parallel::ParseFault(text));
+  for (const std::string& text : a.faults) {
+    faults.push_back(parallel::ParseFault(text));
+    if (faults.back().rank < rank.world.size()) continue;
+    throw InvalidArgument(Str("--fault ", text, ": there is no rank ", faults.back().rank,
+                              " in a job of ", rank.world.size(),
+                              rank.world.size() == 1 ? " rank" : " ranks"));
+  }
   const configs::LoadedConfig loaded = configs::Load(a.config, a.sets);
   // Before anything is built on it: ranks with other layouts would wait for each other for ever.
   trainer::RequireSame(rank.world, "the configuration", StreamOf(loaded.resolved_text().c_str()));

@@ -112,6 +112,9 @@ class FaultTest(e2e.TestCase):
         result = self.start(self.train_arguments("run", (), ["--fault", "lose:1"]), 2).wait()
         self.assertEqual(result.code, 2, result.describe())
         self.assertRegex(result.err, '^longspan: error: "lose:1" is no fault .*\n$')
+        result = self.start(self.train_arguments("run", (), ["--fault", "throw:2:0"]), 2).wait()
+        self.assertEqual((result.code, result.err),
+                         (2, "longspan: error: --fault throw:2:0: there is no rank 2 in a job of 2 ranks\n"))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,68 @@ class BenchTest(CliTest):
         self.assertAlmostEqual(record["tokens_per_s"] * record["ms_median"] / 64e3, 1)
         self.fail("bench", "step", "--problem", "nowhere.textproto", mentions=["nowhere.textproto"])
 
+    def context_parallel(self, *arguments):
+        text = self.succeed("bench", "context_parallel", "--json", *arguments)
+        return [r for r in map(json.loads, text.splitlines()) if r["op"] == "context_parallel"]
+
+    def test_context_parallel(self):
+        more = ["mask", "strategy", "placement", "ranks", "ranks_per_node", "bytes_planned", "bytes_moved",
+                "worst_rank_bytes", "lower_bound_bytes", "dense_ring_bytes", "work_max_over_mean",
+                "balance_floor", "compute_ms", "exposed_ms", "step_ms", "predicted_ms", "plan_ms"]
+        case = "causal_f32_T512_Hq4_Hkv2_D16"
+        # Few FLOP/s, so that latencies do not decide everything.
+        network = ["--problem", case, "--ranks", "4", "--tflops", "0.01", "--link-gbps", "0.5"]
+        records = self.context_parallel(*network)
+        kinds = ["ring", "all_gather", "ulysses", "hybrid", "exchange", "auto"]
+        self.assertEqual([(r["strategy"], r["pass"]) for r in records],
+                         [(kind, which) for kind in kinds for which in ("forward", "backward")])
+        row = 2 * 16 * 4  # keys and values of one kv head and token
+        for r in records:
+            self.assertEqual(list(r), [*KEYS, *more])
+            self.assertEqual((r["mask"], r["placement"], r["ranks"]), ("causal", "zigzag", 4))
+            self.assertEqual(r["impl"] in kinds[:-1] if r["strategy"] == "auto" else r["impl"] == r["strategy"],
+                             True)
+            self.assertEqual(r["bytes_moved"], r["bytes_planned"])
+            self.assertLessEqual(r["bytes_planned"] / 4, r["worst_rank_bytes"])
+            self.assertAlmostEqual(r["predicted_ms"] / r["step_ms"], 1)
+            self.assertLessEqual(max(r["compute_ms"], r["exposed_ms"]), r["step_ms"] * (1 + 1e-9))
+            self.assertEqual(r["ms_median"], r["step_ms"])
+            # 512 x 513 / 2 visible pairs of 4 heads over 4 ranks at 1e10 FLOP/s, work spread evenly.
+            flops = (4 if r["pass"] == "forward" else 10) * 512 * 513 / 2 * 16
+            self.assertEqual(r["flops"], flops)
+            self.assertGreaterEqual(r["compute_ms"] * (1 + 1e-9), flops / 1e10 * 1e3)
+            # Three hops of every shard; backward also gradients, of the same width in f32.
+            hops = 3 * 512 * 2 * row
+            self.assertEqual(r["dense_ring_bytes"] if r["pass"] == "forward" else hops, hops)
+        by_kind = {(r["strategy"], r["pass"]): r for r in records}
+        # Zigzag shards of 2 blocks of 64: rank r needs of each other one its first block, and the second
+        # where it comes before the rank's own second: 6, 5, 4, 3 of 8 blocks.
+        blocks = sum(3 + (3 - r) for r in range(4))
+        self.assertEqual(by_kind["exchange", "forward"]["bytes_moved"], blocks * 64 * 2 * row)
+        self.assertEqual(by_kind["exchange", "forward"]["lower_bound_bytes"], blocks * 64 * 2 * row)
+        # Modelled time is the same again, whatever this machine does.
+        again = self.context_parallel(*network)
+        for one, other in zip(records, again):
+            self.assertEqual({**one, "plan_ms": 0}, {**other, "plan_ms": 0})
+
+    def test_options_of_context_parallel(self):
+        case = ["--problem", "causal_f32_T512_Hq4_Hkv2_D16", "--strategy", "ring", "--pass", "forward"]
+        time = lambda *more: self.context_parallel(*case, "--ranks", "2", "--plan-only", *more)[0]["step_ms"]
+        # Two messages of 64 KiB at 1 GB/s, no computing to speak of: one after the other on a ring of 2.
+        network = ["--tflops", "1e9", "--link-gbps", "1"]
+        wire = 256 * 2 * 2 * 16 * 4 / 1e6
+        self.assertAlmostEqual(time(*network, "--latency-us", "0"), wire)
+        self.assertAlmostEqual(time(*network, "--latency-us", "1000"), wire + 1)
+        self.assertAlmostEqual(time(*network), wire + 0.01)
+        self.assertEqual(self.context_parallel(*case, "--ranks", "1", "--dense-ring-time", "1")[0]["bytes_moved"], 0)
+        for option in ("--tflops", "--link-gbps", "--node-gbps"):
+            self.fail("bench", "context_parallel", *case, option, "0", mentions=[f"{option} 0 must be above 0"])
+        both = cli_support.run("bench", "context_parallel", *case, "--dense-ring-time", "1", "--link-gbps", "1")
+        self.assertNotEqual(both.returncode, 0)
+        self.assertTrue("--link-gbps excludes --dense-ring-time" in both.stderr, both.stderr)
+        self.fail("bench", "context_parallel", *case, "--strategy", "star", mentions=["star", "all_gather"])
+        self.fail("bench", "attention", "--ranks", "2", mentions=["--ranks"])
+
     def test_trace(self):
         self.succeed("bench", "gemm", "--problem", "gemm_f32_M40_N40_K40", "--seconds", "0", "--json",
                      "--trace", "trace.json")
