@@ -66,6 +66,42 @@ class ConfigTest(CliTest):
         self.assertAlmostEqual(half["memory_of_step"]["by_category"]["activations"] / held["activations"], 0.5,
                                delta=0.1)
 
+    def test_memory_of_ranks(self):
+        """What a rank takes falls with the ranks that share tokens, and with those that share state."""
+        def memory(*sets):
+            arguments = [x for value in sets for x in ("--set", value)]
+            return self.succeed_json("inspect", preset("quickstart.textproto"),
+                                     *arguments)["memory_of_step"]["by_category"]
+        one = memory("parallel.dp=1", "parallel.cp=1")
+        # Pairs of category and share of what one rank takes; activations of the loss do not shrink.
+        for sets, shares in (
+                (["parallel.dp=1", "parallel.cp=2"], {"optimizer": 1, "activations": 0.5}),
+                (["parallel.dp=2", "parallel.cp=1"], {"optimizer": 1, "activations": 1}),
+                (["parallel.dp=1", "parallel.cp=2", "parallel.zero_stage=1"], {"optimizer": 0.5, "activations": 0.5}),
+                (["parallel.dp=2", "parallel.cp=2", "parallel.zero_stage=3"],
+                 {"optimizer": 0.25, "activations": 0.5}),
+                (["parallel.dp=2", "parallel.cp=2", "parallel.zero_stage=3", "parallel.hybrid_shard=2"],
+                 {"optimizer": 0.5, "activations": 0.5})):
+            got = memory(*sets)
+            for category, share in shares.items():
+                self.assertAlmostEqual(got[category] / one[category], share, delta=0.1 * share + 0.02,
+                                       msg=f"{sets} {category}")
+        stages = [memory("parallel.dp=4", "parallel.cp=1", f"parallel.zero_stage={stage}") for stage in range(4)]
+        whole, moments, gradients, weights = stages
+        self.assertLess(moments["parameters"], 0.6 * whole["parameters"])  # f32 masters are split
+        self.assertLess(gradients["gradients"], 0.6 * whole["gradients"])
+        self.assertEqual(gradients["parameters"], moments["parameters"])
+        self.assertLess(weights["parameters"], gradients["parameters"])
+        gpu = memory("run.device=CUDA", "run.precision=BF16")
+        offloaded = memory("run.device=CUDA", "run.precision=BF16", "parallel.offload_optimizer=true")
+        self.assertGreater(gpu["optimizer"], 0)
+        self.assertNotIn("optimizer", offloaded)
+        # Sums of several micro-batches need a place of their own beside what is added to them.
+        two, four = (memory("parallel.zero_stage=2", "run.micro_batch_rows=2",
+                            f"run.global_batch_tokens={rows * 2048}") for rows in (2, 4))
+        self.assertGreater(four["gradients"], two["gradients"])
+        self.assertEqual(four["optimizer"], two["optimizer"])
+
     def test_every_preset(self):
         for folder in ("", "presets"):
             for name in os.listdir(preset(folder)):

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
@@ -77,6 +78,31 @@ TEST(BatchPlansTest, AllRanksAgreeAndOtherDocumentsDiffer) {
       EXPECT_EQ(pairs, alone.PlansFor(RandomDocuments(length, 1))->attention_pairs);
     }
   }
+}
+
+// Ranks that differ in anything which decides who sends what must notice.
+TEST(BatchPlansTest, TheFingerprintIsOfEverythingThatIsPlanned) {
+  const int64_t length = 4096;
+  const auto documents = RandomDocuments(length, 1);
+  ModelOptions model = MixedModel();
+  model.mixers[0].duo = {.sinks = 64, .recent = 128};
+  model.mixers[3] = {.name = "moba", .moba = ops::MobaOptions{.block_size = 128, .top_k = 3}};
+  ContextLayout layout = LayoutOf(PlacementKind::kZigzag, StrategyKind::kExchange, length, 4);
+  const auto hash = [&] { return BatchPlanner(model, layout, 1).PlansFor(documents)->hash; };
+  std::vector<uint64_t> hashes = {hash()};
+  EXPECT_EQ(hash(), hashes[0]);
+  model.mixers[0].duo->recent = 256;
+  hashes.push_back(hash());
+  model.mixers[3].moba->top_k = 4;
+  hashes.push_back(hash());
+  model.mixers[2].pattern = ops::AttentionPattern::Window(1025, 64);
+  hashes.push_back(hash());
+  layout.placement = PlacementKind::kStriped;
+  hashes.push_back(hash());
+  layout.strategy.stages = 3;
+  hashes.push_back(hash());
+  std::ranges::sort(hashes);
+  EXPECT_EQ(std::ranges::adjacent_find(hashes), hashes.end());
 }
 
 TEST(BatchPlansTest, BalancedIsMoreEvenThanZigzag) {

@@ -93,7 +93,8 @@ TEST_F(ZeroTest, TiedEmbeddings) {
   }
 }
 
-// Weights are used in entries of their own kinds there: of layers without their attention, of tiles.
+// Weights are used in entries of their own kinds there: of layers without their attention, of
+// tiles.
 TEST_F(ZeroTest, KeptAttentionAndTiles) {
   TrainOptions o = Options(DType::kF64);
   const ZeroRun one = RunZero(o, {});
@@ -152,6 +153,33 @@ TEST_F(ZeroTest, GatesThatChooseBlocks) {
        {ZeroLayout{2, 1, 1}, ZeroLayout{2, 1, 2}, ZeroLayout{2, 1, 3}, ZeroLayout{4, 1, 3, 2}}) {
     SCOPED_TRACE(layout.Name());
     ExpectNear(RunZero(o, layout), one, 1e-9);
+  }
+}
+
+// A border between what decays and what does not lies anywhere in a part. The first step by its
+// formula: weight decay moves a matrix of a layer or the head by -lr * decay * w, and nothing else.
+TEST_F(ZeroTest, OnlyMatricesOfLayersAndHeadDecay) {
+  TrainOptions o = Options(DType::kF64);
+  o.schedule = {};
+  o.steps = 1;
+  o.validation.clear();
+  constexpr double kDecay = 0.3;
+  for (const ZeroLayout& layout : {ZeroLayout{}, ZeroLayout{2, 1, 1}, ZeroLayout{3, 1, 2},
+                                   ZeroLayout{2, 2, 3}, ZeroLayout{4, 1, 3, 2}}) {
+    SCOPED_TRACE(layout.Name());
+    o.global_batch_tokens = 2 * layout.dp * 128;
+    const auto weights = [&](double decay, int64_t steps) {
+      o.adamw.weight_decay = decay;
+      return RunZero(o, layout, nullptr, steps).Weights();
+    };
+    const auto first = weights(kDecay, 0), plain = weights(0, 1), decayed = weights(kDecay, 1);
+    for (const auto& [name, w] : first) {
+      const bool decays = name.ends_with("_proj.weight") || name.ends_with("lm_head.weight");
+      for (size_t i = 0; i < w.size(); ++i) {
+        const double expected = plain.at(name)[i] - (decays ? o.adamw.lr * kDecay * w[i] : 0);
+        ASSERT_NEAR(decayed.at(name)[i], expected, 1e-14) << name << " at " << i;
+      }
+    }
   }
 }
 
