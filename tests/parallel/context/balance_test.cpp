@@ -13,6 +13,7 @@
 
 #include "ops/core/error.h"
 #include "ops/core/rng.h"
+#include "parallel/context/balance_search.h"
 #include "parallel/context/demand.h"
 #include "tests/ops/attention/mask_cases.h"
 #include "tests/ops/attention/reference.h"
@@ -248,6 +249,47 @@ TEST(BalanceTest, MovesNoMoreKeysThanAnEvenSimplePlacement) {
     }
     EXPECT_GT(compared, 0);
   }
+}
+
+// Of the placements with the longest runs the one that moves the fewest keys over all layers of the
+// model, counted here by the demand of each layer.
+TEST(BalanceTest, TakesThePlacementThatMovesTheFewestKeys) {
+  constexpr int64_t kBlocks = 128, kTokens = 64 * kBlocks, kHeads = 4;
+  using Candidate = parallel::internal::BalanceCandidate;
+  int not_first = 0, layers_decide = 0;
+  for (const uint64_t seed : {6, 7, 8, 11, 13}) {
+    const std::vector<MaskFamily> families = MaskFamilies(kTokens, seed);
+    const auto documents = OneRow(kTokens, families[3].ends);  // causal documents
+    for (const AttentionPattern& pattern :
+         {AttentionPattern::Window(300), AttentionPattern::Power({64, 1, 1})}) {
+      const BalanceLayer layers[] = {{AttentionPattern::Causal(), 1}, {pattern, 40}};
+      const std::vector<int64_t> work = BlockRowWork(layers, kHeads, documents);
+      for (const int64_t ranks : {4, 8}) {
+        SCOPED_TRACE(Str(pattern.ToString(), " on ", ranks, ", seed ", seed));
+        auto candidates = parallel::internal::BalanceCandidates({1, kBlocks, ranks, work});
+        EXPECT_TRUE(std::ranges::is_sorted(candidates, {}, &Candidate::runs));
+        if (candidates.size() > 8) candidates.resize(8);
+        std::vector<int64_t> moved, unweighted;
+        for (const auto& c : candidates) {
+          const auto p = Placement::FromOwners(1, kTokens, ranks, c.owner);
+          int64_t runs = 0;
+          for (int64_t r = 0; r < ranks; ++r) runs += static_cast<int64_t>(p.parts(0, r).size());
+          EXPECT_EQ(c.runs, runs);
+          const int64_t once = KeysMoved(layers[0].pattern, kHeads, documents, p);
+          const int64_t often = KeysMoved(pattern, kHeads, documents, p);
+          moved.push_back(once + 40 * often);
+          unweighted.push_back(once + often);
+        }
+        const auto best = std::ranges::min_element(moved) - moved.begin();
+        EXPECT_EQ(BalancedPlacement(layers, kHeads, documents, ranks).owners(),
+                  candidates[static_cast<size_t>(best)].owner);
+        not_first += best != 0;
+        layers_decide += best != std::ranges::min_element(unweighted) - unweighted.begin();
+      }
+    }
+  }
+  EXPECT_GT(not_first, 0);
+  EXPECT_GT(layers_decide, 0);
 }
 
 // One placement serves all layers: their work adds up.
