@@ -120,8 +120,8 @@ class KillTest(e2e.TestCase):
             self.assertEqual(tensor["max_difference"], 0, tensor)
         self.assertEqual(self.partial_saves(run), [])
 
-    def check_kills(self, precision):
-        self.sets = [f"run.precision={precision}", f"run.steps={STEPS}",
+    def check_kills(self, precision, *layout):
+        self.sets = [*layout, f"run.precision={precision}", f"run.steps={STEPS}",
                      f"checkpoint.every_steps={EVERY}", "evaluation.every_steps=4"]
         self.rng = random.Random(f"kills in {precision}")
         self.whole = self.folder / "whole"
@@ -155,19 +155,22 @@ class KillTest(e2e.TestCase):
         self.check_kills("F32")
 
     def test_bf16(self):
-        self.check_kills("BF16")
+        """With state split over ranks, each of which writes its part, and rows packed anew."""
+        self.check_kills("BF16", "parallel.zero_stage=3", "parallel.strategy=EXCHANGE",
+                         "parallel.placement=BALANCED", "data.packing=BALANCED")
 
 
 class OtherLayoutTest(e2e.TestCase):
     def check(self, precision, loss_tolerance, weights_agree):
         """Steps 1-4 on 2 ranks, 5-8 on 1, 9-12 on 4, against all 12 on 2."""
         sets = [f"run.precision={precision}", "checkpoint.every_steps=4",
-                "evaluation.every_steps=4"]
+                "evaluation.every_steps=4", "data.packing=BALANCED"]
         self.train("whole", sets=[*sets, "run.steps=12"])
-        self.train("run", 2, [*sets, "run.steps=4"])
+        self.train("run", 2, [*sets, "run.steps=4", "parallel.zero_stage=1"])
         self.train("run", 0, [*sets, "run.steps=8"])
         self.train("run", 4, [*sets, "run.steps=12", "parallel.dp=2", "parallel.cp=2",
-                              "parallel.strategy=ALL_GATHER"])
+                              "parallel.strategy=ALL_GATHER", "parallel.zero_stage=3",
+                              "parallel.hybrid_shard=2"])
         got, expected = (e2e.Metrics(self.folder / run) for run in ("run", "whole"))
         self.assertEqual(len(expected.steps), 12)
         self.assertLessEqual(e2e.relative_difference(got.losses(), expected.losses()),
