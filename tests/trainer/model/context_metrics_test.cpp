@@ -100,6 +100,17 @@ TEST_F(ContextMetricsTest, BytesOfAStepAreThoseOfItsMicroBatchesAndRanks) {
   }
 }
 
+// A layer whose received keys take exactly the budget keeps them.
+TEST_F(ContextMetricsTest, KeysWithinTheBudgetAreFetchedOnce) {
+  TrainOptions o = Options(1);
+  o.steps = 1;
+  const int64_t keys = 2 * (kLength / kRanks) * o.model.num_kv_heads * o.model.head_dim * 4;
+  for (const int64_t short_of : {0, 1}) {
+    o.keep_key_bytes = keys - short_of;
+    EXPECT_EQ(Train(o)[0]["strategies"]["exchange"]["bytes"], kLayers * (2 + short_of) * keys);
+  }
+}
+
 // Rank 1 sleeps in the middle of attention, and rank 0 waits for it there, in every micro-batch.
 TEST_F(ContextMetricsTest, ExposedTimeIsThatOfTheRankThatWaitsMost) {
   constexpr double kDelay = 0.02;

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "data/balance.h"
 #include "data/sampler.h"
 #include "parallel/comm/local.h"
 #include "tests/support/numeric.h"
@@ -159,6 +160,15 @@ TEST_F(PackingTest, ReplicasHaveEvenWork) {
         greedy_mean += curve.work[s] / static_cast<double>(o.steps);
         continue;
       }
+      // The rows of the step as they are dealt, and no others.
+      const std::vector<int64_t> order =
+          data::DealRows(std::vector<int64_t>(areas.begin(), areas.end()), 4, 1);
+      std::vector<double> replica(4);
+      for (size_t i = 0; i < order.size(); ++i) {
+        replica[i % 4] += areas[static_cast<size_t>(order[i])];
+      }
+      EXPECT_NEAR(curve.work[s], 4 * *std::max_element(replica.begin(), replica.end()) / total,
+                  1e-12);
       // No way to deal them is better than this.
       const double largest = *std::max_element(areas.begin(), areas.end());
       std::sort(areas.begin(), areas.end());
