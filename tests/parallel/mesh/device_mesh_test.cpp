@@ -46,6 +46,30 @@ TEST(DeviceMeshTest, AxesOfOneRankAreGroupsOfOne) {
   });
 }
 
+// The largest groups of neighbours that cut the cp axis evenly and never lie across nodes, found by
+// trying.
+TEST(DeviceMeshTest, GroupsOfNeighboursShareANode) {
+  for (const auto& [dp, cp] : {std::pair{1, 6}, {2, 4}, {3, 4}, {6, 2}, {12, 1}}) {
+    for (const int node_ranks : {0, 1, 2, 3, 4, 6, 12}) {
+      const int ranks = dp * cp;
+      if (node_ranks > 0 && ranks % node_ranks != 0) continue;
+      int largest = 0;
+      for (int n = 1; n <= cp; ++n) {
+        bool together = cp % n == 0;
+        for (int r = 0; r < ranks && node_ranks > 0; ++r) {
+          together = together && r / node_ranks == r / n * n / node_ranks;
+        }
+        if (together) largest = n;
+      }
+      SCOPED_TRACE(Str("dp ", dp, " cp ", cp, " nodes of ", node_ranks));
+      parallel::RunLocal(ranks, [&](Communicator& world) {
+        const DeviceMesh mesh(world, {.dp = dp, .cp = cp, .node_ranks = node_ranks});
+        EXPECT_EQ(mesh.node_ranks(), largest == cp ? 0 : largest);
+      });
+    }
+  }
+}
+
 std::string ConfigErrorOf(int ranks, parallel::MeshShape shape) {
   std::string message;
   parallel::RunLocal(ranks, [&](Communicator& world) {
