@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include <mutex>
+#include <algorithm>
 
 #include "ops/core/error.h"
 #include "parallel/comm/faulty.h"
@@ -85,55 +85,77 @@ TEST(StragglerTest, ShortTimesUnknownTimesAndSingleRanksAreNothing) {
   EXPECT_THROW(alone.Step(std::vector<double>{1, 2}), InvalidArgument);
 }
 
-// Rank 1 sleeps before each of its operations. Whatever rank 0 waits for must be called a wait, or
-// rank 0 would seem to compute as long as rank 1 does.
+struct Layout {
+  int dp, cp, stage;
+  int64_t group, micro_batches;
+};
+
+// Seconds of two steps of rank 0, and what of them it did not wait.
+struct Steps {
+  double total_s = 0, own_s = 0;
+};
+
+// Rank 1 sleeps so long before each of its operations.
+Steps TrainWithDelay(TrainOptions o, const Layout& layout, double delay_s) {
+  o.dp = layout.dp;
+  o.cp = layout.cp;
+  o.zero_stage = layout.stage;
+  o.hybrid_shard = layout.group;
+  o.global_batch_tokens = o.dp * layout.micro_batches * o.context_length;
+  Steps steps;
+  parallel::RunLocal(layout.dp * layout.cp, [&](parallel::Communicator& inner) {
+    parallel::FaultyCommunicator world(
+        inner, {{.kind = parallel::Fault::Kind::kDelay, .rank = 1, .seconds = delay_s}});
+    parallel::DeviceMesh mesh(world, {.dp = layout.dp, .cp = layout.cp});
+    Context ctx({.threads = 1});
+    Trainer trainer(ctx, mesh, o);
+    trainer.Step();
+    ctx.trace().Reset();
+    double total = 0;
+    for (int i = 0; i < 2; ++i) total += trainer.Step().seconds;
+    if (world.rank() != 0) return;
+    steps = {total, total};
+    for (const auto& [category, seconds] : ctx.trace().Totals()) {
+      for (const char* wait :
+           {"communication wait", "gradient reduction wait", "parameter gather wait"}) {
+        if (category == wait) steps.own_s -= seconds;
+      }
+    }
+  });
+  return steps;
+}
+
+// Whatever rank 0 waits for must be called a wait, or it would seem to compute as long as rank 1.
 TEST(WaitsTest, ARankThatWaitsDoesNotSeemToCompute) {
   test::TemporaryFolder folder;
   test::WriteCorpus((folder.path() / "train").string(), 19, 100, 100, 1);
   TrainOptions o;
   o.model = test::SmallModel(DType::kF32);
-  o.steps = 2;
+  o.steps = 3;
   o.context_length = 256;
   o.train = {{(folder.path() / "train").string(), 1}};
   o.adamw.lr = 1e-3;
-  struct Layout {
-    int dp, cp, stage;
-    int64_t group, micro_batches;
-  };
-  for (const auto& [dp, cp, stage, group, micro_batches] : {Layout{2, 1, 0, 0, 1},
-                                                            {2, 1, 1, 0, 1},
-                                                            {2, 1, 2, 0, 2},
-                                                            {2, 1, 3, 0, 2},
-                                                            {4, 1, 2, 2, 1},
-                                                            {1, 2, 0, 0, 4},
-                                                            {1, 2, 3, 0, 2}}) {
-    SCOPED_TRACE(Str("dp ", dp, " cp ", cp, " stage ", stage, " groups of ", group));
-    o.dp = dp;
-    o.cp = cp;
-    o.zero_stage = stage;
-    o.hybrid_shard = group;
-    o.global_batch_tokens = dp * micro_batches * o.context_length;
-    parallel::RunLocal(dp * cp, [&](parallel::Communicator& inner) {
-      parallel::FaultyCommunicator world(
-          inner, {{.kind = parallel::Fault::Kind::kDelay, .rank = 1, .seconds = 0.02}});
-      parallel::DeviceMesh mesh(world, {.dp = dp, .cp = cp});
-      Context ctx({.threads = 1});
-      Trainer trainer(ctx, mesh, o);
-      trainer.Step();
-      ctx.trace().Reset();
-      double waited = 0;
-      const StepResult step = trainer.Step();
-      for (const auto& [category, seconds] : ctx.trace().Totals()) {
-        for (const char* wait :
-             {"communication wait", "gradient reduction wait", "parameter gather wait"}) {
-          if (category == wait) waited += seconds;
-        }
-      }
-      if (world.rank() != 0) return;
-      EXPECT_GT(step.seconds, 0.04);
-      // The rest is what it really computes, on a busy machine.
-      EXPECT_GT(waited, 0.75 * step.seconds) << "of " << step.seconds << " s";
-    });
+  for (const Layout& layout : {Layout{2, 1, 0, 0, 1},
+                               {2, 1, 1, 0, 1},
+                               {2, 1, 2, 0, 2},
+                               {2, 1, 3, 0, 2},
+                               {4, 1, 2, 2, 1},
+                               {1, 2, 0, 0, 4},
+                               {1, 2, 3, 0, 2}}) {
+    SCOPED_TRACE(Str("dp ", layout.dp, " cp ", layout.cp, " stage ", layout.stage, " groups of ",
+                     layout.group));
+    // On a busy machine a measurement may be wrong, but not each time.
+    std::string seen;
+    bool called_waits = false;
+    for (int attempt = 0; attempt < 4 && !called_waits; ++attempt) {
+      const Steps plain = TrainWithDelay(o, layout, 0);
+      // As long as makes what a slow processor takes small beside it.
+      const Steps slow = TrainWithDelay(o, layout, std::clamp(plain.own_s / 4, 0.01, 0.05));
+      called_waits = slow.own_s - plain.own_s < 0.1 * (slow.total_s - plain.total_s);
+      seen += Str(slow.own_s, " of ", slow.total_s, " s instead of ", plain.own_s, " of ",
+                  plain.total_s, " s; ");
+    }
+    EXPECT_TRUE(called_waits) << seen;
   }
 }
 
