@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <span>
 
 #include "ops/elementwise/elementwise.h"
 #include "ops/optim/adamw.h"
 #include "ops/optim/global_norm.h"
 #include "ops/optim/step_control.h"
+#include "parallel/context/fingerprint.h"
 
 namespace longspan::trainer {
 namespace {
@@ -34,6 +36,19 @@ double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// `plans`: fingerprints of all ranks, of which those that share rows must be the same.
+void RequireSamePlans(std::span<const double> plans, int cp) {
+  const auto ranks = static_cast<int>(plans.size());
+  for (int first = 0; first < ranks; first += cp) {
+    std::vector<int64_t> shared;
+    for (int r = first; r < first + cp; ++r) {
+      shared.push_back(static_cast<int64_t>(plans[static_cast<size_t>(r)]));
+    }
+    const std::string problem = parallel::DifferingPlans(shared, first, ranks);
+    if (!problem.empty()) throw CommError(problem);
+  }
+}
+
 }  // namespace
 
 TrainStep::TrainStep(Context& ctx, parallel::DeviceMesh& mesh, const TrainOptions& options,
@@ -54,7 +69,8 @@ void TrainStep::Prepare(size_t values) {
     const int64_t sums = report_.dim(0) - ops::kStepFields;
     report_.Rows(sums, report_.dim(0)).ReadTo(record.data());
   }
-  const int64_t sums = kSums + int64_t{mesh_.world().size()} * static_cast<int64_t>(values + 1);
+  // Of every rank: the note, pairs, the fingerprint of plans.
+  const int64_t sums = kSums + int64_t{mesh_.world().size()} * static_cast<int64_t>(values + 2);
   values_ = values;
   report_ = ctx_.Zeros({sums + ops::kStepFields}, DType::kF64);
   report_.Rows(sums, report_.dim(0)).WriteFrom(record.data());
@@ -117,7 +133,8 @@ PendingStep TrainStep::Begin(data::Loader& loader, int64_t step,
   return pending;
 }
 
-// Before every micro-batch; on a GPU, where the host would wait for all work before it, once.
+// Before every micro-batch; on a GPU, where the host would wait for all work before it, once. Plans
+// of later ones are compared when their step is finished.
 void TrainStep::CheckPlans(const BatchPlans& plans) {
   if (options_.cp == 1 || (on_gpu_ && plans_checked_)) return;
   plans_checked_ = true;
@@ -132,11 +149,13 @@ void TrainStep::Backward(data::Loader& loader, GradientExchange& exchange,
   store_.ZeroGrads();
   ctx_.SetZero(report_.Rows(0, report_.dim(0) - ops::kStepFields));
   Tensor loss_sums = report_.Rows(0, kLossSums);
+  parallel::Fingerprint plans;
   for (int64_t m = 0; m < options_.accumulation(); ++m) {
     const bool last = m + 1 == options_.accumulation();
     const data::MicroBatch batch = loader.Next();
     const auto prepared = std::static_pointer_cast<PreparedBatch>(batch.attachment);
     CheckPlans(*prepared->plans);
+    plans.Add(prepared->plans->hash);
     host[kPlanMs] += prepared->plan_ms;
     host[kContextMost] += prepared->plans->work_max;
     host[kContextMean] += prepared->plans->work_mean;
@@ -150,6 +169,7 @@ void TrainStep::Backward(data::Loader& loader, GradientExchange& exchange,
     host[kOpenPairs] += prepared->open_pairs;
     tape.Backward();
   }
+  plans_ = plans.value() >> 12;
 }
 
 // The sum of the gradients' squares.
@@ -179,8 +199,11 @@ parallel::Work TrainStep::Reduce(const RankNote& note, std::vector<double>& host
   host.resize(static_cast<size_t>(sums - kDeviceSums));
   std::copy(note.values.begin(), note.values.end(),
             host.begin() + kHostSums + mesh_.world().rank() * static_cast<int64_t>(values_));
-  host[host.size() - static_cast<size_t>(mesh_.world().size() - mesh_.world().rank())] =
-      host[kPairs];
+  // What only this rank adds to: then the sums are a list by rank.
+  const auto ranks = static_cast<size_t>(mesh_.world().size());
+  const auto rank = static_cast<size_t>(mesh_.world().rank());
+  host[host.size() - 2 * ranks + rank] = host[kPairs];
+  host[host.size() - ranks + rank] = static_cast<double>(plans_);
   report_.Rows(kDeviceSums, sums).WriteFrom(host.data());
   // Each part counts once, whatever number of ranks hold it; whole gradients are summed by now, and
   // the same everywhere.
@@ -206,7 +229,9 @@ StepResult TrainStep::Finish(PendingStep pending) {
   LONGSPAN_CHECK(summed) << "Finish: the sums of step " << pending.step_ + 1 << " are not complete";
   slot.sums = parallel::Work();
   const int64_t notes = int64_t{mesh_.world().size()} * static_cast<int64_t>(values_);
-  const double *pairs = s + kSums + notes, *record = pairs + mesh_.world().size();
+  const double *pairs = s + kSums + notes, *plans = pairs + mesh_.world().size();
+  const double* record = plans + mesh_.world().size();
+  RequireSamePlans({plans, record}, static_cast<int>(options_.cp));
 
   StepResult result;
   result.step = pending.step_ + 1;
@@ -231,7 +256,7 @@ StepResult TrainStep::Finish(PendingStep pending) {
   result.stop_requested = result.time_is_up || s[kDeviceSums + kSignals] > 0;
   result.notes.assign(s + kSums, s + kSums + notes);
   if (s[kDeviceSums + kPairs] > 0) {
-    result.work_max_over_mean = *std::max_element(pairs, record) *
+    result.work_max_over_mean = *std::max_element(pairs, plans) *
                                 static_cast<double>(mesh_.world().size()) / s[kDeviceSums + kPairs];
   }
   // Reduced values are the same bits on every rank, so every rank decides alike.

@@ -91,7 +91,7 @@ class TrainStep {
   PendingStep Begin(data::Loader& loader, int64_t step, const std::function<RankNote()>& note);
   // Waits for the step. Once for each, in order. Throws StepFailure for one that is not finite
   // under STOP; under SKIP that is `skipped`, and counting is up to the caller. Throws CommError
-  // for one whose sums over ranks failed.
+  // for one whose sums over ranks failed, or in which ranks that share rows had different plans.
   StepResult Finish(PendingStep pending);
 
   // Steps skipped before the next one: those of the run that is resumed.
@@ -118,6 +118,7 @@ class TrainStep {
   Tensor report_;
   size_t values_ = 0;  // of a RankNote
   bool plans_checked_ = false;
+  uint64_t plans_ = 0;  // fingerprint of the step's plans, in as many bits as f64 holds
   std::vector<std::shared_ptr<PendingStep::Slot>> slots_;
 };
 

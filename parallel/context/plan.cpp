@@ -248,21 +248,26 @@ void CheckSamePlans(Communicator& comm, uint64_t fingerprint) {
   const Tensor all = internal::HostTensor({comm.size()}, DType::kI64);
   mine.data<int64_t>()[0] = hash;
   comm.AllGather(mine, all).Wait();
-  const std::vector<int64_t> hashes(all.data<int64_t>(), all.data<int64_t>() + comm.size());
-  const auto count = [&](int64_t h) { return std::count(hashes.begin(), hashes.end(), h); };
-  int64_t usual = hashes[0];  // of equally many ranks, that of the lowest one
-  for (const int64_t h : hashes) {
+  throw CommError(DifferingPlans({all.data<int64_t>(), static_cast<size_t>(comm.size())},
+                                 /*first=*/0, comm.size()));
+}
+
+std::string DifferingPlans(std::span<const int64_t> fingerprints, int first, int ranks) {
+  const auto count = [&](int64_t h) { return std::ranges::count(fingerprints, h); };
+  int64_t usual = fingerprints[0];  // of equally many ranks, that of the lowest one
+  for (const int64_t h : fingerprints) {
     if (count(h) > count(usual)) usual = h;
   }
   std::string others;
-  for (size_t r = 0; r < hashes.size(); ++r) {
-    if (hashes[r] != usual) others += Str(others.empty() ? "" : ", ", r);
+  for (size_t r = 0; r < fingerprints.size(); ++r) {
+    if (fingerprints[r] == usual) continue;
+    others += Str(others.empty() ? "" : ", ", first + static_cast<int>(r));
   }
-  throw CommError(
-      Str("ranks made their plans of attention from different patterns, documents, "
-          "placements or options: rank ",
-          others, " of ", comm.size(), " differ", others.find(',') == others.npos ? "s" : "",
-          " from the others; all ranks must read the same data and configuration"));
+  if (others.empty()) return "";
+  return Str("ranks made their plans of attention from different patterns, documents, placements ",
+             "or options: rank ", others, " of ", ranks, " differ",
+             others.find(',') == others.npos ? "s" : "",
+             " from the others; all ranks must read the same data and configuration");
 }
 
 }  // namespace longspan::parallel

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -115,5 +116,8 @@ class PlanMaker {
 void CheckSamePlan(Communicator& comm, const AttentionPlan& plan);
 // The same of many plans by one fingerprint of their hashes.
 void CheckSamePlans(Communicator& comm, uint64_t hash);
+// What they throw for ranks first, first + 1, ... of `ranks` that have these fingerprints; empty
+// when all are the same.
+std::string DifferingPlans(std::span<const int64_t> fingerprints, int first, int ranks);
 
 }  // namespace longspan::parallel
