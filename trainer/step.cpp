@@ -15,8 +15,8 @@ namespace longspan::trainer {
 namespace {
 
 // What ranks add up once a step: the loss sums of ops and the squares of sharded gradients, from
-// the device; what the host knows, and in places of their own the notes of each rank and then its
-// attention pairs.
+// the device; what the host knows, and in places of their own the notes of each rank, then
+// its attention pairs and the fingerprint of its plans.
 constexpr int64_t kLossSums = ops::kLossSums;
 constexpr int64_t kDeviceSums = kLossSums + 1;
 enum HostSum {
