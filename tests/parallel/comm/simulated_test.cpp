@@ -250,6 +250,11 @@ TEST(SimulatedTest, WhatTheInnerCommunicatorCountsIsWhatIsTimed) {
     } else {
       outer.Exchange({}, {{0, data, 8}}).Wait();
     }
+    {
+      const parallel::ControlTraffic control(outer);
+      EXPECT_EQ(AllReduceValue(outer, int64_t{1}, ReduceOp::kSum), 2);
+    }
+    EXPECT_EQ(inner.counts().control.bytes, 8) << "and Traffic";
     EXPECT_EQ(inner.counts().Total().calls, outer.counts().Total().calls);
     EXPECT_EQ(inner.counts().Total().bytes, outer.counts().Total().bytes);
   });

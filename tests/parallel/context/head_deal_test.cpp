@@ -120,6 +120,16 @@ TEST(HeadDealTest, SwapsEvenOutWhatDealingLeaves) {
   EXPECT_EQ(deal.work_max, 6);
 }
 
+// Keys are sent twice where that takes more than 1 % off the busiest rank, and not for less.
+TEST(HeadDealTest, KvHeadsAreSplitWhereItPays) {
+  const HeadDeal split = DealHeads(std::vector<int64_t>{100, 90}, 2, 2);
+  EXPECT_EQ(split.work_max, 190);
+  EXPECT_EQ(Holders(split, 2), 4);
+  const HeadDeal whole = DealHeads(std::vector<int64_t>{1000, 995}, 2, 2);
+  EXPECT_EQ(whole.work_max, 2000);
+  EXPECT_EQ(Holders(whole, 2), 2);
+}
+
 TEST(HeadDealTest, MoreRanksThanHeadsLeaveSomeEmpty) {
   const HeadDeal deal = DealHeads(std::vector<int64_t>{5, 5}, 1, 5);
   ExpectWhole(deal, {5, 5}, 1);

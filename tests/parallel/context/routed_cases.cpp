@@ -45,7 +45,8 @@ void Put(const std::vector<int64_t>& tokens, int64_t width, const Tensor& from, 
 }
 
 RoutedBytes BytesOf(const CommCounts& counts) {
-  RoutedBytes bytes{counts.Total().bytes, counts.control.bytes};
+  RoutedBytes bytes{counts.Total().bytes, counts.control.bytes,
+                    counts.bytes_of[static_cast<size_t>(Traffic::kRouted)]};
   for (const CommCount& op : counts.ops) bytes.calls.push_back(op.calls);
   bytes.calls.push_back(counts.control.calls);
   return bytes;

@@ -25,6 +25,7 @@ std::shared_ptr<const parallel::Placement> PlacementOf(const RoutedCase& c);
 // What one rank sent in a pass.
 struct RoutedBytes {
   int64_t payload = 0, control = 0;
+  int64_t routed = 0;            // counted as Traffic::kRouted
   std::vector<int64_t> calls{};  // by operation, control last
 };
 struct RoutedOutcome {

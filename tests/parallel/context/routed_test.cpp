@@ -4,12 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <random>
 
 #include "parallel/comm/counting.h"
 #include "parallel/comm/local.h"
 #include "parallel/comm/self.h"
+#include "parallel/comm/simulated.h"
 #include "tests/parallel/context/pairwise.h"
 #include "tests/parallel/context/routed_cases.h"
 #include "tests/support/device.h"
@@ -98,6 +100,8 @@ void ExpectBytes(const RoutedCase& c, const Truth& truth, const RoutedOutcome& g
     SCOPED_TRACE(Str("rank ", r));
     EXPECT_EQ(got.forward[r].payload, got.own_forward[r] + need.sent[r] * row);
     EXPECT_EQ(got.forward[r].control, control);
+    EXPECT_EQ(got.forward[r].routed, got.forward[r].payload);
+    EXPECT_EQ(got.backward[r].routed, got.backward[r].payload);
     EXPECT_EQ(got.planned_control[r], control);
     // Gradients of what it received go back; keys go again to those that did not keep them.
     int64_t again = 0;
@@ -186,6 +190,42 @@ TEST(RoutedContextTest, RunsRepeatBitForBit) {
       }
     }
   }
+}
+
+// Keys that just fit stay, and one row less makes that rank fetch them again.
+TEST(RoutedContextTest, TheBudgetOfKeptKeysIsExact) {
+  RoutedCase c = Striped(3, DType::kF64);
+  Truths truths;
+  const Truth& truth = truths.Of(c, "");
+  const RoutedNeed need = CountNeed(c, truth.choice);
+  const int64_t most = *std::ranges::max_element(need.received);
+  EXPECT_GT(most, 0);
+  for (const int64_t keep : {most, most - 1}) {
+    c.keep_rows = keep;
+    ExpectEqualsDefinition(c, truth);
+  }
+}
+
+// The modelled time of a pass is that of the nominal pairs.
+TEST(RoutedContextTest, ComputingIsReported) {
+  const RoutedCase c = Striped(3, DType::kF32);
+  const MobaProblem& p = c.moba.problem;
+  SimulatedNetwork network(3, {.intra = {1e-6, 1e9}, .flops_per_s = 1e9});
+  RunLocal(3, [&](Communicator& world) {
+    SimulatedCommunicator comm(world, network);
+    Context ctx(ContextOptions{.threads = 1});
+    const auto plan = MakeRoutedPlan({.block_size = p.block_size, .top_k = p.top_k}, p.kv_heads,
+                                     p.documents, PlacementOf(c), {}, comm.rank());
+    const Tensor q = ctx.Zeros({plan->local_tokens, p.heads, p.dim}, DType::kF32);
+    const Tensor k = ctx.Zeros({plan->local_tokens, p.kv_heads, p.dim}, DType::kF32);
+    const double seconds =
+        static_cast<double>(plan->NominalPairs() * p.heads * p.dim) / network.options().flops_per_s;
+    EXPECT_GT(seconds, 0);
+    const RoutedResult saved = RoutedContextForward(ctx, comm, *plan, q, k, k);
+    EXPECT_NEAR(comm.compute_s(), 4 * seconds, 1e-9 * seconds);
+    RoutedContextBackward(ctx, comm, *plan, q, q, k, k, saved);
+    EXPECT_NEAR(comm.compute_s(), 14 * seconds, 1e-9 * seconds);
+  });
 }
 
 // Whole blocks inside one rank: own blocks need nothing of others, and what nobody of another rank
