@@ -139,7 +139,9 @@ void TrainStep::CheckPlans(const BatchPlans& plans) {
   if (options_.cp == 1 || (on_gpu_ && plans_checked_)) return;
   plans_checked_ = true;
   const TraceScope scope(ctx_.trace(), "communication wait");
-  parallel::CheckSamePlans(mesh_.axis("cp"), plans.hash);
+  parallel::Communicator& axis = mesh_.axis("cp");
+  parallel::CheckSamePlans(axis, plans.hash, mesh_.world().rank() - axis.rank(),
+                           mesh_.world().size());
 }
 
 // Gradients of the summed loss, handed to `exchange` bucket after bucket; the loss sums of this

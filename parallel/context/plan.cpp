@@ -234,7 +234,7 @@ void CheckSamePlan(Communicator& comm, const AttentionPlan& plan) {
   CheckSamePlans(comm, plan.figures.hash);
 }
 
-void CheckSamePlans(Communicator& comm, uint64_t fingerprint) {
+void CheckSamePlans(Communicator& comm, uint64_t fingerprint, int first, int ranks) {
   const ControlTraffic control(comm);
   const auto hash = static_cast<int64_t>(fingerprint);
   // The largest hash, and the largest complement of one, which is that of the smallest.
@@ -248,8 +248,8 @@ void CheckSamePlans(Communicator& comm, uint64_t fingerprint) {
   const Tensor all = internal::HostTensor({comm.size()}, DType::kI64);
   mine.data<int64_t>()[0] = hash;
   comm.AllGather(mine, all).Wait();
-  throw CommError(DifferingPlans({all.data<int64_t>(), static_cast<size_t>(comm.size())},
-                                 /*first=*/0, comm.size()));
+  throw CommError(DifferingPlans({all.data<int64_t>(), static_cast<size_t>(comm.size())}, first,
+                                 ranks > 0 ? ranks : comm.size()));
 }
 
 std::string DifferingPlans(std::span<const int64_t> fingerprints, int first, int ranks) {

@@ -114,8 +114,9 @@ class PlanMaker {
 // rank, naming the ranks that differ from most, when figures.hash is not the same everywhere.
 // Sends 16 bytes a rank (times two in an all-reduce) while they agree, counted as control traffic.
 void CheckSamePlan(Communicator& comm, const AttentionPlan& plan);
-// The same of many plans by one fingerprint of their hashes.
-void CheckSamePlans(Communicator& comm, uint64_t hash);
+// The same of many plans by one fingerprint of their hashes. Of a job of `ranks` ranks `comm` holds
+// those from `first` on, which is how they are named (0: `comm` is all there are).
+void CheckSamePlans(Communicator& comm, uint64_t hash, int first = 0, int ranks = 0);
 // What they throw for ranks first, first + 1, ... of `ranks` that have these fingerprints; empty
 // when all are the same.
 std::string DifferingPlans(std::span<const int64_t> fingerprints, int first, int ranks);
