@@ -20,9 +20,9 @@ namespace longspan::parallel {
 // Memory   patterns * ranks * blocks bits, and `ranks` counts of pairs for every (pattern, rank)
 //          that PairsBetween has been asked for
 // Time     one walk over the runs of the whole row's mask: a million tokens on 1024 ranks take less
-//          than a second per pattern, but for random blocks of one mask block, where a tenth of
-//          268 million tiles is a run of its own (about 1.5 s); another walk over the rows of a
-//          rank when PairsBetween is first asked for it
+//          than a second per pattern, random tiles at density 0.01 included (at 0.1 there are 27
+//          million runs of one block, about 1.5 s); another walk over the rows of a rank when
+//          PairsBetween is first asked for it
 // Threads  immutable once built; PairsBetween may be asked from several threads
 // Errors   InvalidArgument for a pattern with Problems() and for documents and a placement of
 //          different sizes

@@ -251,7 +251,8 @@ TEST(PlanTimeTest, AMillionTokensOnAThousandRanksTakeLessThanASecondAPattern) {
       {"causal", ops::AttentionPattern::Causal()},
       {"window", ops::AttentionPattern::Window(4096, 64)},
       {"s2", ops::AttentionPattern::S2({.block_size = 64, .local_blocks = 16, .stride_blocks = 8})},
-      {"power", ops::AttentionPattern::Power({64, 4, 1})}};
+      {"power", ops::AttentionPattern::Power({64, 4, 1})},
+      {"random", ops::AttentionPattern::RandomBlocks({.density = 0.01})}};
   for (const auto& [name, pattern] : patterns) {
     for (const StrategyKind kind :
          {StrategyKind::kRing, StrategyKind::kHybrid, StrategyKind::kExchange}) {
